@@ -1,0 +1,110 @@
+"""How many states to keep: one layer by its Hankel energy, a whole model by what each layer's cut costs.
+
+Glossary (code: paper):
+    sigma:     σ; the Hankel singular values in descending order
+    tolerance: τ; the share of the Hankel energy that may be given up
+    r:         r; the rank, which is the number of states kept
+    energy:    sum_i σ_i (the singular values themselves, not their squares)
+
+Source: CompreSSM (arXiv 2510.02823), the choice of the reduced order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def energy_rank(sigma: Tensor, tolerance: float) -> Tensor:
+    """Return the smallest r with σ_1 + ... + σ_r >= (1 - τ) (σ_1 + ... + σ_n).
+
+    A tolerance of 0 means no cut at all, so r = n, even where the last σ are zero. Otherwise a spectrum of zeros has
+    rank 1. Sums that meet the threshold but for rounding count as meeting it.
+
+    Args:
+        sigma: singular values [..., n] in descending order.
+        tolerance: τ in [0, 1).
+
+    Returns:
+        The ranks [...] in int64, each in 1..n.
+
+    Raises:
+        ValueError: `tolerance` is outside [0, 1), or a σ is negative, NaN or infinite.
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"the tolerance is the share of Hankel energy given up, in [0, 1), not {tolerance}")
+    if not (torch.isfinite(sigma) & (sigma >= 0)).all():
+        raise ValueError("the Hankel singular values must be finite and not negative")
+    n = sigma.shape[-1]
+    if tolerance == 0:
+        return torch.full(sigma.shape[:-1], n, device=sigma.device)
+    # lost[..., r] is the energy given up by keeping r states, summed from the smallest σ up.
+    lost = sigma.double().flip(-1).cumsum(-1).flip(-1)
+    rounding = n * torch.finfo(torch.float64).eps
+    allowed = (tolerance + rounding) * lost[..., :1]
+    return (lost > allowed).sum(-1).clamp(min=1)
+
+
+def round_up(size: int, multiple_of: int = 1, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return the smallest multiple of `multiple_of` that is at least `size` and `minimum`, capped at `maximum`.
+
+    The cap wins over both: a layer's present state size as `maximum` is never exceeded, multiple or not.
+    """
+    rounded = -(-max(size, minimum) // multiple_of) * multiple_of
+    return rounded if maximum is None else min(rounded, maximum)
+
+
+def allocate_ranks(costs: Sequence[Tensor], total: int, *, minimum: int = 1, multiple_of: int = 1) -> list[int]:
+    """Share `total` states among the layers at the least summed cost, exactly, by dynamic programming.
+
+    Each layer may have any multiple of `multiple_of` from `minimum` up, and its full size N_l even if that is not a
+    multiple (a layer with N_l < minimum stays whole). The sizes sum to `total`, or to the largest reachable sum below.
+
+    Args:
+        costs: for each layer [N_l], where costs[l][r - 1] is the cost of keeping r states in it.
+        total: number of states to keep over all layers.
+        minimum: smallest size of a layer.
+        multiple_of: what the sizes are multiples of.
+
+    Returns:
+        The size of each layer.
+
+    Raises:
+        ValueError: `total` is below the sum of the layers' smallest sizes, or a cost is not finite.
+    """
+    tables = [cost.detach().cpu().double().numpy() for cost in costs]
+    if not all(np.isfinite(table).all() for table in tables):
+        raise ValueError("the costs must be finite")
+    choices = [_sizes(len(table), minimum, multiple_of) for table in tables]
+    least = sum(sizes[0] for sizes in choices)
+    if total < least:
+        raise ValueError(
+            f"a total of {total} states cannot be shared among {len(tables)} layers that need at least {least}: raise "
+            "the total, or lower the minimum size or multiple_of"
+        )
+    # best[l][t] is the least cost of giving t states to the first l layers; infinite where t cannot be reached.
+    total = min(total, sum(sizes[-1] for sizes in choices))
+    best = [np.full(total + 1, np.inf)]
+    best[0][0] = 0.0
+    for sizes, table in zip(choices, tables, strict=True):
+        after = np.full(total + 1, np.inf)
+        for r in sizes:
+            np.minimum(after[r:], best[-1][: max(total + 1 - r, 0)] + table[r - 1], out=after[r:])
+        best.append(after)
+    # Walk back from the largest reachable total, repeating the same sums to find which size attained each minimum.
+    t = int(np.flatnonzero(np.isfinite(best[-1]))[-1])
+    ranks: list[int] = []
+    for before, sizes, table in zip(reversed(best[:-1]), reversed(choices), reversed(tables), strict=True):
+        r = min((r for r in sizes if r <= t), key=lambda r: before[t - r] + table[r - 1])
+        ranks.append(r)
+        t -= r
+    return ranks[::-1]
+
+
+def _sizes(n: int, minimum: int, multiple_of: int) -> list[int]:
+    """Return the sizes that a layer of n states may have, ascending."""
+    first = round_up(1, multiple_of, minimum, maximum=n)
+    return sorted({*range(first, n, multiple_of), n})
