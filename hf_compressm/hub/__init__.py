@@ -1,0 +1,23 @@
+"""Load, save and exchange slimmed models. Importing it teaches transformers to build them."""
+
+from .heterogeneous import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
+from .modeling_compressm import ProjectedMamba2Mixer, install, project_
+from .state_spaces import (
+    export_mamba_ssm,
+    is_state_spaces_checkpoint,
+    load_state_spaces_model,
+    load_tokenizer,
+)
+
+__all__ = [
+    "ProjectedMamba2Mixer",
+    "export_mamba_ssm",
+    "get_state_sizes",
+    "get_unprojected_state_sizes",
+    "install",
+    "is_state_spaces_checkpoint",
+    "load_state_spaces_model",
+    "load_tokenizer",
+    "project_",
+    "set_state_sizes",
+]

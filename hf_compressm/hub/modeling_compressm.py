@@ -1,0 +1,303 @@
+"""Mamba and Mamba-2 models whose layers have state sizes of their own, or project their state.
+
+Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`.
+
+This file stands alone: it imports torch and transformers only. hf_compressm imports it, and every saved model that
+needs it carries a copy, so that `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not
+installed. Importing it teaches transformers three things, once per process (see `install`):
+
+- layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`;
+- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`;
+- the config of such a model names this file in `auto_map` and writes it beside every `config.json`.
+
+Without it, transformers refuses these checkpoints (`AmbiguousGlobalPerLayerAttributeError`) and never loads them
+wrong.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+from transformers import initialization as init
+from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba.configuration_mamba import MambaConfig
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
+
+MODULE_NAME = "modeling_compressm"
+
+# Read once: the copy a model carries is the code it ran with, even if the file on disk changes later.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
+
+class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
+    """A Mamba-2 mixer that scans a projected state: B' = B @ B_projection and C' = C @ C_projection, per group.
+
+    All the entries of a Mamba-2 head decay alike (its transition is a scalar times the identity), so any change of
+    basis of the state commutes with the recurrence, and a balanced truncation of the state is just these two maps.
+    They stand after the convolution and SiLU, which do not commute with a map and so keep their N rows.
+
+    Attributes:
+        B_projection, C_projection: trainable parameters, each [G, N, r].
+        ssm_state_size: r, the size of the recurrent state in scan and cache.
+        unprojected_state_size: N, the rows per group that `in_proj` and `conv1d` keep for each of B and C.
+
+    Built by `project_`, or by `from_pretrained` and `from_config` for layers whose config says so.
+    """
+
+    B_projection: nn.Parameter
+    C_projection: nn.Parameter
+    unprojected_state_size: int
+
+    @torch.no_grad()
+    def init_mamba2_weights(self):
+        """Initialise as the stock mixer does; the projections start by selecting the first r states."""
+        super().init_mamba2_weights()
+        for projection in (self.B_projection, self.C_projection):
+            _, N, r = projection.shape
+            identity = torch.eye(N, r, dtype=projection.dtype, device=projection.device)
+            init.copy_(projection, identity.expand_as(projection))
+
+    # `Mamba2Mixer.forward` of transformers 5.23 line by line, without the fused training path (whose kernel reads B
+    # and C straight from the convolution) and with the projections.
+    @force_accelerate_hooks("conv1d")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        batch_size, seq_len, _ = hidden_states.shape
+        dtype = hidden_states.dtype
+        # Both are None too while the cache of this layer is empty.
+        conv_state, recurrent_state = None, None
+        if cache_params is not None:
+            conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
+            recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+
+        # 1. Gated MLP's linear projection
+        hidden_states = modeling_mamba2.apply_mask_to_padding_states(hidden_states, attention_mask)
+        gate, hidden_states_B_C, dt = self.in_proj(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        A = -torch.exp(self.A_log.float())
+
+        # 2. Convolution sequence transformation
+        hidden_states_B_C = hidden_states_B_C.transpose(1, 2)
+        if (
+            cache_params is not None
+            and conv_state is not None
+            and seq_len == 1
+            and not cache_params.is_recording_past(self.layer_idx)
+        ):
+            hidden_states_B_C = modeling_mamba2.causal_conv1d_update(
+                hidden_states_B_C,
+                conv_state,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation=self.activation,
+            )
+        else:
+            if cache_params is not None:
+                hidden_states_B_C = cache_params.update_conv_state(
+                    hidden_states_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size
+                )
+            hidden_states_B_C = modeling_mamba2.causal_conv1d_fn(
+                hidden_states_B_C,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation=self.activation,
+                **kwargs,
+            )
+            if cache_params is not None:
+                hidden_states_B_C = hidden_states_B_C[:, :, -seq_len:]
+
+        # 3. SSM transformation, in the projected state
+        hidden_states_B_C = modeling_mamba2.apply_mask_to_padding_states(
+            hidden_states_B_C.transpose(1, 2), attention_mask
+        )
+        rows = self.n_groups * self.unprojected_state_size
+        hidden_states, B, C = hidden_states_B_C.split([self.intermediate_size, rows, rows], dim=-1)
+        B = self._project(B, self.B_projection)
+        C = self._project(C, self.C_projection)
+
+        if recurrent_state is not None and seq_len == 1:  # Recurrent form
+            scan_output = modeling_mamba2.mamba2_selective_state_update(
+                recurrent_state,
+                hidden_states.view(batch_size, self.num_heads, self.head_dim),
+                dt.transpose(1, 2).expand(-1, -1, self.head_dim),
+                A[:, None, None].expand(-1, self.head_dim, self.ssm_state_size),
+                B[:, 0],
+                C[:, 0],
+                self.D[:, None].expand(-1, self.head_dim),
+                z=None,
+                dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
+                dt_softplus=True,
+                **kwargs,
+            )
+        else:  # Chunk form
+            scan_output = modeling_mamba2.mamba2_chunk_scan(
+                hidden_states.view(batch_size, seq_len, self.num_heads, self.head_dim),
+                dt,
+                A,
+                B,
+                C,
+                chunk_size=self.chunk_size,
+                D=self.D,
+                z=None,
+                return_final_states=cache_params is not None,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                initial_states=recurrent_state,
+                dt_limit=self.time_step_limit,
+                **kwargs,
+            )
+            if cache_params is not None:
+                scan_output, final_state = scan_output
+                cache_params.update_recurrent_state(final_state, layer_idx=self.layer_idx)
+
+        scan_output = self.norm(scan_output.reshape(batch_size, seq_len, -1), gate)
+
+        # 4. Final linear projection
+        return self.out_proj(scan_output.to(dtype))
+
+    def _project(self, states: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        """Map [batch, length, G * N] by [G, N, r] to [batch, length, G, r]."""
+        states = states.unflatten(-1, (self.n_groups, self.unprojected_state_size))
+        return torch.einsum("blgn,gnr->blgr", states, projection.to(states.dtype))
+
+
+def project_(mixer: modeling_mamba2.Mamba2Mixer, B_projection: torch.Tensor, C_projection: torch.Tensor) -> None:
+    """Make a Mamba-2 mixer, stock or projected, scan the state that two maps project to. In place.
+
+    The maps are copied to new trainable parameters; those of a mixer that was projected before are dropped, so compose
+    them first if the new maps act on the projected state. Tell the config with `set_state_sizes`.
+
+    Args:
+        mixer: stock (N = `ssm_state_size`) or projected (N = `unprojected_state_size`).
+        B_projection, C_projection: [G, N, r] each.
+
+    Raises:
+        ValueError: if a map does not have that shape.
+    """
+    N: int = getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
+    r: int = B_projection.shape[-1]
+    for name, projection in (("B_projection", B_projection), ("C_projection", C_projection)):
+        if projection.shape != (mixer.n_groups, N, r):
+            raise ValueError(
+                f"{name} of layer {mixer.layer_idx} must be [n_groups, state size, projected size] = "
+                f"[{mixer.n_groups}, {N}, {r}], got {list(projection.shape)}."
+            )
+    mixer.__class__ = ProjectedMamba2Mixer
+    assert isinstance(mixer, ProjectedMamba2Mixer)
+    mixer.unprojected_state_size = N
+    mixer.ssm_state_size = r
+    like = mixer.conv1d.weight
+    for name, projection in (("B_projection", B_projection), ("C_projection", C_projection)):
+        values = torch.empty(projection.shape, dtype=like.dtype, device=like.device).copy_(projection.detach())
+        setattr(mixer, name, nn.Parameter(values))
+
+
+class _WrittenWithConfig:
+    """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
+    would name this file even in the checkpoint of a model that has become stock again."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        pass
+
+
+# What `auto_map` points at. The stock names, since `architectures` is taken from the name of the class.
+class MambaModel(_WrittenWithConfig, modeling_mamba.MambaModel):
+    pass
+
+
+class MambaForCausalLM(_WrittenWithConfig, modeling_mamba.MambaForCausalLM):
+    pass
+
+
+class Mamba2Model(_WrittenWithConfig, modeling_mamba2.Mamba2Model):
+    pass
+
+
+class Mamba2ForCausalLM(_WrittenWithConfig, modeling_mamba2.Mamba2ForCausalLM):
+    pass
+
+
+AUTO_MAPS = {
+    "mamba": {
+        "AutoModel": f"{MODULE_NAME}.MambaModel",
+        "AutoModelForCausalLM": f"{MODULE_NAME}.MambaForCausalLM",
+    },
+    "mamba2": {
+        "AutoModel": f"{MODULE_NAME}.Mamba2Model",
+        "AutoModelForCausalLM": f"{MODULE_NAME}.Mamba2ForCausalLM",
+    },
+}
+
+
+def update_auto_map(config: PreTrainedConfig) -> None:
+    """Name this file in `config.auto_map` if the model needs it, take its name out if it does not. In place."""
+    entries = getattr(config, "auto_map", None) or {}
+    auto_map = {key: name for key, name in entries.items() if MODULE_NAME not in str(name)}
+    if config.is_heterogeneous:
+        auto_map |= AUTO_MAPS[config.model_type]
+    if auto_map:
+        config.auto_map = auto_map
+    elif entries:
+        del config.auto_map
+
+
+def install() -> None:
+    """Teach transformers to build and save these models. Does nothing the second time, from whichever copy of this
+    file."""
+    for mixer_class in (modeling_mamba.MambaMixer, modeling_mamba2.Mamba2Mixer):
+        _wrap_once(mixer_class, "__init__", _build_from_layer_config)
+    for config_class in (MambaConfig, Mamba2Config):
+        _wrap_once(config_class, "to_json_file", _write_source_beside)
+
+
+def _wrap_once(cls: type, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    method = getattr(cls, name)
+    if not hasattr(method, "_compressm"):
+        wrapper = functools.wraps(method)(wrap(method))
+        vars(wrapper)["_compressm"] = True
+        setattr(cls, name, wrapper)
+
+
+def _build_from_layer_config(stock_init: Callable) -> Callable:
+    def init_from_layer_config(self, config: Any, layer_idx: int, *args, **kwargs):
+        if config.is_heterogeneous:
+            config = config.per_layer_config[layer_idx]
+        N, r = getattr(config, "unprojected_state_size", None), config.state_size
+        if N is None:
+            stock_init(self, config, layer_idx, *args, **kwargs)
+        else:
+            config = copy.copy(config)
+            config.state_size = N
+            stock_init(self, config, layer_idx, *args, **kwargs)
+            identity = torch.eye(N, r).expand(self.n_groups, -1, -1)
+            project_(self, identity, identity)
+
+    return init_from_layer_config
+
+
+def _write_source_beside(stock_to_json_file: Callable) -> Callable:
+    # Every way to save a model or its config ends here, after the point where uploads note which files were there.
+    def to_json_file(self, json_file_path, *args, **kwargs):
+        update_auto_map(self)
+        stock_to_json_file(self, json_file_path, *args, **kwargs)
+        if self.is_heterogeneous:
+            (Path(json_file_path).parent / f"{MODULE_NAME}.py").write_text(SOURCE, encoding="utf-8")
+
+    return to_json_file
+
+
+install()
