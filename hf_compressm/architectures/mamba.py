@@ -1,0 +1,106 @@
+"""Mamba-1 mixers: read their selective system, and cut their state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..hankel.gramians import MambaStatistics, MambaSystem
+from ..hankel.realization import Selection
+
+
+def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A mixer's depthwise causal convolution in float32, [batch, length, channels] in and out."""
+    bias = None if conv.bias is None else conv.bias.float()
+    out = F.conv1d(x.mT, conv.weight.float(), bias, padding=conv.kernel_size[0] - 1, groups=conv.groups)
+    return out[..., : x.shape[1]].mT
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer in float32."""
+    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+
+def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """1 for tokens and 0 for padding, [batch, length], float32."""
+    if attention_mask is None:
+        return torch.ones(hidden_states.shape[:2], device=hidden_states.device)
+    return attention_mask.float()
+
+
+class MambaLayer:
+    """One Mamba-1 mixer of a model.
+
+    Args:
+        name: of the mixer in the model.
+        mixer: a `MambaMixer`, or a module with its attributes.
+    """
+
+    groups = 1
+    can_project = False
+
+    def __init__(self, name: str, mixer: Any) -> None:
+        self.name = name
+        self.mixer = mixer
+        self.index: int = mixer.layer_idx
+
+    @property
+    def state_size(self) -> int:
+        """N."""
+        return self.mixer.ssm_state_size
+
+    @property
+    def channels(self) -> int:
+        """Scanned channels: each has a state of N numbers per sequence."""
+        return self.mixer.intermediate_size
+
+    def statistics(self, *, mean_lti: bool) -> MambaStatistics:
+        """An empty accumulator for `read`'s systems."""
+        return MambaStatistics(self.channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
+
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> MambaSystem:
+        """The mixer's selective system on its input [batch, length, hidden]."""
+        mixer = self.mixer
+        valid = valid_tokens(hidden_states, attention_mask)
+        x, z = linear(hidden_states.float() * valid[..., None], mixer.in_proj).chunk(2, dim=-1)
+        u = mixer.act(causal_conv(x, mixer.conv1d)) * valid[..., None]
+        step, B, C = linear(u, mixer.x_proj).split([mixer.time_step_rank, self.state_size, self.state_size], dim=-1)
+        return MambaSystem(
+            u=u,
+            delta=F.softplus(linear(step, mixer.dt_proj)),
+            A=-torch.exp(mixer.A_log.float()),
+            B=B,
+            C=C,
+            gate=F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0),
+            valid=valid,
+        )
+
+    def magnitude(self) -> Tensor:
+        """Product of the norms of each state's rows of B and C, [1, N]."""
+        rows = self.mixer.x_proj.weight.float()[self.mixer.time_step_rank :].norm(dim=1)
+        return (rows[: self.state_size] * rows[self.state_size :])[None]
+
+    def check_size(self, size: int) -> None:
+        """Every size is good for the Mamba-1 kernels."""
+
+    def cut(self, groups: list[Selection]) -> dict[str, Tensor]:
+        """The mixer's parameters after a selection; nothing is changed yet."""
+        (selection,) = groups
+        mixer, R, N = self.mixer, self.mixer.time_step_rank, self.state_size
+        step, B, C = mixer.x_proj.weight.detach().split([R, N, N])
+        if selection.readout is None:
+            C = C[selection.kept]
+        else:
+            C = (selection.readout @ C.to(selection.readout.dtype)).to(C.dtype)
+        return {
+            "A_log": mixer.A_log.detach()[:, selection.kept].contiguous(),
+            "x_proj.weight": torch.cat([step, B[selection.kept], C]),
+        }
+
+    def resize(self, size: int) -> None:
+        """Tell the mixer its new state size."""
+        self.mixer.ssm_state_size = size
+        self.mixer.x_proj.out_features = self.mixer.time_step_rank + 2 * size

@@ -1,0 +1,138 @@
+"""Mamba-2 mixers: read their selective system, and cut their state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..hankel.gramians import Mamba2Statistics, Mamba2System
+from ..hankel.realization import Projection, Selection
+from .mamba import causal_conv, linear, valid_tokens
+
+
+class Mamba2Layer:
+    """One Mamba-2 mixer of a model, stock or already projected.
+
+    Args:
+        name: of the mixer in the model.
+        mixer: a `Mamba2Mixer`, or a module with its attributes.
+    """
+
+    can_project = True
+
+    def __init__(self, name: str, mixer: Any) -> None:
+        self.name = name
+        self.mixer = mixer
+        self.index: int = mixer.layer_idx
+
+    @property
+    def state_size(self) -> int:
+        """N of the scan: the projected size of a projected mixer."""
+        return self.mixer.ssm_state_size
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads that share B and C."""
+        return self.mixer.n_groups
+
+    @property
+    def channels(self) -> int:
+        """Scanned channels: each has a state of N numbers per sequence."""
+        return self.mixer.intermediate_size
+
+    @property
+    def unprojected_state_size(self) -> int | None:
+        """N before the projection of a projected mixer, else None."""
+        return getattr(self.mixer, "unprojected_state_size", None)
+
+    def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
+        """An empty accumulator for `read`'s systems."""
+        mixer = self.mixer
+        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, mixer.A_log.device, mean_lti=mean_lti)
+
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Mamba2System:
+        """The mixer's selective system on its input [batch, length, hidden]."""
+        mixer = self.mixer
+        valid = valid_tokens(hidden_states, attention_mask)
+        projected = linear(hidden_states.float() * valid[..., None], mixer.in_proj)
+        z, xBC, step = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+        xBC = mixer.act(causal_conv(xBC, mixer.conv1d)) * valid[..., None]
+        rows = (mixer.conv_dim - mixer.intermediate_size) // 2
+        x, B, C = xBC.split([mixer.intermediate_size, rows, rows], dim=-1)
+        B, C = B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+        if self.unprojected_state_size is not None:
+            B = torch.einsum("blgn,gnr->blgr", B, mixer.B_projection.float())
+            C = torch.einsum("blgn,gnr->blgr", C, mixer.C_projection.float())
+        gate = F.silu(z) * valid[..., None] * mixer.norm.weight.float() * mixer.out_proj.weight.float().norm(dim=0)
+        return Mamba2System(
+            x=x.unflatten(-1, (mixer.num_heads, -1)),
+            delta=F.softplus(step + mixer.dt_bias.float()).clamp(*mixer.time_step_limit),
+            A=-torch.exp(mixer.A_log.float()),
+            B=B,
+            C=C,
+            gate=gate.unflatten(-1, (mixer.num_heads, -1)),
+            valid=valid,
+        )
+
+    def magnitude(self) -> Tensor:
+        """Product of the norms of each state's rows of B and C in `in_proj`, [groups, N]."""
+        start = 2 * self.mixer.intermediate_size
+        rows = self.mixer.in_proj.weight.float()[start : start + 2 * self.groups * self.state_size].norm(dim=1)
+        return rows.view(2, self.groups, self.state_size).prod(0)
+
+    def check_size(self, size: int) -> None:
+        """Refuse a selected size that the causal convolution's kernel can't take.
+
+        Raises:
+            ValueError: if groups * size is not a multiple of 8.
+        """
+        if self.groups * size % 8:
+            step = next(n for n in range(1, 9) if n * self.groups % 8 == 0)
+            below, above = size // step * step, size // step * step + step
+            good = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"Layer {self.index} can't select {size} states: the CUDA convolution needs n_groups * state_size "
+                f"({self.groups} * {size}) to be a multiple of 8. Take {good}, or realization='project'."
+            )
+
+    def cut(self, groups: list[Selection] | list[Projection]) -> dict[str, Tensor]:
+        """The mixer's parameters after a selection or projection; nothing is changed yet."""
+        mixer = self.mixer
+        if isinstance(groups[0], Projection):
+            maps = {}
+            for name in ("B_projection", "C_projection"):
+                new = torch.stack([getattr(group, name) for group in groups])
+                if self.unprojected_state_size is not None:
+                    new = getattr(mixer, name).detach().double() @ new
+                maps[name] = new
+            return maps
+        kept = torch.stack([group.kept for group in groups])  # type: ignore[union-attr]
+        if self.unprojected_state_size is not None:
+            index = kept[:, None, :].expand(-1, self.unprojected_state_size, -1)
+            return {name: getattr(mixer, name).detach().gather(2, index) for name in ("B_projection", "C_projection")}
+        N, inner = self.state_size, mixer.intermediate_size
+        states = (torch.arange(self.groups, device=kept.device)[:, None] * N + kept).flatten()
+        channels = torch.cat(
+            [torch.arange(inner, device=kept.device), inner + states, inner + self.groups * N + states]
+        )
+        heads = torch.arange(inner + mixer.conv_dim, mixer.in_proj.out_features, device=kept.device)
+        rows = torch.cat([torch.arange(inner, device=kept.device), inner + channels, heads])
+        new = {"in_proj.weight": mixer.in_proj.weight.detach()[rows], "conv1d.weight": mixer.conv1d.weight[channels]}
+        if mixer.in_proj.bias is not None:
+            new["in_proj.bias"] = mixer.in_proj.bias.detach()[rows]
+        if mixer.conv1d.bias is not None:
+            new["conv1d.bias"] = mixer.conv1d.bias.detach()[channels]
+        return new
+
+    def resize(self, size: int) -> None:
+        """Tell the mixer its new state size."""
+        mixer = self.mixer
+        mixer.ssm_state_size = size
+        if self.unprojected_state_size is None:
+            mixer.conv_dim = mixer.intermediate_size + 2 * self.groups * size
+            conv = mixer.conv1d
+            conv.in_channels = conv.out_channels = conv.groups = mixer.conv_dim
+            mixer.in_proj.out_features = mixer.intermediate_size + mixer.conv_dim + mixer.num_heads

@@ -1,0 +1,367 @@
+"""compress_ and compress_pretrained: measure, choose the sizes, realize them, and only then change the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from .architectures import SSMLayer, find_layers
+from .calibration import calibration_batches
+from .config import CompreSSMConfig
+from .hankel.gramians import Mamba2Statistics, MambaStatistics, elimination_order
+from .hankel.ranks import allocate_ranks, energy_rank, round_up
+from .hankel.realization import project, select, select_with_readout
+from .hub import is_state_spaces_checkpoint, load_state_spaces_model, load_tokenizer, project_, set_state_sizes
+from .report import CompressionReport, LayerReport
+
+logger = logging.get_logger(__name__)
+
+Statistics = MambaStatistics | Mamba2Statistics
+
+
+def compress_pretrained(
+    name_or_model: str | PreTrainedModel,
+    config: CompreSSMConfig | None = None,
+    *,
+    calibration_data: Any = None,
+    tokenizer: Any = None,
+    push_to_hub: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """Make a slim model of a checkpoint or a model.
+
+    Args:
+        name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
+            model, which is changed in place.
+        config: what to cut; by default 5% of each layer's Hankel energy.
+        calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
+            package ships, if there is a tokenizer, else samples of the model itself.
+        tokenizer: for texts; by default the checkpoint's.
+        push_to_hub: a repository to push the slim model (and its tokenizer) to.
+        **from_pretrained_kwargs: for `from_pretrained`, such as `dtype`, `device_map` or `revision`.
+
+    Returns:
+        the slim model, with a `compression_report`.
+
+    Raises:
+        ValueError, TypeError: see `compress_`.
+        OSError: if there is no such checkpoint, or a part of it is missing.
+    """
+    if isinstance(name_or_model, PreTrainedModel):
+        if from_pretrained_kwargs:
+            raise TypeError(f"A model is already loaded: drop {', '.join(from_pretrained_kwargs)}, or give its name.")
+        model = name_or_model
+    else:
+        hub = {
+            key: from_pretrained_kwargs[key]
+            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+            if key in from_pretrained_kwargs
+        }
+        original = is_state_spaces_checkpoint(name_or_model, **hub)
+        load = load_state_spaces_model if original else AutoModelForCausalLM.from_pretrained
+        model = load(name_or_model, **from_pretrained_kwargs)
+        if tokenizer is None:
+            try:
+                tokenizer = load_tokenizer(name_or_model, **hub)
+            except (OSError, ValueError) as error:
+                logger.info(f"hf_compressm: no tokenizer for {name_or_model} ({error}).")
+    compress_(model, config, calibration_data, tokenizer=tokenizer)
+    if push_to_hub is not None:
+        model.push_to_hub(push_to_hub)
+        if tokenizer is not None:
+            tokenizer.push_to_hub(push_to_hub)
+    return model
+
+
+def compress_(
+    model: PreTrainedModel,
+    config: CompreSSMConfig | None = None,
+    calibration_data: Any = None,
+    *,
+    tokenizer: Any = None,
+) -> CompressionReport:
+    """Make the state of a model's SSM layers smaller, in place.
+
+    Everything is measured and planned before anything is changed: an error leaves the model as it was. Parameters keep
+    their identity and only change their data, except that a projection adds two to each mixer.
+
+    Args:
+        model: with Mamba or Mamba-2 layers, on any device.
+        config: what to cut; by default 5% of each layer's Hankel energy.
+        calibration_data, tokenizer: as for `compress_pretrained`.
+
+    Returns:
+        the report, which is also `model.compression_report`.
+
+    Raises:
+        ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, or if
+            the calibration data does not fit the model.
+        TypeError: if the calibration data is of an unknown kind.
+    """
+    config = config or CompreSSMConfig()
+    layers = find_layers(model)
+    kind = _realization(config, layers)
+    _check_targets(config, layers, kind)
+    statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), config.estimator)
+    spectra = [entry.hankel_singular_values() for entry in statistics]
+    paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
+    sizes = _choose_sizes(config, layers, kind, spectra, paths)
+
+    cuts = {}
+    for layer, path, size in zip(layers, paths, sizes, strict=True):
+        if size < layer.state_size:
+            groups = [group[size] for group in path]
+            if not all(
+                torch.isfinite(t).all() for group in groups for t in vars(group).values() if torch.is_tensor(t)
+            ):
+                raise ValueError(
+                    f"The cut of layer {layer.index} to {size} states is not finite; nothing was changed."
+                )
+            cuts[layer.index] = layer.cut(groups)
+    report = _report(model, layers, sizes, spectra, paths, kind)
+    _apply(model, layers, sizes, cuts)
+    after = sum(p.numel() for p in model.parameters())
+    report = CompressionReport(report.layers, report.realization, report.parameters_before, after)
+    model.compression_report = report  # type: ignore[assignment]
+    logger.info(f"hf_compressm: cut {len(cuts)} of {len(layers)} SSM layers.")
+    return report
+
+
+def hankel_singular_values(
+    model: PreTrainedModel, calibration_data: Any = None, *, tokenizer: Any = None, estimator: str = "ltv"
+) -> CompressionReport:
+    """Measure the Hankel singular values of every SSM layer; the model is not changed.
+
+    Args:
+        model, calibration_data, tokenizer: as for `compress_`.
+        estimator: "ltv" (time-varying, by scan) or "mean_lti" (the paper's surrogate).
+
+    Returns:
+        a report in which every layer keeps its size.
+
+    Raises:
+        ValueError, TypeError: as `compress_`.
+    """
+    layers = find_layers(model)
+    statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), estimator)
+    spectra = [entry.hankel_singular_values() for entry in statistics]
+    sizes = [layer.state_size for layer in layers]
+    return _report(model, layers, sizes, spectra, None, "measured")
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, layers: list[SSMLayer], batches: list[dict[str, Tensor]], estimator: str = "ltv"
+) -> list[Statistics]:
+    """Run the model on the batches and accumulate the statistics of each layer from its mixer's inputs.
+
+    Raises:
+        ValueError: if a mixer never ran.
+    """
+    statistics: list[Statistics] = [layer.statistics(mean_lti=estimator == "mean_lti") for layer in layers]
+
+    def observe(layer: SSMLayer, entry: Any) -> Any:
+        def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            entry.update(layer.read(hidden_states, kwargs.get("attention_mask")))
+
+        return layer.mixer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [observe(layer, entry) for layer, entry in zip(layers, statistics, strict=True)]
+    try:
+        with _evaluating(model):
+            for batch in batches:
+                inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                model.base_model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, entry in zip(layers, statistics, strict=True):
+        if not entry.tokens:
+            raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
+    return statistics
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _realization(config: CompreSSMConfig, layers: list[SSMLayer]) -> str:
+    can_project = all(layer.can_project for layer in layers)
+    if config.realization == "project" and not can_project:
+        raise ValueError(
+            "realization='project' needs Mamba-2 layers: in Mamba-1 each state of a channel decays at its own rate, and a "
+            "projection would not commute with that. Take realization='select'."
+        )
+    if config.realization == "auto":
+        return "project" if can_project and not config.uniform and config.selection == "auto" else "select"
+    return config.realization
+
+
+def _check_targets(config: CompreSSMConfig, layers: list[SSMLayer], kind: str) -> None:
+    if config.state_size is None:
+        return
+    by_index = {layer.index: layer for layer in layers}
+    wanted = (
+        config.state_size if isinstance(config.state_size, Mapping) else dict.fromkeys(by_index, config.state_size)
+    )
+    for index, size in wanted.items():
+        if index not in by_index:
+            raise ValueError(f"state_size names layer {index}; the SSM layers are {sorted(by_index)}.")
+        layer = by_index[index]
+        if size >= layer.state_size:
+            raise ValueError(
+                f"Layer {index} has {layer.state_size} states, so it can't be cut to {size}: ask for fewer, or leave the "
+                "layer out of {layer: size}."
+            )
+        if kind == "select" and not getattr(layer, "unprojected_state_size", None):
+            layer.check_size(size)
+
+
+def _realize(layer: SSMLayer, statistics: Any, config: CompreSSMConfig, kind: str) -> list[dict[int, Any]]:
+    """For each group, the realization of every size."""
+    if kind == "project":
+        return [project(moments, P) for moments, P in zip(statistics.groups, statistics.P, strict=True)]
+    if config.selection == "auto" and isinstance(statistics, MambaStatistics):
+        (moments,) = statistics.groups
+        return [select(moments, elimination_order(moments.contribution)) | select_with_readout(moments)]
+    return [
+        select(moments, _order(layer, statistics, group, config)) for group, moments in enumerate(statistics.groups)
+    ]
+
+
+def _order(layer: SSMLayer, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
+    moments = statistics.groups[group]
+    if config.selection in ("auto", "greedy"):
+        return elimination_order(moments.contribution)
+    if config.selection == "random":
+        generator = torch.Generator().manual_seed(config.seed * 1000 + layer.index * 10 + group)
+        return torch.randperm(layer.state_size, generator=generator).to(moments.output.device)
+    if config.selection == "magnitude":
+        score = layer.magnitude()[group]
+    elif config.selection == "lti_modal":
+        score = statistics.modal_gain()[group]
+    else:
+        score = _weighted_power(statistics, group) * moments.output.diagonal()
+    return score.argsort(descending=True)
+
+
+def _weighted_power(statistics: Any, group: int) -> Tensor:
+    P = statistics.P.diagonal(dim1=-2, dim2=-1).double()
+    return P[group] if isinstance(statistics, Mamba2Statistics) else statistics.weight @ P
+
+
+def _choose_sizes(
+    config: CompreSSMConfig,
+    layers: list[SSMLayer],
+    kind: str,
+    spectra: list[Tensor],
+    paths: list[list[dict[int, Any]]],
+) -> list[int]:
+    if isinstance(config.state_size, Mapping):
+        return [config.state_size.get(layer.index, layer.state_size) for layer in layers]
+    if config.state_size is not None:
+        return [config.state_size] * len(layers)
+    if config.tolerance == 0 or config.ratio == 1:
+        return [layer.state_size for layer in layers]
+    step = config.multiple_of
+    if kind == "select":
+        for layer in layers:
+            while layer.can_project and layer.groups * step % 8:
+                step += config.multiple_of
+    if config.ratio is not None and not config.uniform:
+        costs = [
+            torch.tensor([sum(group[r].error for group in path) for r in range(1, layer.state_size + 1)])
+            for layer, path in zip(layers, paths, strict=True)
+        ]
+        total = round(config.ratio * sum(layer.state_size for layer in layers))
+        return allocate_ranks(costs, total, minimum=config.min_state_size, multiple_of=step)
+    if config.ratio is not None:
+        sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
+    else:
+        assert config.tolerance is not None
+        sizes = [int(energy_rank(spectrum, config.tolerance).max()) for spectrum in spectra]
+    if config.uniform:
+        sizes = [max(sizes)] * len(sizes)
+    return [
+        round_up(size, step, config.min_state_size, layer.state_size)
+        for size, layer in zip(sizes, layers, strict=True)
+    ]
+
+
+def _report(
+    model: PreTrainedModel,
+    layers: list[SSMLayer],
+    sizes: list[int],
+    spectra: list[Tensor],
+    paths: list[list[dict[int, Any]]] | None,
+    kind: str,
+) -> CompressionReport:
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = []
+    for position, (layer, size, spectrum) in enumerate(zip(layers, sizes, spectra, strict=True)):
+        path = paths[position] if paths is not None and size < layer.state_size else []
+        rows.append(
+            LayerReport(
+                index=layer.index,
+                old_size=layer.state_size,
+                new_size=size,
+                hankel_singular_values=spectrum.tolist(),
+                energy_kept=float(spectrum[:, :size].sum() / spectrum.sum()) if spectrum.sum() > 0 else 1.0,
+                output_error=max((group[size].error for group in path), default=0.0),
+                channels=layer.channels,
+            )
+        )
+    return CompressionReport(rows, kind, parameters, parameters)
+
+
+def _apply(
+    model: PreTrainedModel, layers: list[SSMLayer], sizes: list[int], cuts: dict[int, dict[str, Tensor]]
+) -> None:
+    """Change the model: nothing here is expected to fail, everything that could has been computed before."""
+    by_index = {layer.index: layer for layer in layers}
+    for index, size in zip((layer.index for layer in layers), sizes, strict=True):
+        if index not in cuts:
+            continue
+        layer = by_index[index]
+        if "B_projection" in cuts[index]:
+            maps = [cuts[index][name] for name in ("B_projection", "C_projection")]
+            if any(not torch.isfinite(m).all() for m in maps):
+                raise ValueError(f"The projection of layer {index} is not finite.")
+            project_(layer.mixer, *maps)
+            continue
+        for name, new in cuts[index].items():
+            _set_data(layer.mixer.get_parameter(name), new)
+        layer.resize(size)
+    if cuts:
+        projected = {
+            layer.index: layer.mixer.unprojected_state_size
+            for layer in layers
+            if getattr(layer, "unprojected_state_size", None) is not None
+        }
+        set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, projected)
+
+
+def _set_data(parameter: Tensor, new: Tensor) -> None:
+    """Give a parameter new data of another shape and keep the object, which optimizers and wrappers hold.
+
+    Passing through another dtype drops autograd's accumulator of the old shape.
+    """
+    new = new.detach().to(parameter.dtype).contiguous()
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.grad = None
+    parameter.data = parameter.data.to(other)
+    parameter.data = new

@@ -1,0 +1,83 @@
+"""CompreSSMConfig: what to cut, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Realization = Literal["auto", "select", "project"]
+Estimator = Literal["ltv", "mean_lti"]
+Selection = Literal["auto", "greedy", "ghost", "lti_modal", "magnitude", "random"]
+
+
+@dataclass(frozen=True)
+class CompreSSMConfig:
+    """How small the state of each layer becomes, and how the smaller state is made.
+
+    Args:
+        tolerance: share of each layer's Hankel energy that may be given up (the paper's tau), in [0, 1); 0 means no
+            cut. The default target, at 0.05, when no other is given.
+        state_size: the size itself, for all layers or as {layer: size}. Honoured exactly.
+        ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
+        realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
+            state. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
+        selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
+            elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
+            arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
+        estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
+        uniform: one size for all layers, the largest that any of them needs.
+        multiple_of: sizes that the library chooses are rounded up to a multiple of it.
+        min_state_size: no layer becomes smaller than this.
+        seed: of the "random" selection.
+
+    Raises:
+        ValueError: if a value is out of range or two targets are given.
+    """
+
+    tolerance: float | None = None
+    state_size: int | Mapping[int, int] | None = None
+    ratio: float | None = None
+    realization: Realization = "auto"
+    selection: Selection = "auto"
+    estimator: Estimator = "ltv"
+    uniform: bool = False
+    multiple_of: int = 1
+    min_state_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        targets = [name for name in ("tolerance", "state_size", "ratio") if getattr(self, name) is not None]
+        if len(targets) > 1:
+            raise ValueError(f"Give one target, not {' and '.join(targets)}: drop all but one of them.")
+        if not targets:
+            object.__setattr__(self, "tolerance", 0.05)
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"tolerance must lie in [0, 1), got {self.tolerance}: it is a share of the Hankel energy."
+            )
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], got {self.ratio}: it is the share of the states to keep.")
+        if isinstance(self.state_size, Mapping):
+            # JSON turns the layer numbers into strings.
+            object.__setattr__(self, "state_size", {int(i): int(r) for i, r in self.state_size.items()})
+        sizes = self.state_size.values() if isinstance(self.state_size, Mapping) else [self.state_size]
+        if any(size is not None and size < 1 for size in sizes):
+            raise ValueError(f"state_size must be at least 1, got {self.state_size}.")
+        if isinstance(self.state_size, Mapping) and self.uniform:
+            raise ValueError("uniform=True takes one state_size for all layers, not one for each: give an int.")
+        if self.uniform and self.realization == "project":
+            raise ValueError("uniform=True makes a stock checkpoint, which realization='project' can't be: drop one.")
+        for name, values in (("realization", Realization), ("selection", Selection), ("estimator", Estimator)):
+            if getattr(self, name) not in get_args(values):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}.")
+        for name in ("multiple_of", "min_state_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as a dictionary that JSON can hold; `CompreSSMConfig(**d)` gives the config back."""
+        values = asdict(self)
+        if isinstance(self.state_size, Mapping):
+            values["state_size"] = {str(i): r for i, r in self.state_size.items()}
+        return values

@@ -1,0 +1,254 @@
+"""Gramians and read-out moments of selective state space models, accumulated over calibration batches.
+
+| here | paper | meaning |
+|---|---|---|
+| `A`, `delta`, `B`, `C`, `u` | A, Delta, B, C, u | the selective state space model, per token |
+| `P`, `Q` | P, Q | controllability and observability Gramians |
+| `gate` | - | what multiplies a channel of the scan's output on its way to the residual stream; its square is w |
+| `K` | - | K_t = sum over channels of w_t h_t h_t^T: how the states move the layer's output at token t |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import mamba2_states, mamba_states, observability_gramian
+from .singular_values import hankel_singular_values
+from .systems import lti_gramian
+
+# The least-squares read-out's normal matrix has (candidates * N)^2 entries.
+MAX_READOUT = 4096
+
+
+@dataclass(frozen=True)
+class MambaSystem:
+    """The selective system of one Mamba-1 mixer on one batch, in float32.
+
+    Shapes: `u`, `delta`, `gate` [batch, length, channels]; `A` [channels, N]; `B`, `C` [batch, length, N]; `valid`
+    [batch, length], 1 for tokens and 0 for padding.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    gate: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class Mamba2System:
+    """The selective system of one Mamba-2 mixer on one batch, in float32.
+
+    Shapes: `x`, `gate` [batch, length, heads, head_dim]; `delta` [batch, length, heads]; `A` [heads]; `B`, `C`
+    [batch, length, groups, N]; `valid` [batch, length].
+    """
+
+    x: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    gate: Tensor
+    valid: Tensor
+
+
+class ReadoutMoments:
+    """Second moments of a layer's output in its states, for one group of B and C.
+
+    With y_t = sum_n C_tn h_tn, the energy of the output is the sum over t of C_t^T K_t C_t, and a read-out
+    y'_t = sum_s (R C_t)_s h_ts leaves an error that is quadratic in R, with the coefficients kept here (float64).
+
+    Attributes:
+        output: sum over t of C_t C_t^T, [N, N].
+        contribution: M, the sum over t of K_t * C_t C_t^T (elementwise), [N, N].
+        cross: sum over t of (K_t C_t) C_t^T, [N, N].
+        candidates: the c states that a least-squares read-out may keep, [c]; empty if it is not asked for.
+        normal_pairs: sum over t of K_t (x) C_t C_t^T over pairs of candidates and pairs of states,
+            [c (c + 1) / 2, N (N + 1) / 2].
+    """
+
+    def __init__(self, size: int, device: torch.device, *, readout: bool) -> None:
+        self.size = size
+        self.readout = readout
+        self.output = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.contribution, self.cross = self.output.clone(), self.output.clone()
+        self.candidates = torch.arange(size if readout and size**2 <= MAX_READOUT else 0, device=device)
+        self.normal_pairs = self._empty_pairs()
+
+    def update(self, K: Tensor, C: Tensor) -> None:
+        """Add tokens: K [tokens, N, N] and C [tokens, N]."""
+        outer = C[:, :, None] * C[:, None, :]
+        self.output += outer.sum(0)
+        self.contribution += (K * outer).sum(0)
+        self.cross += torch.einsum("tij,tj,tk->ik", K, C, C)
+        if self.readout and not len(self.candidates):
+            # Too many states for a fit over all of them: the first tokens choose those worth fitting.
+            self.candidates = elimination_order(self.contribution)[: max(1, MAX_READOUT // self.size)].sort().values
+            self.normal_pairs = self._empty_pairs()
+        if self.readout:
+            c = self.candidates
+            k, j = torch.tril_indices(len(c), len(c), device=K.device)
+            a, b = torch.tril_indices(self.size, self.size, device=K.device)
+            self.normal_pairs += K[:, c[k], c[j]].T @ outer[:, a, b]
+
+    def normal_matrix(self) -> Tensor:
+        """The least-squares normal matrix over all candidates, [c * N, c * N], rows ordered by (candidate, state)."""
+        rows, columns = _pair_index(self.candidates), _pair_index(torch.arange(self.size, device=self.output.device))
+        normal = self.normal_pairs[rows[:, None, :, None], columns[None, :, None, :]]
+        return normal.reshape(2 * [len(self.candidates) * self.size])
+
+    def _empty_pairs(self) -> Tensor:
+        c = len(self.candidates)
+        return self.output.new_zeros(c * (c + 1) // 2, self.size * (self.size + 1) // 2)
+
+
+def _pair_index(items: Tensor) -> Tensor:
+    """Where the pair (i, j) stands among `tril_indices`, for every i and j: [n, n]."""
+    i = torch.arange(len(items), device=items.device)
+    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    return high * (high + 1) // 2 + low
+
+
+def elimination_order(contribution: Tensor) -> Tensor:
+    """Order states from the most to the least important by greedy elimination.
+
+    Each step drops the state that adds least to the energy of what is dropped, E[w (sum over dropped n of C_n h_n)^2],
+    which is the sum of M over the dropped states.
+
+    Args:
+        contribution: M, [N, N].
+
+    Returns:
+        the N states, [N]; keeping r of them means keeping the first r.
+    """
+    cost = contribution.diagonal().clone()
+    order = torch.empty(len(cost), dtype=torch.long, device=cost.device)
+    for position in reversed(range(len(cost))):
+        order[position] = cost.argmin()
+        cost += 2 * contribution[order[position]]
+        cost[order[position:]] = torch.inf
+    return order
+
+
+class MambaStatistics:
+    """What a Mamba-1 layer's states do on the calibration data; `update` it with a system per batch.
+
+    Args:
+        channels, size: of the layer.
+        mean_lti: use the paper's surrogate, the time mean of Abar with second moments of its inputs and outputs,
+            instead of the time-varying scan.
+    """
+
+    def __init__(self, channels: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
+        self.mean_lti = mean_lti
+        self.tokens = 0.0
+        self.weight = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.decay = torch.zeros(channels, size, dtype=torch.float64, device=device)
+        self.P = torch.zeros(channels, size, size, device=device)
+        self.Q = torch.zeros(channels, size, size, device=device)
+        self.groups = [ReadoutMoments(size, device, readout=True)]
+
+    def update(self, system: MambaSystem) -> None:
+        weight = system.gate.square()
+        self.tokens += float(system.valid.sum())
+        self.weight += weight.sum((0, 1))
+        for time, h in mamba_states(system.u, system.delta, system.A, system.B):
+            gated = system.gate[:, time, :, None] * h
+            self.groups[0].update((gated.mT @ gated).flatten(0, 1), system.C[:, time].flatten(0, 1))
+            if not self.mean_lti:
+                channel_states = (h * system.valid[:, time, None, None]).flatten(0, 1).permute(1, 2, 0)
+                self.P += channel_states @ channel_states.mT
+        decay = torch.exp(system.delta.mean((0, 1))[:, None] * system.A)
+        self.decay += float(system.valid.sum()) * decay
+        if self.mean_lti:
+            drive = (system.delta * system.u).square() * system.valid[..., None]
+            self.P += torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
+            self.Q += torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C)
+        else:
+            self.Q += observability_gramian(system.delta, system.A, system.C, system.valid)
+
+    def hankel_singular_values(self) -> Tensor:
+        """The layer's spectrum, [1, N], descending: the channels' own spectra, averaged with their output weights."""
+        P, Q = self.P.double() / self.tokens, self.Q.double() / self.tokens
+        if self.mean_lti:
+            decay = self.decay / self.tokens
+            P, Q = lti_gramian(decay, P), lti_gramian(decay, Q)
+        weight = self.weight / self.weight.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return (weight @ hankel_singular_values(P, Q))[None]
+
+    def modal_gain(self) -> Tensor:
+        """AIRE-style score of each state, [1, N]: the modes' gains c^2 p / (1 - |abar|^2), averaged over channels."""
+        energy = self.P.diagonal(dim1=1, dim2=2).double()
+        output = self.groups[0].output.diagonal()
+        return (self.weight @ (energy * output / (1 - (self.decay / self.tokens).square())))[None]
+
+
+class Mamba2Statistics:
+    """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
+
+    All heads of a group share B and C, and Abar is a scalar per head, so that a group is one system with the Gramians
+    sum over heads of w P_h and of w Q_h.
+    """
+
+    def __init__(self, heads: int, groups: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
+        self.mean_lti = mean_lti
+        self.tokens = 0.0
+        self.weight = torch.zeros(heads, dtype=torch.float64, device=device)
+        self.P = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+        self.Q = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+        self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
+
+    def update(self, system: Mamba2System) -> None:
+        groups = system.B.shape[2]
+        self.tokens += float(system.valid.sum())
+        self.weight += system.gate.square().sum((0, 1, 3))
+        for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
+            gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
+            K = gated.mT @ gated  # [batch, time, groups, N, N]
+            if not self.mean_lti:
+                self.P += K.sum((0, 1))
+            for group, moments in enumerate(self.groups):
+                moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
+        if self.mean_lti:
+            self._update_mean_lti(system)
+        else:
+            self.Q += self._observability(system)
+
+    def hankel_singular_values(self) -> Tensor:
+        """The spectrum of each group, [groups, N], descending."""
+        return hankel_singular_values(self.P / self.tokens, self.Q / self.tokens)
+
+    def modal_gain(self) -> Tensor:
+        """AIRE-style score of each state, [groups, N]. All states of a head decay alike, so it is that of P and C."""
+        output = torch.stack([moments.output.diagonal() for moments in self.groups])
+        return (self.P.diagonal(dim1=1, dim2=2) * output).sqrt()
+
+    def _observability(self, system: Mamba2System) -> Tensor:
+        """sum over heads, batch and t of w_h Q_ht. G_s is a scalar per head here: G_s = 1 + Abar_s^2 G_{s-1}."""
+        groups = system.C.shape[2]
+        decay = torch.exp(2 * system.delta * system.A)
+        weight = system.gate.square().sum((0, 1, 3)) / system.valid.sum()
+        G = torch.zeros_like(decay[:, 0])
+        reach = torch.empty_like(decay)
+        for t in range(decay.shape[1]):
+            G = G * decay[:, t] + system.valid[:, t, None]
+            reach[:, t] = G
+        reach = (reach * weight).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
+        return torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)
+
+    def _update_mean_lti(self, system: Mamba2System) -> None:
+        groups = system.B.shape[2]
+        count = system.valid.sum()
+        decay = torch.exp((system.delta * system.valid[..., None]).sum((0, 1)) / count * system.A)
+        gain = 1 / (1 - decay.square())
+        weight = system.gate.square().sum((0, 1, 3)) / count
+        drive = (system.delta[..., None] * system.x).square().mean(-1) * weight * gain * system.x.shape[-1]
+        drive = drive.unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
+        reach = (weight * gain).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
+        self.P += torch.einsum("blg,blgi,blgj->gij", drive, system.B, system.B)
+        self.Q += torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)

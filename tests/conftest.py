@@ -1,0 +1,60 @@
+"""Tiny models with states that matter: random weights, but slow and fast modes, and B and C of full size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+VOCABULARY = 61
+
+
+def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0) -> MambaForCausalLM:
+    torch.manual_seed(seed)
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=layers, state_size=state_size, time_step_rank=4
+    )
+    model = MambaForCausalLM(config).eval()
+    _enliven(model)
+    return model
+
+
+def tiny_mamba2(state_size: int = 16, layers: int = 2, groups: int = 1, seed: int = 0) -> Mamba2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        state_size=state_size,
+        num_heads=8,
+        head_dim=8,
+        n_groups=groups,
+        chunk_size=8,
+        tie_word_embeddings=True,
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    _enliven(model)
+    return model
+
+
+@torch.no_grad()
+def _enliven(model: torch.nn.Module) -> None:
+    """Fresh weights hardly use the state: make its part of the output as large as the skip connection's."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("x_proj.weight", "in_proj.weight", "out_proj.weight")):
+            parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
+
+
+@pytest.fixture
+def mamba() -> MambaForCausalLM:
+    return tiny_mamba()
+
+
+@pytest.fixture
+def mamba2() -> Mamba2ForCausalLM:
+    return tiny_mamba2()
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(1))
