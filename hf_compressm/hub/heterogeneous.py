@@ -69,7 +69,8 @@ def set_state_sizes(
         setattr(config, field, layers[min(layers)][0])
     else:
         setattr(config, field, _NO_SIZE)
-        config.unprojected_state_size = None  # transformers wants every per-layer attribute on the whole config too
+        if any(N is not None for _, N in layers.values()):
+            config.unprojected_state_size = None  # transformers wants what some layers set on the whole config too
         config.per_layer_config = {
             i: {field: size} if N is None else {field: size, "unprojected_state_size": N}
             for i, (size, N) in layers.items()

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 
 from hf_compressm.hub import get_state_sizes, get_unprojected_state_sizes, modeling_compressm, set_state_sizes
 from tests.hub import without_plugin
-from tests.hub.models import LAYERS, NOT_UNIFORM, UNIFORM, mamba_config, slim, tokens
+from tests.hub.models import LAYERS, NOT_UNIFORM, UNIFORM, build, mamba2_config, mamba_config, slim, tokens
 
 ALL = UNIFORM | NOT_UNIFORM
 CODE = "modeling_compressm.py"
@@ -126,6 +126,25 @@ def test_plugin_in_bfloat16_on_a_device_map(folder, models, name):
     model = AutoModelForCausalLM.from_pretrained(folder / "saved" / name, dtype="bfloat16", device_map="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(model(tokens()).logits, models[name](tokens()).logits, atol=0.5, rtol=0.1)
+
+
+def test_projections_that_a_checkpoint_lacks_start_by_selecting(tmp_path):
+    """The weights of a stock model, the config of a projected one: the rest is loaded, not drawn again."""
+    stock = build(mamba2_config())
+    stock.save_pretrained(tmp_path)
+    config = mamba2_config()
+    set_state_sizes(config, dict.fromkeys(range(LAYERS), 8), dict.fromkeys(range(LAYERS), 8))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    assert get_unprojected_state_sizes(model.config) == [8] * LAYERS
+    assert_same(model(tokens()).logits, stock)
+
+
+def test_disk_offload(folder, models, tmp_path):
+    devices = {"backbone.embeddings": "cpu", "backbone.norm_f": "cpu", "lm_head": "cpu", "backbone.layers": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "saved" / "mamba2_projected", device_map=devices, offload_folder=tmp_path
+    )
+    assert_same(model(tokens()).logits, models["mamba2_projected"])
 
 
 def test_plugin_with_remote_code_trusted(folder, models, tmp_path, monkeypatch):
