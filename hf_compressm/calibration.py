@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -60,7 +60,7 @@ def sample(model: PreTrainedModel, sequences: int = SEQUENCES, length: int = 128
     ids = torch.full((sequences, 1), start, device=model.device)
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    out = model.generate(
+    out = model.generate(  # type: ignore[operator]
         ids, do_sample=True, max_length=length, min_length=length, attention_mask=torch.ones_like(ids), pad_token_id=0
     )
     torch.random.set_rng_state(generator_state)
@@ -120,7 +120,7 @@ def _check(batches: list[dict[str, Tensor]], model: PreTrainedModel) -> None:
             f"The longest calibration sequence has {longest} tokens, too few for the scan to warm up: give sequences of "
             f"at least {MIN_LENGTH} tokens, better {LENGTH}."
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     low = min(int(batch["input_ids"].min()) for batch in batches)
     high = max(int(batch["input_ids"].max()) for batch in batches)
     if low < 0 or high >= vocabulary:

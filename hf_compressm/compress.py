@@ -64,7 +64,7 @@ def compress_pretrained(
             if key in from_pretrained_kwargs
         }
         original = is_state_spaces_checkpoint(name_or_model, **hub)
-        load = load_state_spaces_model if original else AutoModelForCausalLM.from_pretrained
+        load: Any = load_state_spaces_model if original else AutoModelForCausalLM.from_pretrained
         model = load(name_or_model, **from_pretrained_kwargs)
         if tokenizer is None:
             try:
@@ -73,7 +73,7 @@ def compress_pretrained(
                 logger.info(f"hf_compressm: no tokenizer for {name_or_model} ({error}).")
     compress_(model, config, calibration_data, tokenizer=tokenizer)
     if push_to_hub is not None:
-        model.push_to_hub(push_to_hub)
+        model.push_to_hub(push_to_hub)  # type: ignore[arg-type]
         if tokenizer is not None:
             tokenizer.push_to_hub(push_to_hub)
     return model
@@ -116,14 +116,12 @@ def compress_(
     cuts = {}
     for layer, path, size in zip(layers, paths, sizes, strict=True):
         if size < layer.state_size:
-            groups = [group[size] for group in path]
-            if not all(
-                torch.isfinite(t).all() for group in groups for t in vars(group).values() if torch.is_tensor(t)
-            ):
+            cuts[layer.index] = layer.cut([group[size] for group in path])
+            if not all(torch.isfinite(new).all() for new in cuts[layer.index].values()):
                 raise ValueError(
-                    f"The cut of layer {layer.index} to {size} states is not finite; nothing was changed."
+                    f"The cut of layer {layer.index} to {size} states is not finite: look at the model's weights and the "
+                    "calibration data. Nothing was changed."
                 )
-            cuts[layer.index] = layer.cut(groups)
     report = _report(model, layers, sizes, spectra, paths, kind)
     _apply(model, layers, sizes, cuts)
     after = sum(p.numel() for p in model.parameters())
@@ -332,20 +330,14 @@ def _apply(
     model: PreTrainedModel, layers: list[SSMLayer], sizes: list[int], cuts: dict[int, dict[str, Tensor]]
 ) -> None:
     """Change the model: nothing here is expected to fail, everything that could has been computed before."""
-    by_index = {layer.index: layer for layer in layers}
-    for index, size in zip((layer.index for layer in layers), sizes, strict=True):
-        if index not in cuts:
-            continue
-        layer = by_index[index]
-        if "B_projection" in cuts[index]:
-            maps = [cuts[index][name] for name in ("B_projection", "C_projection")]
-            if any(not torch.isfinite(m).all() for m in maps):
-                raise ValueError(f"The projection of layer {index} is not finite.")
-            project_(layer.mixer, *maps)
-            continue
-        for name, new in cuts[index].items():
-            _set_data(layer.mixer.get_parameter(name), new)
-        layer.resize(size)
+    for layer, size in zip(layers, sizes, strict=True):
+        new = cuts.get(layer.index, {})
+        if "B_projection" in new:
+            project_(layer.mixer, **new)
+        elif new:
+            for name, data in new.items():
+                _set_data(layer.mixer.get_parameter(name), data)
+            layer.resize(size)
     if cuts:
         projected = {
             layer.index: layer.mixer.unprojected_state_size

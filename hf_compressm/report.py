@@ -95,7 +95,7 @@ class CompressionReport:
         axes.spines[["top", "right"]].set_visible(False)
         last = max(layer.index for layer in self.layers)
         mappable = figure.colorbar(_scale(last), ax=axes, label="layer")
-        mappable.outline.set_visible(False)  # type: ignore[operator]
+        mappable.outline.set_visible(False)
         return figure
 
     def _summary(self) -> str:

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..hankel.gramians import Mamba2Statistics, Mamba2System
-from ..hankel.realization import Projection, Selection
+from ..hankel.realization import Projection
 from .mamba import causal_conv, linear, valid_tokens
+
+PROJECTIONS = ("B_projection", "C_projection")
 
 
 class Mamba2Layer:
@@ -98,34 +100,29 @@ class Mamba2Layer:
                 f"({self.groups} * {size}) to be a multiple of 8. Take {good}, or realization='project'."
             )
 
-    def cut(self, groups: list[Selection] | list[Projection]) -> dict[str, Tensor]:
-        """The mixer's parameters after a selection or projection; nothing is changed yet."""
+    def cut(self, groups: list[Any]) -> dict[str, Tensor]:
+        """The mixer's parameters after a selection or projection, one of `groups` per group; nothing changes yet."""
         mixer = self.mixer
         if isinstance(groups[0], Projection):
-            maps = {}
-            for name in ("B_projection", "C_projection"):
-                new = torch.stack([getattr(group, name) for group in groups])
-                if self.unprojected_state_size is not None:
-                    new = getattr(mixer, name).detach().double() @ new
-                maps[name] = new
-            return maps
-        kept = torch.stack([group.kept for group in groups])  # type: ignore[union-attr]
+            maps = {name: torch.stack([getattr(group, name) for group in groups]) for name in PROJECTIONS}
+            if self.unprojected_state_size is None:
+                return maps
+            return {name: getattr(mixer, name).detach().double() @ new for name, new in maps.items()}
+        kept = torch.stack([group.kept for group in groups])
         if self.unprojected_state_size is not None:
             index = kept[:, None, :].expand(-1, self.unprojected_state_size, -1)
-            return {name: getattr(mixer, name).detach().gather(2, index) for name in ("B_projection", "C_projection")}
-        N, inner = self.state_size, mixer.intermediate_size
-        states = (torch.arange(self.groups, device=kept.device)[:, None] * N + kept).flatten()
-        channels = torch.cat(
-            [torch.arange(inner, device=kept.device), inner + states, inner + self.groups * N + states]
-        )
+            return {name: getattr(mixer, name).detach().gather(2, index) for name in PROJECTIONS}
+        inner, size = mixer.intermediate_size, self.groups * self.state_size
+        x = torch.arange(inner, device=kept.device)
+        states = (torch.arange(self.groups, device=kept.device)[:, None] * self.state_size + kept).flatten()
+        channels = torch.cat([x, inner + states, inner + size + states])
         heads = torch.arange(inner + mixer.conv_dim, mixer.in_proj.out_features, device=kept.device)
-        rows = torch.cat([torch.arange(inner, device=kept.device), inner + channels, heads])
-        new = {"in_proj.weight": mixer.in_proj.weight.detach()[rows], "conv1d.weight": mixer.conv1d.weight[channels]}
-        if mixer.in_proj.bias is not None:
-            new["in_proj.bias"] = mixer.in_proj.bias.detach()[rows]
-        if mixer.conv1d.bias is not None:
-            new["conv1d.bias"] = mixer.conv1d.bias.detach()[channels]
-        return new
+        rows = {"in_proj": torch.cat([x, inner + channels, heads]), "conv1d": channels}
+        return {
+            f"{name}.{key}": parameter.detach()[index]
+            for name, index in rows.items()
+            for key, parameter in getattr(mixer, name).named_parameters()
+        }
 
     def resize(self, size: int) -> None:
         """Tell the mixer its new state size."""

@@ -1,0 +1,107 @@
+"""Selections and projections against brute force and independent least squares."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from hf_compressm.hankel.gramians import ReadoutMoments, elimination_order
+from hf_compressm.hankel.realization import project, select, select_with_readout
+
+N, TOKENS, CHANNELS = 5, 60, 7
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """States [tokens, channels, N] (correlated, of different sizes) and output maps [tokens, N], float64."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(N, N, generator=generator, dtype=torch.float64) + 2 * torch.eye(N, dtype=torch.float64)
+    h = torch.randn(TOKENS, CHANNELS, N, generator=generator, dtype=torch.float64) @ mixing
+    return h, torch.randn(TOKENS, N, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def moments(data) -> ReadoutMoments:
+    h, C = data
+    moments = ReadoutMoments(N, torch.device("cpu"), readout=True)
+    for part in (slice(0, 25), slice(25, None)):
+        moments.update(h[part].mT @ h[part], C[part])
+    return moments
+
+
+def lost(data, kept, readout=None) -> float:
+    h, C = data
+    y = torch.einsum("tdn,tn->td", h, C)
+    C_new = C[:, kept] if readout is None else C @ readout.T
+    return float((y - torch.einsum("tds,ts->td", h[..., kept], C_new)).square().sum() / y.square().sum())
+
+
+def test_reported_errors_are_the_true_ones(data, moments):
+    for r, selection in select(moments, elimination_order(moments.contribution)).items():
+        assert len(selection.kept) == r
+        assert selection.error == pytest.approx(lost(data, selection.kept), abs=1e-12)
+    for r, selection in select_with_readout(moments).items():
+        assert selection.readout.shape == (r, N)
+        assert selection.error == pytest.approx(lost(data, selection.kept, selection.readout), abs=1e-5)
+
+
+def test_readout_is_the_least_squares_solution_for_its_states(data, moments):
+    h, C = data
+    y = torch.einsum("tdn,tn->td", h, C).flatten()
+    for r, selection in select_with_readout(moments, ridge=1e-12).items():
+        features = torch.einsum("tds,tn->tdsn", h[..., selection.kept], C).reshape(-1, r * N)
+        solution = torch.linalg.lstsq(features, y).solution
+        residual = (y - features @ solution).square().sum() / y.square().sum()
+        assert lost(data, selection.kept, selection.readout) == pytest.approx(float(residual), abs=1e-8)
+
+
+def test_each_elimination_step_is_the_best_one(data, moments):
+    path = select_with_readout(moments, ridge=1e-12)
+    h, C = data
+    y = torch.einsum("tdn,tn->td", h, C).flatten()
+
+    def refit_error(kept) -> float:
+        features = torch.einsum("tds,tn->tdsn", h[..., list(kept)], C).reshape(len(y), -1)
+        return float((y - features @ torch.linalg.lstsq(features, y).solution).square().sum() / y.square().sum())
+
+    for r in range(N, 1, -1):
+        best = min(refit_error(kept) for kept in combinations(path[r].kept.tolist(), r - 1))
+        assert path[r - 1].error == pytest.approx(best, abs=1e-8)
+
+
+def test_readout_never_loses_more_than_plain_selection_of_the_same_states(data, moments):
+    for selection in select_with_readout(moments).values():
+        assert selection.error <= lost(data, selection.kept) + 1e-6
+
+
+def test_all_states_lose_nothing(data, moments):
+    assert select_with_readout(moments)[N].error < 1e-5
+    assert select(moments, torch.arange(N))[N].error == 0
+
+
+def test_candidates_limit_the_fit_when_there_are_many_states(monkeypatch, data):
+    monkeypatch.setattr("hf_compressm.hankel.gramians.MAX_READOUT", 3 * N)
+    h, C = data
+    moments = ReadoutMoments(N, torch.device("cpu"), readout=True)
+    moments.update(h.mT @ h, C)
+    path = select_with_readout(moments)
+    assert max(path) == 3
+    for selection in path.values():
+        assert selection.error == pytest.approx(lost(data, selection.kept, selection.readout), abs=1e-5)
+
+
+def test_projection_is_exact_where_the_state_has_low_rank():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(2, N, generator=generator, dtype=torch.float64)
+    h = torch.randn(TOKENS, CHANNELS, 2, generator=generator, dtype=torch.float64) @ basis
+    C = torch.randn(TOKENS, N, generator=generator, dtype=torch.float64)
+    moments = ReadoutMoments(N, torch.device("cpu"), readout=False)
+    K = h.mT @ h
+    moments.update(K, C)
+    cut = project(moments, K.sum(0))[2]
+    y = torch.einsum("tdn,tn->td", h, C)
+    projected = torch.einsum("tdr,tr->td", h @ cut.B_projection, C @ cut.C_projection)
+    torch.testing.assert_close(projected, y)
+    assert cut.error < 1e-12
