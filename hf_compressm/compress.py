@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ Statistics = MambaStatistics | Mamba2Statistics
 
 
 def compress_pretrained(
-    name_or_model: str | PreTrainedModel,
+    name_or_model: str | Path | PreTrainedModel,
     config: CompreSSMConfig | None = None,
     *,
     calibration_data: Any = None,
