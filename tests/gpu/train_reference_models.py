@@ -12,9 +12,8 @@ the others; `tokenizer` makes the token folders first):
 | mamba2-n128 | 7,564,848 | 128 | 24M | 47.42 |
 
 The two Mamba-2 models are under-trained: Triton's autotuning took the first minute, and the schedule counted it.
-`evaluate` on that machine disagrees with these figures for the Mamba-1 models (33.1, 71.5 and 90.4 on the saved weights),
-while stock transformers on a CPU agrees with them: the float32 inference kernels there are suspect, so evaluate on a CPU
-or under autocast until that is understood.
+The configs are saved with `rescale_prenorm_residual=False`: with True, stock loading divides the trained out_proj by the
+square root of the number of layers, each time.
 """
 
 import argparse
@@ -231,6 +230,7 @@ def loss_path(logits: torch.Tensor) -> str:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Saves weights as float16; config.json asks for float32, so that `from_pretrained` computes in float32."""
+    model.config.rescale_prenorm_residual = False  # stock loading would rescale the trained out_proj again
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
