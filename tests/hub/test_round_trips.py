@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_compressm.hub import get_state_sizes, get_unprojected_state_sizes, modeling_compressm, set_state_sizes
-from tests.hub import without_plugin
 from tests.hub.models import LAYERS, NOT_UNIFORM, UNIFORM, build, mamba2_config, mamba_config, slim, tokens
 
 ALL = UNIFORM | NOT_UNIFORM
@@ -38,7 +37,12 @@ def elsewhere(folder):
     """The results of a process without the plugin."""
     environment = os.environ | {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_MODULES_CACHE", None)
-    subprocess.run([sys.executable, without_plugin.__file__, folder], env=environment, check=True, timeout=240)
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("without_plugin.py")), folder],
+        env=environment,
+        check=True,
+        timeout=240,
+    )
     results = torch.load(folder / "results.pt")
     assert not results["hf_compressm imported"]
     return results
