@@ -42,6 +42,8 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     elif data is None:
         logger.info("hf_compressm: no calibration data and no tokenizer, calibrating on samples of the model itself.")
         data = sample(model)
+    if isinstance(data, Sequence) and not len(data):
+        raise _empty()
     batches = list(_batches(data, tokenizer))
     _check(batches, model)
     return batches
@@ -84,7 +86,7 @@ def _batches(data: Any, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(data), BATCH):
             texts = list(data[start : start + BATCH])
             yield from _padded([tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"] for text in texts])
-    elif isinstance(data, Sequence) and len(data) and not isinstance(data[0], dict | Tensor):
+    elif isinstance(data, Sequence) and not isinstance(data, str) and not isinstance(data[0], dict | Tensor):
         for start in range(0, len(data), BATCH):
             yield from _padded([list(ids) for ids in data[start : start + BATCH]])
     elif isinstance(data, Iterable) and not isinstance(data, str):
@@ -111,9 +113,18 @@ def _padded(sequences: list[list[int]]) -> Iterator[dict[str, Tensor]]:
     yield {"input_ids": ids, "attention_mask": mask}
 
 
+def _empty() -> ValueError:
+    return ValueError("The calibration data is empty: give at least one sequence.")
+
+
 def _check(batches: list[dict[str, Tensor]], model: PreTrainedModel) -> None:
+    for batch in batches:
+        ids = batch["input_ids"]
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"The batches of calibration data must hold token ids [n, L], got {found}.")
     if not batches or any(batch["input_ids"].numel() == 0 for batch in batches):
-        raise ValueError("The calibration data is empty: give at least one sequence.")
+        raise _empty()
     longest = max(int(batch["attention_mask"].sum(1).max()) for batch in batches)
     if longest < MIN_LENGTH:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers
@@ -18,7 +18,7 @@ from .config import CompreSSMConfig
 from .hankel.gramians import Mamba2Statistics, MambaStatistics, elimination_order
 from .hankel.ranks import allocate_ranks, energy_rank, round_up
 from .hankel.realization import project, select, select_with_readout
-from .hub import is_state_spaces_checkpoint, load_state_spaces_model, load_tokenizer, project_, set_state_sizes
+from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
 
 logger = logging.get_logger(__name__)
@@ -52,7 +52,7 @@ def compress_pretrained(
 
     Raises:
         ValueError, TypeError: see `compress_`.
-        OSError: if there is no such checkpoint, or a part of it is missing.
+        OSError: if there is no such checkpoint, or a part of it is missing or half written.
     """
     if isinstance(name_or_model, PreTrainedModel):
         if from_pretrained_kwargs:
@@ -64,9 +64,7 @@ def compress_pretrained(
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in from_pretrained_kwargs
         }
-        original = is_state_spaces_checkpoint(name_or_model, **hub)
-        load: Any = load_state_spaces_model if original else AutoModelForCausalLM.from_pretrained
-        model = load(name_or_model, **from_pretrained_kwargs)
+        model = load_model(name_or_model, **from_pretrained_kwargs)
         if tokenizer is None:
             try:
                 tokenizer = load_tokenizer(name_or_model, **hub)
@@ -346,6 +344,14 @@ def _apply(
             if getattr(layer, "unprojected_state_size", None) is not None
         }
         set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, projected)
+        _keep_trained_weights(model)
+
+
+def _keep_trained_weights(model: PreTrainedModel) -> None:
+    """Switch off the rescaling of `out_proj`: transformers repeats it whenever it loads the saved model."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "rescale_prenorm_residual", False):
+            module.config.rescale_prenorm_residual = False
 
 
 def _set_data(parameter: Tensor, new: Tensor) -> None:

@@ -62,6 +62,8 @@ class CompreSSMConfig:
             # JSON turns the layer numbers into strings.
             object.__setattr__(self, "state_size", {int(i): int(r) for i, r in self.state_size.items()})
         sizes = self.state_size.values() if isinstance(self.state_size, Mapping) else [self.state_size]
+        if any(size is not None and size != int(size) for size in sizes):
+            raise ValueError(f"state_size must be a whole number, got {self.state_size}.")
         if any(size is not None and size < 1 for size in sizes):
             raise ValueError(f"state_size must be at least 1, got {self.state_size}.")
         if isinstance(self.state_size, Mapping) and self.uniform:

@@ -30,6 +30,11 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
         others = {type(m).__name__ for m in model.modules() if hasattr(m, "A_log")}
         hint = f" Its {', '.join(sorted(others))} looks like one, of a kind that is not known here." if others else ""
         raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{hint}")
+    quantised = "cut the model first, in bf16 or float32, and quantise the slim one."
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has a quantization_config, so its weights are quantised: {quantised}"
+        )
     for layer in layers:
         for name, parameter in layer.mixer.named_parameters():
             if parameter.is_meta:
@@ -37,9 +42,7 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
                     f"{layer.name}.{name} is on the meta device: load the model with its weights in memory "
                     "(no meta device, no disk offload) before cutting it."
                 )
-            if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
-                raise ValueError(
-                    f"{layer.name}.{name} is quantised ({parameter.dtype}): cut the model first, in bf16 or float32, "
-                    "and quantise the slim one."
-                )
+            one_byte = parameter.element_size() < 2  # float8 counts as floating point
+            if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):
+                raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")
     return layers

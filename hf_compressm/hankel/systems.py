@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import solve_discrete_lyapunov
 from torch import Tensor
 
 
@@ -184,6 +183,8 @@ def _store_in_double(system: StateSpace | DiagonalSystem, **matrices: Tensor | N
 
 def _solve_lyapunov(A: Tensor, X: Tensor) -> Tensor:
     """Solve G = A G A^H + X."""
+    from scipy.linalg import solve_discrete_lyapunov  # slow to import, and only this needs it
+
     G = solve_discrete_lyapunov(*(x.detach().cpu().resolve_conj().numpy() for x in (A, X)))
     return torch.as_tensor(G, dtype=A.dtype, device=A.device)
 

@@ -2,6 +2,7 @@
 
 from .heterogeneous import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
 from .modeling_compressm import ProjectedMamba2Mixer, install, project_
+from .pretrained import load_model
 from .state_spaces import (
     export_mamba_ssm,
     is_state_spaces_checkpoint,
@@ -16,6 +17,7 @@ __all__ = [
     "get_unprojected_state_sizes",
     "install",
     "is_state_spaces_checkpoint",
+    "load_model",
     "load_state_spaces_model",
     "load_tokenizer",
     "project_",

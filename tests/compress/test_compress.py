@@ -235,6 +235,8 @@ def test_compress_pretrained_takes_a_folder(tmp_path, mamba, token_ids):
         ({"tolerance": -0.1}, "tolerance"),
         ({"ratio": 0.0}, "ratio"),
         ({"state_size": 0}, "state_size"),
+        ({"state_size": {0: 0}}, "state_size"),
+        ({"state_size": 4.5}, "whole number"),
         ({"state_size": 4, "ratio": 0.5}, "one target"),
         ({"realization": "other"}, "realization"),
         ({"selection": "best"}, "selection"),
@@ -297,6 +299,55 @@ def test_refuses_models_that_cannot_be_cut(token_ids):
         empty = MambaForCausalLM(tiny_mamba().config)
     with pytest.raises(ValueError, match="meta"):
         compress_(empty, calibration_data=token_ids)
+
+
+def quantise_parameter(mixer):
+    mixer.in_proj.weight = torch.nn.Parameter(mixer.in_proj.weight.to(torch.int8), requires_grad=False)
+
+
+def quantise_to_float8(mixer):
+    mixer.in_proj.weight = torch.nn.Parameter(mixer.in_proj.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def quantise_as_bitsandbytes_does(mixer):
+    mixer.out_proj.weight.quant_state = object()
+
+
+@pytest.mark.parametrize("quantise", [quantise_parameter, quantise_to_float8, quantise_as_bitsandbytes_does])
+@pytest.mark.parametrize("name", MODELS)
+def test_refuses_quantised_weights(token_ids, name, quantise):
+    model = MODELS[name]()
+    quantise(model.backbone.layers[1].mixer)
+    before, config = states(model), model.config.to_dict()
+    for attempt in (compress_, hankel_singular_values):
+        with pytest.raises(ValueError, match=r"quantised.*quantise the slim one"):
+            attempt(model, calibration_data=token_ids)
+    assert same(model, before, config)
+
+
+def test_refuses_a_model_with_a_quantization_config(mamba, token_ids):
+    mamba.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="quantization_config"):
+        compress_(mamba, calibration_data=token_ids)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], ValueError, "empty"),
+        (torch.zeros(2, 30), TypeError, "token ids"),
+        (torch.zeros(30, dtype=torch.long), TypeError, "token ids"),
+        ([{"input_ids": torch.zeros(30, dtype=torch.long)}], TypeError, "token ids"),
+        (torch.full((2, 30), -1), ValueError, "vocabulary"),
+        ("a text", TypeError, "list of texts"),
+        (7, TypeError, "int"),
+    ],
+)
+def test_refuses_calibration_data_that_is_none(mamba, data, error, message):
+    before, config = states(mamba), mamba.config.to_dict()
+    with pytest.raises(error, match=message):
+        compress_(mamba, calibration_data=data)
+    assert same(mamba, before, config)
 
 
 def test_weights_that_are_not_finite_are_refused_before_any_change(mamba, token_ids):

@@ -1,0 +1,93 @@
+"""Load a checkpoint of either layout exactly as it is on disk, or say what is wrong with it."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
+
+from .state_spaces import _only_hub, is_state_spaces_checkpoint, load_state_spaces_model
+
+logger = logging.get_logger(__name__)
+
+
+def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Load a causal language model from the Hub or a folder, in the layout of transformers or of `state-spaces/*`.
+
+    Stricter than `from_pretrained`: a weight that is not in the checkpoint is an error, where transformers warns and
+    draws it at random.
+
+    Args:
+        name_or_path: a name on the Hub or a local folder.
+        from_pretrained_kwargs: as for `from_pretrained`.
+
+    Raises:
+        OSError: if there is no such checkpoint, or a file of it is missing, damaged or half written.
+        ValueError: if its weights don't fit its config or are quantised, or it is no causal language model.
+    """
+    hub_kwargs = _only_hub(from_pretrained_kwargs)
+    if is_state_spaces_checkpoint(name_or_path, **hub_kwargs):
+        return load_state_spaces_model(name_or_path, **from_pretrained_kwargs)
+    _check_folder(Path(name_or_path), hub_kwargs.get("subfolder", ""))
+    kwargs = from_pretrained_kwargs | {"output_loading_info": True}
+    config = kwargs.get("config")
+    if not hasattr(config, "to_dict"):
+        trust = kwargs.get("trust_remote_code")
+        config = AutoConfig.from_pretrained(config or name_or_path, trust_remote_code=trust, **hub_kwargs)
+    if kwargs.get("quantization_config") or getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{name_or_path} is quantised: load and cut the checkpoint that it was made from, in bf16 or float32, and "
+            "quantise the slim one."
+        )
+    if getattr(config, "rescale_prenorm_residual", False):
+        # transformers 5 treats trained weights as fresh ones here: each from_pretrained divides them once more.
+        logger.warning(
+            f"{name_or_path} has rescale_prenorm_residual=True, by which from_pretrained divides each out_proj.weight by "
+            "the square root of the number of layers. It is loaded with False, so that the weights are those on disk."
+        )
+        if hasattr(kwargs.get("config"), "to_dict"):
+            kwargs["config"] = copy.deepcopy(config)
+            kwargs["config"].rescale_prenorm_residual = False
+        else:
+            kwargs["rescale_prenorm_residual"] = False
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise _incomplete(name_or_path, error) from error
+    except OSError as error:
+        if error.errno is None and not isinstance(error, FileNotFoundError):
+            raise  # transformers' own, which explains itself
+        raise _incomplete(name_or_path, error) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise _incomplete(name_or_path, error) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
+        raise _incomplete(name_or_path, f"{len(missing)} weights are not in it: {shown}")
+    if info["mismatched_keys"]:
+        raise ValueError(
+            f"Weights of {name_or_path} have other shapes than its config.json says: "
+            f"{sorted(info['mismatched_keys'])[:5]}. Are both from the same model?"
+        )
+    return model
+
+
+def _check_folder(folder: Path, subfolder: str) -> None:
+    if folder.is_dir() and not (folder / subfolder / CONFIG_NAME).is_file():
+        raise OSError(
+            f"{folder / subfolder} has no {CONFIG_NAME}, so it holds no whole checkpoint: name the folder that "
+            "save_pretrained wrote, or save or download it again."
+        )
+
+
+def _incomplete(name: str | Path, reason: object) -> OSError:
+    return OSError(
+        f"The checkpoint {name} is damaged or only half written: {reason}\n"
+        "Download it again (force_download=True for a Hub repository) or save it again."
+    )
