@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers
+from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .hankel.gramians import Mamba2Statistics, MambaStatistics, elimination_order
@@ -20,6 +22,7 @@ from .hankel.ranks import allocate_ranks, energy_rank, round_up
 from .hankel.realization import project, select, select_with_readout
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
+from .training.optimizer import cut_states, set_states_, verify_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +87,7 @@ def compress_(
     calibration_data: Any = None,
     *,
     tokenizer: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> CompressionReport:
     """Make the state of a model's SSM layers smaller, in place.
 
@@ -94,6 +98,7 @@ def compress_(
         model: with Mamba or Mamba-2 layers, on any device.
         config: what to cut; by default 5% of each layer's Hankel energy.
         calibration_data, tokenizer: as for `compress_pretrained`.
+        optimizer: of a training loop: its state is cut along with the parameters it belongs to.
 
     Returns:
         the report, which is also `model.compression_report`.
@@ -108,25 +113,78 @@ def compress_(
     kind = _realization(config, layers)
     _check_targets(config, layers, kind)
     statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), config.estimator)
+    return apply_cut_(model, layers, plan_cut(model, layers, statistics, config), optimizer)
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """A cut that was decided on and not made yet: the report of it, and how each parameter changes, by layer index.
+
+    `kept` are the states that stay, a list for each group, by layer index; empty for a projection.
+    """
+
+    report: CompressionReport
+    cuts: dict[int, dict[str, ParameterCut]]
+    kept: dict[int, list[list[int]]]
+
+    def cpu(self) -> CutPlan:
+        """The same on the CPU, to be sent to other processes."""
+        cuts = {index: {name: cut.cpu() for name, cut in cuts.items()} for index, cuts in self.cuts.items()}
+        return CutPlan(self.report, cuts, self.kept)
+
+
+def plan_cut(
+    model: PreTrainedModel, layers: list[SSMLayer], statistics: list[Statistics], config: CompreSSMConfig
+) -> CutPlan:
+    """Choose the sizes and the states; nothing is changed.
+
+    Raises:
+        ValueError: as `compress_`.
+    """
+    kind = _realization(config, layers)
     spectra = [entry.hankel_singular_values() for entry in statistics]
     paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
     sizes = _choose_sizes(config, layers, kind, spectra, paths)
-
-    cuts = {}
+    cuts, kept = {}, {}
     for layer, path, size in zip(layers, paths, sizes, strict=True):
         if size < layer.state_size:
-            cuts[layer.index] = layer.cut([group[size] for group in path])
-            if not all(torch.isfinite(new).all() for new in cuts[layer.index].values()):
+            groups = [group[size] for group in path]
+            cuts[layer.index] = layer.cut(groups)
+            kept[layer.index] = [group.kept.tolist() for group in groups if hasattr(group, "kept")]
+    return CutPlan(_report(model, layers, sizes, spectra, paths, kind), cuts, kept)
+
+
+@torch.no_grad()
+def apply_cut_(
+    model: PreTrainedModel, layers: list[SSMLayer], plan: CutPlan, optimizer: torch.optim.Optimizer | None = None
+) -> CompressionReport:
+    """Make a planned cut, in the model and in the optimizer's state. In place.
+
+    Raises:
+        ValueError: if the new weights are not finite or the optimizer's state can't follow. Nothing is changed then.
+    """
+    new: dict[int, dict[str, Tensor]] = {}
+    states = []
+    for layer in layers:
+        for name, cut in plan.cuts.get(layer.index, {}).items():
+            parameter = layer.mixer.get_parameter(name) if cut.index is not None else None
+            old = layer.mixer.A_log if parameter is None else parameter
+            data = new.setdefault(layer.index, {})[name] = cut.weights(old.detach())
+            if not torch.isfinite(data).all():
                 raise ValueError(
-                    f"The cut of layer {layer.index} to {size} states is not finite: look at the model's weights and the "
-                    "calibration data. Nothing was changed."
+                    f"The cut of layer {layer.index} to {plan.report.sizes[layer.index]} states is not finite: look at "
+                    "the model's weights and the calibration data. Nothing was changed."
                 )
-    report = _report(model, layers, sizes, spectra, paths, kind)
-    _apply(model, layers, sizes, cuts)
+            if optimizer is not None:
+                states.append((parameter, cut_states(optimizer, f"{layer.name}.{name}", parameter, cut)))
+    _apply(model, layers, list(plan.report.sizes.values()), new)
+    if optimizer is not None:
+        set_states_(optimizer, states)
+        verify_optimizer(optimizer, model)
     after = sum(p.numel() for p in model.parameters())
-    report = CompressionReport(report.layers, report.realization, report.parameters_before, after)
+    report = CompressionReport(plan.report.layers, plan.report.realization, plan.report.parameters_before, after)
     model.compression_report = report  # type: ignore[assignment]
-    logger.info(f"hf_compressm: cut {len(cuts)} of {len(layers)} SSM layers.")
+    logger.info(f"hf_compressm: cut {len(plan.cuts)} of {len(layers)} SSM layers.")
     return report
 
 
@@ -163,6 +221,20 @@ def measure(
     """
     statistics: list[Statistics] = [layer.statistics(mean_lti=estimator == "mean_lti") for layer in layers]
 
+    with observing(layers, statistics), evaluating(model):
+        for batch in batches:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            model.base_model(**inputs, use_cache=False)
+    for layer, entry in zip(layers, statistics, strict=True):
+        if not entry.tokens:
+            raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
+    return statistics
+
+
+@contextmanager
+def observing(layers: list[SSMLayer], statistics: list[Statistics]) -> Iterator[None]:
+    """Add what the mixers read in the forward passes in here to their statistics."""
+
     def observe(layer: SSMLayer, entry: Any) -> Any:
         def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -172,21 +244,14 @@ def measure(
 
     handles = [observe(layer, entry) for layer, entry in zip(layers, statistics, strict=True)]
     try:
-        with _evaluating(model):
-            for batch in batches:
-                inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                model.base_model(**inputs, use_cache=False)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for layer, entry in zip(layers, statistics, strict=True):
-        if not entry.tokens:
-            raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
-    return statistics
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:

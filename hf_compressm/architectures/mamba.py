@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..hankel.gramians import MambaStatistics, MambaSystem
 from ..hankel.realization import Selection
+from .parameter_cut import ParameterCut
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -86,18 +87,30 @@ class MambaLayer:
     def check_size(self, size: int) -> None:
         """Every size is good for the Mamba-1 kernels."""
 
-    def cut(self, groups: list[Selection]) -> dict[str, Tensor]:
-        """The mixer's parameters after a selection; nothing is changed yet."""
+    def cut(self, groups: list[Selection]) -> dict[str, ParameterCut]:
+        """How the mixer's parameters change in a selection; nothing is changed yet."""
         (selection,) = groups
-        mixer, R, N = self.mixer, self.mixer.time_step_rank, self.state_size
-        step, B, C = mixer.x_proj.weight.detach().split([R, N, N])
-        if selection.readout is None:
-            C = C[selection.kept]
-        else:
-            C = (selection.readout @ C.to(selection.readout.dtype)).to(C.dtype)
+        kept, R, N = selection.kept, self.mixer.time_step_rank, self.state_size
+        step = torch.arange(R, device=kept.device)
+        rows = torch.cat([step, R + kept, R + N + kept])
         return {
-            "A_log": mixer.A_log.detach()[:, selection.kept].contiguous(),
-            "x_proj.weight": torch.cat([step, B[selection.kept], C]),
+            "A_log": ParameterCut(dim=1, index=kept),
+            "x_proj.weight": ParameterCut(index=rows, readout=selection.readout, readout_start=R + N),
+        }
+
+    def size_of(self, shapes: dict[str, torch.Size]) -> int | None:
+        """The state size that a checkpoint's tensors have, from those of its shapes that tell it."""
+        if "A_log" in shapes:
+            return shapes["A_log"][1]
+        if "x_proj.weight" in shapes:
+            return (shapes["x_proj.weight"][0] - self.mixer.time_step_rank) // 2
+        return None
+
+    def shapes(self, size: int) -> dict[str, torch.Size]:
+        """The shapes at a state size of the parameters that depend on it."""
+        return {
+            "A_log": torch.Size([self.channels, size]),
+            "x_proj.weight": torch.Size([self.mixer.time_step_rank + 2 * size, self.channels]),
         }
 
     def resize(self, size: int) -> None:

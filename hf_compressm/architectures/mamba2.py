@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..hankel.gramians import Mamba2Statistics, Mamba2System
 from ..hankel.realization import Projection
 from .mamba import causal_conv, linear, valid_tokens
+from .parameter_cut import ParameterCut
 
 PROJECTIONS = ("B_projection", "C_projection")
 
@@ -100,18 +101,17 @@ class Mamba2Layer:
                 f"({self.groups} * {size}) to be a multiple of 8. Take {good}, or realization='project'."
             )
 
-    def cut(self, groups: list[Any]) -> dict[str, Tensor]:
-        """The mixer's parameters after a selection or projection, one of `groups` per group; nothing changes yet."""
+    def cut(self, groups: list[Any]) -> dict[str, ParameterCut]:
+        """How the mixer's parameters change, given a selection or projection of each group; nothing changes yet."""
         mixer = self.mixer
         if isinstance(groups[0], Projection):
             maps = {name: torch.stack([getattr(group, name) for group in groups]) for name in PROJECTIONS}
-            if self.unprojected_state_size is None:
-                return maps
-            return {name: getattr(mixer, name).detach().double() @ new for name, new in maps.items()}
+            if self.unprojected_state_size is not None:
+                maps = {name: getattr(mixer, name).detach().double() @ new for name, new in maps.items()}
+            return {name: ParameterCut(values=new) for name, new in maps.items()}
         kept = torch.stack([group.kept for group in groups])
         if self.unprojected_state_size is not None:
-            index = kept[:, None, :].expand(-1, self.unprojected_state_size, -1)
-            return {name: getattr(mixer, name).detach().gather(2, index) for name in PROJECTIONS}
+            return {name: ParameterCut(dim=2, index=kept) for name in PROJECTIONS}
         inner, size = mixer.intermediate_size, self.groups * self.state_size
         x = torch.arange(inner, device=kept.device)
         states = (torch.arange(self.groups, device=kept.device)[:, None] * self.state_size + kept).flatten()
@@ -119,8 +119,37 @@ class Mamba2Layer:
         heads = torch.arange(inner + mixer.conv_dim, mixer.in_proj.out_features, device=kept.device)
         rows = {"in_proj": torch.cat([x, inner + channels, heads]), "conv1d": channels}
         return {
-            f"{name}.{key}": parameter.detach()[index]
+            f"{name}.{key}": ParameterCut(index=index)
             for name, index in rows.items()
+            for key, _ in getattr(mixer, name).named_parameters()
+        }
+
+    def size_of(self, shapes: dict[str, torch.Size]) -> int | None:
+        """The state size that a checkpoint's tensors have, from those of its shapes that tell it."""
+        mixer = self.mixer
+        for name in PROJECTIONS:
+            if name in shapes:
+                return shapes[name][2]
+        if self.unprojected_state_size is not None:
+            return None
+        for name in ("conv1d.weight", "conv1d.bias"):
+            if name in shapes:
+                return (shapes[name][0] - mixer.intermediate_size) // (2 * self.groups)
+        for name in ("in_proj.weight", "in_proj.bias"):
+            if name in shapes:
+                return (shapes[name][0] - 2 * mixer.intermediate_size - mixer.num_heads) // (2 * self.groups)
+        return None
+
+    def shapes(self, size: int) -> dict[str, torch.Size]:
+        """The shapes at a state size of the parameters that depend on it."""
+        mixer = self.mixer
+        if self.unprojected_state_size is not None:
+            return {name: torch.Size([self.groups, self.unprojected_state_size, size]) for name in PROJECTIONS}
+        conv = mixer.intermediate_size + 2 * self.groups * size
+        rows = {"in_proj": mixer.intermediate_size + conv + mixer.num_heads, "conv1d": conv}
+        return {
+            f"{name}.{key}": torch.Size([rows[name], *parameter.shape[1:]])
+            for name in rows
             for key, parameter in getattr(mixer, name).named_parameters()
         }
 

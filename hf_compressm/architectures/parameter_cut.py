@@ -1,0 +1,68 @@
+"""How one parameter, and whatever follows it, changes in a cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParameterCut:
+    """The cut of one parameter: which of its slices stay, and what their new values are.
+
+    The cut layer computes y' = sum_s C'_s h_s over the kept states s, with the states and the upstream gradient of the
+    full layer, so that dL/dC'_s = dL/dC_s: gradients, and an optimizer's moments of them, are sliced and never mixed,
+    even where the new values are a combination of old ones (C' = R C).
+
+    Args:
+        dim: the dimension that is cut.
+        index: slices that stay, [new]; or [groups, new] for a parameter [groups, ...] that keeps others in each group.
+        readout: R [r, N]. The last r slices of the new values are R times `readout_rows` of the old ones.
+        readout_start: the first of the N old slices that R combines.
+        values: the new values themselves, for a parameter that is made anew and has no old slices.
+    """
+
+    dim: int = 0
+    index: Tensor | None = None
+    readout: Tensor | None = None
+    readout_start: int = 0
+    values: Tensor | None = None
+
+    def gradient(self, old: Tensor) -> Tensor:
+        """Cut a tensor that has the parameter's shape and lives in the coordinates of its gradient.
+
+        Raises:
+            ValueError: if the parameter is made anew, so that there is nothing that could follow.
+        """
+        if self.index is None:
+            raise ValueError("A projection makes new parameters, which no optimizer state belongs to: use 'select'.")
+        index = self.index.to(old.device)
+        if index.dim() == 1:
+            return old.index_select(self.dim, index)
+        return old.gather(self.dim, index[:, None, :].expand(-1, old.shape[1], -1))
+
+    def weights(self, old: Tensor) -> Tensor:
+        """Cut the parameter's values, or a copy of them such as a moving average."""
+        if self.values is not None:
+            return self.values.to(old.device)
+        new = self.gradient(old)
+        if self.readout is not None:
+            r, N = self.readout.shape
+            R = self.readout.to(old.device)
+            mixed = R @ old.narrow(self.dim, self.readout_start, N).to(R.dtype)
+            new.narrow(self.dim, new.shape[self.dim] - r, r).copy_(mixed)
+        return new
+
+    def cpu(self) -> ParameterCut:
+        """The same on the CPU, to be sent to other processes."""
+        move = [None if t is None else t.cpu() for t in (self.index, self.readout, self.values)]
+        return ParameterCut(self.dim, move[0], move[1], self.readout_start, move[2])
+
+    def new_shape(self, old: torch.Size) -> torch.Size:
+        """The parameter's shape after the cut."""
+        if self.index is None:
+            assert self.values is not None
+            return self.values.shape
+        return torch.Size([*old[: self.dim], self.index.shape[-1], *old[self.dim + 1 :]])
