@@ -18,7 +18,7 @@ from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .hankel.gramians import Mamba2Statistics, MambaStatistics, elimination_order
-from .hankel.ranks import allocate_ranks, energy_rank, round_up
+from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import project, select, select_with_readout
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
@@ -339,18 +339,14 @@ def _choose_sizes(
         return [config.state_size] * len(layers)
     if config.tolerance == 0 or config.ratio == 1:
         return [layer.state_size for layer in layers]
-    step = config.multiple_of
-    if kind == "select":
-        for layer in layers:
-            while layer.can_project and layer.groups * step % 8:
-                step += config.multiple_of
+    choices = [_sizes_to_choose_from(config, layer, kind) for layer in layers]
     if config.ratio is not None and not config.uniform:
         costs = [
             torch.tensor([sum(group[r].error for group in path) for r in range(1, layer.state_size + 1)])
             for layer, path in zip(layers, paths, strict=True)
         ]
         total = round(config.ratio * sum(layer.state_size for layer in layers))
-        return allocate_ranks(costs, total, minimum=config.min_state_size, multiple_of=step)
+        return allocate_ranks(costs, total, sizes=choices)
     if config.ratio is not None:
         sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
     else:
@@ -358,10 +354,18 @@ def _choose_sizes(
         sizes = [int(energy_rank(spectrum, config.tolerance).max()) for spectrum in spectra]
     if config.uniform:
         sizes = [max(sizes)] * len(sizes)
-    return [
-        round_up(size, step, config.min_state_size, layer.state_size)
-        for size, layer in zip(sizes, layers, strict=True)
-    ]
+    return [next(r for r in choice if r >= size) for size, choice in zip(sizes, choices, strict=True)]
+
+
+def _sizes_to_choose_from(config: CompreSSMConfig, layer: SSMLayer, kind: str) -> list[int]:
+    """Ascending; the last is the layer's present size."""
+    if config.multiple_of is None and layer.can_project:
+        return powers_of_two(layer.state_size, max(16, config.min_state_size))
+    step = multiple_of = config.multiple_of or 1
+    if kind == "select" and layer.can_project:
+        while layer.groups * step % 8:  # what the CUDA convolution takes
+            step += multiple_of
+    return allowed_sizes(layer.state_size, config.min_state_size, step)
 
 
 def _report(

@@ -27,7 +27,8 @@ class CompreSSMConfig:
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
-        multiple_of: sizes that the library chooses are rounded up to a multiple of it.
+        multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for
+            Mamba-1, and for Mamba-2 a power of two from 16 up: its kernels pad to these, and tune for each new size.
         min_state_size: no layer becomes smaller than this.
         seed: of the "random" selection.
 
@@ -42,7 +43,7 @@ class CompreSSMConfig:
     selection: Selection = "auto"
     estimator: Estimator = "ltv"
     uniform: bool = False
-    multiple_of: int = 1
+    multiple_of: int | None = None
     min_state_size: int = 1
     seed: int = 0
 
@@ -74,7 +75,7 @@ class CompreSSMConfig:
             if getattr(self, name) not in get_args(values):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}.")
         for name in ("multiple_of", "min_state_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def to_dict(self) -> dict[str, Any]:

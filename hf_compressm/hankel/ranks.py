@@ -57,17 +57,37 @@ def round_up(size: int, multiple_of: int = 1, minimum: int = 1, maximum: int | N
     return rounded if maximum is None else min(rounded, maximum)
 
 
-def allocate_ranks(costs: Sequence[Tensor], total: int, *, minimum: int = 1, multiple_of: int = 1) -> list[int]:
+def allowed_sizes(n: int, minimum: int = 1, multiple_of: int = 1) -> list[int]:
+    """Return the multiples of `multiple_of` from `minimum` up that are less than n, and n, ascending."""
+    first = round_up(1, multiple_of, minimum, maximum=n)
+    return sorted({*range(first, n, multiple_of), n})
+
+
+def powers_of_two(n: int, minimum: int = 1) -> list[int]:
+    """Return the powers of two from `minimum` up that are less than n, and n, ascending."""
+    return [2**k for k in range(n.bit_length()) if minimum <= 2**k < n] + [n]
+
+
+def allocate_ranks(
+    costs: Sequence[Tensor],
+    total: int,
+    *,
+    minimum: int = 1,
+    multiple_of: int = 1,
+    sizes: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
     """Share `total` states among the layers at the least summed cost, exactly, by dynamic programming.
 
     Each layer may have any multiple of `multiple_of` from `minimum` up, and its full size N_l even if that is not a
-    multiple (a layer with N_l < minimum stays whole). The sizes sum to `total`, or to the largest reachable sum below.
+    multiple (a layer with N_l < minimum stays whole), unless `sizes` says otherwise. The sizes sum to `total`, or to
+    the largest reachable sum below.
 
     Args:
         costs: for each layer [N_l], where costs[l][r - 1] is the cost of keeping r states in it.
         total: number of states to keep over all layers.
         minimum: smallest size of a layer.
         multiple_of: what the sizes are multiples of.
+        sizes: for each layer the sizes that it may have, ascending; `minimum` and `multiple_of` don't count then.
 
     Returns:
         The size of each layer.
@@ -78,33 +98,27 @@ def allocate_ranks(costs: Sequence[Tensor], total: int, *, minimum: int = 1, mul
     tables = [cost.detach().cpu().double().numpy() for cost in costs]
     if not all(np.isfinite(table).all() for table in tables):
         raise ValueError("the costs must be finite")
-    choices = [_sizes(len(table), minimum, multiple_of) for table in tables]
-    least = sum(sizes[0] for sizes in choices)
+    choices = sizes or [allowed_sizes(len(table), minimum, multiple_of) for table in tables]
+    least = sum(choice[0] for choice in choices)
     if total < least:
         raise ValueError(
             f"a total of {total} states cannot be shared among {len(tables)} layers that need at least {least}: raise "
-            "the total, or lower the minimum size or multiple_of"
+            "the total, or lower the minimum size or multiple_of (1 allows any size)"
         )
     # best[l][t] is the least cost of giving t states to the first l layers; infinite where t cannot be reached.
-    total = min(total, sum(sizes[-1] for sizes in choices))
+    total = min(total, sum(choice[-1] for choice in choices))
     best = [np.full(total + 1, np.inf)]
     best[0][0] = 0.0
-    for sizes, table in zip(choices, tables, strict=True):
+    for choice, table in zip(choices, tables, strict=True):
         after = np.full(total + 1, np.inf)
-        for r in sizes:
+        for r in choice:
             np.minimum(after[r:], best[-1][: max(total + 1 - r, 0)] + table[r - 1], out=after[r:])
         best.append(after)
     # Walk back from the largest reachable total, repeating the same sums to find which size attained each minimum.
     t = int(np.flatnonzero(np.isfinite(best[-1]))[-1])
     ranks: list[int] = []
-    for before, sizes, table in zip(reversed(best[:-1]), reversed(choices), reversed(tables), strict=True):
-        r = min((r for r in sizes if r <= t), key=lambda r: before[t - r] + table[r - 1])
+    for before, choice, table in zip(reversed(best[:-1]), reversed(choices), reversed(tables), strict=True):
+        r = min((r for r in choice if r <= t), key=lambda r: before[t - r] + table[r - 1])
         ranks.append(r)
         t -= r
     return ranks[::-1]
-
-
-def _sizes(n: int, minimum: int, multiple_of: int) -> list[int]:
-    """Return the sizes that a layer of n states may have, ascending."""
-    first = round_up(1, multiple_of, minimum, maximum=n)
-    return sorted({*range(first, n, multiple_of), n})

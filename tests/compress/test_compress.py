@@ -118,7 +118,7 @@ def test_saved_models_reload_and_generate(tmp_path, token_ids, kind):
     target = {
         "uniform": {"state_size": 3, "uniform": True},
         "mixed": {"state_size": {0: 3, 1: 5}},
-        "project": {"ratio": 0.5},
+        "project": {"ratio": 0.5, "multiple_of": 1},
     }
     compress_(model, CompreSSMConfig(**target[kind]), token_ids)
     model.save_pretrained(tmp_path / "slim")
@@ -134,8 +134,8 @@ def test_saved_models_reload_and_generate(tmp_path, token_ids, kind):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_slim_model_can_be_cut_again_and_trained(token_ids, name):
     model = MODELS[name]()
-    compress_(model, CompreSSMConfig(ratio=0.75), token_ids)
-    report = compress_(model, CompreSSMConfig(ratio=0.5), token_ids)
+    compress_(model, CompreSSMConfig(ratio=0.75, multiple_of=1), token_ids)
+    report = compress_(model, CompreSSMConfig(ratio=0.5, multiple_of=1), token_ids)
     assert sum(layer.new_size for layer in report.layers) <= sum(layer.old_size for layer in report.layers) / 2
     model.train()
     model(token_ids, labels=token_ids).loss.backward()
@@ -166,6 +166,32 @@ def test_targets(token_ids):
     assert all(size % 4 == 0 for size in report.sizes.values())
     report = compress_(tiny_mamba(), CompreSSMConfig(tolerance=0.9, min_state_size=6), token_ids)
     assert all(size >= 6 for size in report.sizes.values())
+
+
+@pytest.mark.parametrize("realization", ["select", "project"])
+@pytest.mark.parametrize("target", [{"tolerance": 0.3}, {"ratio": 0.5}, {"ratio": 0.7, "min_state_size": 20}])
+def test_chosen_mamba2_sizes_are_powers_of_two(token_ids, realization, target):
+    model = tiny_mamba2(state_size=48)
+    report = compress_(model, CompreSSMConfig(**target, realization=realization), token_ids)
+    assert set(report.sizes.values()) <= {16, 32, 48}
+    assert min(report.sizes.values()) >= target.get("min_state_size", 1)
+    if "ratio" in target:
+        assert sum(report.sizes.values()) == (48 if target["ratio"] == 0.5 else 64)
+    # What the user names is honoured, whatever it is.
+    model = tiny_mamba2(state_size=48)
+    assert set(
+        compress_(model, CompreSSMConfig(state_size=24, realization=realization), token_ids).sizes.values()
+    ) == {24}
+    model = tiny_mamba2(state_size=48)
+    report = compress_(model, CompreSSMConfig(ratio=0.5, realization=realization, multiple_of=8), token_ids)
+    assert sum(report.sizes.values()) == 48
+
+
+def test_a_mamba2_too_small_for_its_kernels_says_so(mamba2, token_ids):
+    before, config = states(mamba2), mamba2.config.to_dict()
+    with pytest.raises(ValueError, match="multiple_of"):
+        compress_(mamba2, CompreSSMConfig(ratio=0.5), token_ids)
+    assert same(mamba2, before, config)
 
 
 @pytest.mark.parametrize("estimator", ["ltv", "mean_lti"])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compressm.hankel.ranks import allocate_ranks, energy_rank, round_up
+from hf_compressm.hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two, round_up
 
 # Integers are exact in float64, so that Fraction can say what the rank is.
 spectra = st.lists(st.integers(0, 10**6), min_size=1, max_size=12).map(lambda x: sorted(x, reverse=True))
@@ -106,8 +106,47 @@ def test_round_up(arguments, expected):
     assert round_up(*arguments) == expected
 
 
-def allowed_sizes(n, minimum, multiple_of):
+def expected_sizes(n, minimum, multiple_of):
     return [r for r in range(1, n + 1) if r == n or (r >= minimum and r % multiple_of == 0)]
+
+
+@given(n=st.integers(1, 40), minimum=st.integers(1, 40), multiple_of=st.integers(1, 9))
+def test_allowed_sizes(n, minimum, multiple_of):
+    assert allowed_sizes(n, minimum, multiple_of) == expected_sizes(n, minimum, multiple_of)
+
+
+@pytest.mark.parametrize(
+    ("n", "minimum", "expected"),
+    [
+        (128, 16, [16, 32, 64, 128]),
+        (100, 16, [16, 32, 64, 100]),
+        (64, 20, [32, 64]),
+        (16, 16, [16]),
+        (12, 16, [12]),
+        (5, 1, [1, 2, 4, 5]),
+        (1, 1, [1]),
+    ],
+)
+def test_powers_of_two(n, minimum, expected):
+    assert powers_of_two(n, minimum) == expected
+
+
+def test_allocation_over_given_sizes_equals_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    costs = [
+        torch.rand(n, dtype=torch.float64, generator=generator).sort(descending=True).values for n in (64, 64, 40)
+    ]
+    sizes = [powers_of_two(len(table), 16) for table in costs]
+    for total in (48, 70, 100, 131, 168, 500):
+        feasible = [choice for choice in itertools.product(*sizes) if sum(choice) <= total]
+        reachable = max(map(sum, feasible))
+        best = min(
+            (choice for choice in feasible if sum(choice) == reachable),
+            key=lambda choice: sum(float(table[r - 1]) for table, r in zip(costs, choice, strict=True)),
+        )
+        assert allocate_ranks(costs, total, sizes=sizes) == list(best)
+    with pytest.raises(ValueError, match="need at least 48"):
+        allocate_ranks(costs, 47, sizes=sizes)
 
 
 @settings(max_examples=200, deadline=None)
@@ -127,7 +166,7 @@ def test_allocation_equals_brute_force(sizes, share, minimum, multiple_of, seed,
         costs.append(falling + noise * torch.rand(n, dtype=torch.float64, generator=generator))
     total = round(share * sum(sizes))
 
-    choices = itertools.product(*(allowed_sizes(n, minimum, multiple_of) for n in sizes))
+    choices = itertools.product(*(expected_sizes(n, minimum, multiple_of) for n in sizes))
     feasible = [choice for choice in choices if sum(choice) <= total]
     if not feasible:
         with pytest.raises(ValueError, match="cannot be shared"):
