@@ -23,6 +23,7 @@ from .hankel.realization import project, select, select_with_readout
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
 from .training.optimizer import cut_states, set_states_, verify_optimizer
+from .training.reshape import set_data_
 
 logger = logging.get_logger(__name__)
 
@@ -339,7 +340,7 @@ def _choose_sizes(
         return [config.state_size] * len(layers)
     if config.tolerance == 0 or config.ratio == 1:
         return [layer.state_size for layer in layers]
-    choices = [_sizes_to_choose_from(config, layer, kind) for layer in layers]
+    choices = [sizes_to_choose_from(config, layer, kind) for layer in layers]
     if config.ratio is not None and not config.uniform:
         costs = [
             torch.tensor([sum(group[r].error for group in path) for r in range(1, layer.state_size + 1)])
@@ -357,7 +358,7 @@ def _choose_sizes(
     return [next(r for r in choice if r >= size) for size, choice in zip(sizes, choices, strict=True)]
 
 
-def _sizes_to_choose_from(config: CompreSSMConfig, layer: SSMLayer, kind: str) -> list[int]:
+def sizes_to_choose_from(config: CompreSSMConfig, layer: SSMLayer, kind: str) -> list[int]:
     """Ascending; the last is the layer's present size."""
     if config.multiple_of is None and layer.can_project:
         return powers_of_two(layer.state_size, max(16, config.min_state_size))
@@ -404,7 +405,7 @@ def _apply(
             project_(layer.mixer, **new)
         elif new:
             for name, data in new.items():
-                _set_data(layer.mixer.get_parameter(name), data)
+                set_data_(layer.mixer.get_parameter(name), data)
             layer.resize(size)
     if cuts:
         projected = {
@@ -421,15 +422,3 @@ def _keep_trained_weights(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and getattr(module.config, "rescale_prenorm_residual", False):
             module.config.rescale_prenorm_residual = False
-
-
-def _set_data(parameter: Tensor, new: Tensor) -> None:
-    """Give a parameter new data of another shape and keep the object, which optimizers and wrappers hold.
-
-    Passing through another dtype drops autograd's accumulator of the old shape.
-    """
-    new = new.detach().to(parameter.dtype).contiguous()
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
-    parameter.grad = None
-    parameter.data = parameter.data.to(other)
-    parameter.data = new

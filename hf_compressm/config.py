@@ -31,6 +31,14 @@ class CompreSSMConfig:
             Mamba-1, and for Mamba-2 a power of two from 16 up: its kernels pad to these, and tune for each new size.
         min_state_size: no layer becomes smaller than this.
         seed: of the "random" selection.
+        start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in
+            the warm-up. The last cut comes at `end`.
+        num_reductions: attempts to cut, equidistant between `start` and `end`. A tolerance is given up at each of them;
+            a state_size or ratio is reached in equal steps.
+        min_reduction: with a tolerance, an attempt that would remove a smaller share of all states is skipped.
+        calibration_batches: training batches that the statistics are taken on, the last ones before the attempt.
+        rollback: undo a cut that makes the metric of the evaluation set worse by more than this, and stop cutting. None
+            keeps all cuts.
 
     Raises:
         ValueError: if a value is out of range or two targets are given.
@@ -46,6 +54,12 @@ class CompreSSMConfig:
     multiple_of: int | None = None
     min_state_size: int = 1
     seed: int = 0
+    start: float = 0
+    end: float = 0.1
+    num_reductions: int = 4
+    min_reduction: float = 0.05
+    calibration_batches: int = 4
+    rollback: float | None = None
 
     def __post_init__(self) -> None:
         targets = [name for name in ("tolerance", "state_size", "ratio") if getattr(self, name) is not None]
@@ -74,9 +88,20 @@ class CompreSSMConfig:
         for name, values in (("realization", Realization), ("selection", Selection), ("estimator", Estimator)):
             if getattr(self, name) not in get_args(values):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}.")
-        for name in ("multiple_of", "min_state_size"):
+        for name in ("multiple_of", "min_state_size", "num_reductions", "calibration_batches"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+        if self.start < 0 or self.end <= 0:
+            raise ValueError(f"start must be at least 0 and end positive, got {self.start} and {self.end}.")
+        if (self.start < 1) == (self.end < 1) and self.start >= self.end:
+            raise ValueError(f"start must come before end, got {self.start} and {self.end}.")
+        if not 0 <= self.min_reduction < 1:
+            raise ValueError(
+                f"min_reduction must lie in [0, 1), got {self.min_reduction}: it is a share of the states."
+            )
+        if self.rollback is not None and not self.rollback >= 0:
+            raise ValueError(f"rollback must be at least 0, got {self.rollback}: it is a change of the metric.")
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a dictionary that JSON can hold; `CompreSSMConfig(**d)` gives the config back."""

@@ -1,0 +1,71 @@
+"""Weights of other state sizes are loaded into a model that is there already.
+
+Trainer resumes, and loads the best model at the end, with `load_state_dict` on the model it has.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import find_layers
+from ..hub import set_state_sizes
+from .reshape import set_data_
+from .snapshot import unprojected_sizes
+
+
+class ReshapeOnLoad:
+    """A hook that gives a mixer the state size of the tensors that are about to be loaded.
+
+    Whichever of the mixer's tensors is there tells the size: in a sharded checkpoint they may come apart.
+
+    Args:
+        trainer: whose model and, if there is one, optimizer follow.
+        layer: of that model.
+    """
+
+    def __init__(self, trainer: Any, model: Any, layer: Any) -> None:
+        self.trainer, self.model = weakref.ref(trainer), weakref.ref(model)
+        self.layer = layer
+
+    @classmethod
+    def install(cls, trainer: Any) -> None:
+        """Put the hook on every mixer of a trainer's model, and of those that its `model_init` makes."""
+        cls._install(trainer, trainer.model)
+        if trainer.model_init is not None:
+            make = trainer.call_model_init
+
+            def call_model_init(*args: Any, **kwargs: Any) -> Any:
+                model = make(*args, **kwargs)
+                cls._install(trainer, model)
+                return model
+
+            trainer.call_model_init = call_model_init
+
+    @classmethod
+    def _install(cls, trainer: Any, model: Any) -> None:
+        try:
+            layers = find_layers(model)
+        except ValueError:
+            return  # on_train_begin says what is wrong
+        for layer in layers:
+            layer.mixer.register_load_state_dict_pre_hook(cls(trainer, model, layer))
+
+    def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        layer, model, trainer = self.layer, self.model(), self.trainer()
+        names = layer.shapes(layer.state_size)
+        size = layer.size_of({name: state_dict[prefix + name].shape for name in names if prefix + name in state_dict})
+        if size is None or size == layer.state_size or model is None:
+            return
+        optimizer = getattr(trainer, "optimizer", None)
+        for name, shape in layer.shapes(size).items():
+            parameter = mixer.get_parameter(name)
+            set_data_(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+        layer.resize(size)
+        layers = find_layers(model)
+        set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, unprojected_sizes(layers))

@@ -1,0 +1,133 @@
+"""When a training run cuts, and to what sizes.
+
+Glossary (code: paper): `start`, `end`: the warm-up that the cuts fall in; `num_reductions`: the number of reduction
+steps; `tolerance`: τ, given up anew at each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..architectures import SSMLayer
+from ..compress import sizes_to_choose_from
+from ..config import CompreSSMConfig
+
+
+def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
+    """The training steps after which a cut is attempted: `num_reductions` equidistant ones, the last at `end`.
+
+    Args:
+        config: with `start`, `end` (shares of the steps if below 1, else steps) and `num_reductions`.
+        max_steps: steps of the run.
+
+    Raises:
+        ValueError: if the number of steps is unknown, the window reaches beyond the last step, or it is too short.
+    """
+    if max_steps <= 0:
+        raise ValueError(
+            f"The run has {max_steps} steps, so the cuts can't be scheduled: set max_steps, or num_train_epochs with a "
+            "dataset of known length."
+        )
+    start, end = (round(x * max_steps) if x < 1 else round(x) for x in (config.start, config.end))
+    if end >= max_steps:
+        raise ValueError(
+            f"end={config.end} is step {end} and the run has {max_steps} steps, so that nothing would be trained after "
+            f"the last cut: lower end below {max_steps}."
+        )
+    if end - start < config.num_reductions:
+        raise ValueError(
+            f"Steps {start} to {end} of {max_steps} can't hold {config.num_reductions} cuts: lower num_reductions to "
+            f"{max(0, end - start)} or less, raise end, or train for more steps."
+            if end > start
+            else f"The window of the cuts, steps {start} to {end} of {max_steps}, is empty: raise end (a share of the "
+            "steps if below 1, else steps), or train for more steps."
+        )
+    n = config.num_reductions
+    return [start + round((end - start) * (i + 1) / n) for i in range(n)]
+
+
+def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
+    """The config with what "auto" means in training: `select`, since the fused training kernel can't project.
+
+    Raises:
+        ValueError: if a projection is asked for.
+    """
+    if config.realization == "project":
+        raise ValueError(
+            "realization='project' is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
+            "kernel can't take them. Train with realization='select', or call compress_ with 'project' after training."
+        )
+    return replace(config, realization="select")
+
+
+def check_target(config: CompreSSMConfig, layers: list[SSMLayer]) -> None:
+    """Refuse a target that the attempts can't reach.
+
+    Args:
+        config: from `training_config`.
+        layers: of the model, before the first cut.
+
+    Raises:
+        ValueError: if a size is not below that of its layer or not good for it, or a ratio is too small.
+    """
+    if config.state_size is not None:
+        for layer in layers:
+            size = _target(config.state_size, layer.index)
+            if size is not None and size >= layer.state_size:
+                raise ValueError(
+                    f"Layer {layer.index} has {layer.state_size} states, so it can't be cut to {size}: ask for fewer, or "
+                    "leave the layer out of {layer: size}."
+                )
+            if size is not None and not getattr(layer, "unprojected_state_size", None):
+                layer.check_size(size)
+        indices = {layer.index for layer in layers}
+        if isinstance(config.state_size, Mapping) and not set(config.state_size) <= indices:
+            raise ValueError(
+                f"state_size names layers {sorted(set(config.state_size) - indices)}; the SSM layers are "
+                f"{sorted(indices)}."
+            )
+    elif config.ratio is not None and not config.uniform:
+        total = round(config.ratio * sum(layer.state_size for layer in layers))
+        least = sum(sizes_to_choose_from(config, layer, "select")[0] for layer in layers)
+        if total < least:
+            raise ValueError(
+                f"ratio={config.ratio} leaves {total} states for {len(layers)} layers, which need at least {least}: raise "
+                "ratio, or lower min_state_size or multiple_of."
+            )
+
+
+def attempt_config(
+    config: CompreSSMConfig, attempt: int, initial: dict[int, int], layers: list[SSMLayer]
+) -> CompreSSMConfig | None:
+    """The target of one attempt, or None where it has nothing to do.
+
+    Args:
+        config: from `training_config`.
+        attempt: 0 to num_reductions - 1. Its target lies (attempt + 1) / num_reductions of the way.
+        initial: state sizes before the first cut, by layer index.
+        layers: of the model, as they are now.
+    """
+    way = (attempt + 1) / config.num_reductions
+    if config.state_size is not None:
+        sizes = {}
+        for layer in layers:
+            target = _target(config.state_size, layer.index)
+            if target is None:
+                continue
+            size = round(initial[layer.index] + way * (target - initial[layer.index]))
+            if way < 1:
+                size = min(n for n in sizes_to_choose_from(config, layer, "select") if n >= size)
+            if size < layer.state_size:
+                sizes[layer.index] = size
+        return replace(config, state_size=sizes, uniform=False) if sizes else None
+    if config.ratio is not None:
+        total = round(sum(initial.values()) * (1 - way * (1 - config.ratio)))
+        now = sum(layer.state_size for layer in layers)
+        return replace(config, ratio=total / now) if total < now else None
+    return config if config.tolerance else None
+
+
+def _target(state_size: Any, index: int) -> int | None:
+    return state_size.get(index) if isinstance(state_size, Mapping) else state_size
