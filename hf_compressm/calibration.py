@@ -36,9 +36,7 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     """
     if data is None and tokenizer is not None and TEXT.exists():
         logger.info("hf_compressm: calibrating on the text that the package ships.")
-        ids = tokenizer(TEXT.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
-        data = ids[: SEQUENCES * LENGTH]
-        data = data[: len(data) // LENGTH * LENGTH].view(-1, LENGTH) if len(data) >= LENGTH else data[None]
+        data = windows(TEXT.read_text(encoding="utf-8"), tokenizer)
     elif data is None:
         logger.info("hf_compressm: no calibration data and no tokenizer, calibrating on samples of the model itself.")
         data = sample(model)
@@ -47,6 +45,12 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     batches = list(_batches(data, tokenizer))
     _check(batches, model)
     return batches
+
+
+def windows(text: str, tokenizer: Any, sequences: int = SEQUENCES, length: int = LENGTH) -> Tensor:
+    """Cut the start of a long text into token ids [sequences, length], or fewer if the text is shorter."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: sequences * length], dtype=torch.long)
+    return ids[: len(ids) // length * length].view(-1, length) if len(ids) >= length else ids[None]
 
 
 @torch.no_grad()

@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 app = typer.Typer(
-    help="Make the SSM state of a Mamba or Mamba-2 model smaller, guided by Hankel singular values.",
+    help="""Make the SSM state of a Mamba or Mamba-2 model smaller, guided by Hankel singular values.
+
+    Try [bold]demo[/bold] first: it slims two small models that the package ships. Then [bold]analyze[/bold] a model of
+    yours to see how many states it needs, and [bold]compress[/bold] it: the slim model is a checkpoint like any other.
+
+    Exit codes: 0 done, 1 can't be done (the message says why), 2 unknown option, 130 stopped by Ctrl-C. Whatever stops
+    it, an output folder is complete or not there.""",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
-console = Console()
 
-Model = Annotated[str, typer.Argument(help="A name on the Hub, or a folder.")]
+Model = Annotated[
+    str, typer.Argument(help="A name on the Hub, or a folder, in the layout of transformers or of state-spaces/*.")
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.txt",
+        help="Measure on this text (its first 8 x 512 tokens). By default on prose that the package ships, or, for a "
+        "model without a tokenizer, on samples of the model itself. Best is text like that of the model's use.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else there.")]
+
+
+def _note(text: str) -> None:
+    """On stderr: stdout is for results."""
+    Console(stderr=True).print(text)
 
 
 def _fail(message: object) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {message}")
+    _note(f"[red]error:[/red] {escape(str(message))}")
     return typer.Exit(1)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """1 with a message for what the user can mend, 130 for Ctrl-C; a traceback is left to bugs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _note("stopped")
+        raise typer.Exit(130) from None
+    except (OSError, TypeError, ValueError) as error:
+        raise _fail(error) from error
 
 
 def _empty_folder(folder: Path) -> Path:
@@ -31,105 +72,285 @@ def _empty_folder(folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it, which takes its name once everything is written and vanishes if something fails."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars, of weights and shards, would break up this one
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        yield progress
+
+
+def _load(model: str, progress: Progress) -> tuple[Any, Any]:
+    """The model, and its tokenizer or None."""
+    from .hub import load_model, load_tokenizer
+
+    task = progress.add_task(f"loading {escape(model)}", total=None)
+    loaded = load_model(model)
+    try:
+        tokenizer = load_tokenizer(model)
+    except (OSError, ValueError):
+        tokenizer = None
+    progress.remove_task(task)
+    return loaded, tokenizer
+
+
+def _batches(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
+    from .calibration import BATCH, calibration_batches, windows
+
+    data = None
+    if text is not None:
+        if tokenizer is None:
+            raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
+        data = windows(text.read_text(encoding="utf-8"), tokenizer)
+    task = progress.add_task("preparing calibration data", total=None)
+    batches = calibration_batches(data, model, tokenizer)
+    progress.remove_task(task)
+    # Small ones, for a bar that moves.
+    size = max(1, BATCH // 4)
+    return [
+        {name: tensor[start : start + size] for name, tensor in batch.items()}
+        for batch in batches
+        for start in range(0, len(batch["input_ids"]), size)
+    ]
+
+
+@contextmanager
+def _measuring(model: Any, batches: list[Any], progress: Progress, then: str = "") -> Iterator[None]:
+    """A bar over the model's forward passes on the batches, and a spinner for what follows."""
+    task = progress.add_task("measuring", total=len(batches))
+
+    def advance(*_: Any) -> None:
+        progress.advance(task)
+        if progress.tasks[progress.task_ids.index(task)].finished and then:
+            progress.update(task, description=then)
+
+    handle = model.base_model.register_forward_hook(advance)
+    try:
+        yield
+    finally:
+        handle.remove()
+        progress.remove_task(task)
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        Console().print(report)
+
+
 @app.command()
 def compress(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="A new folder for the slim model.")],
-    tolerance: Annotated[float | None, typer.Option(help="Share of each layer's Hankel energy to give up.")] = None,
-    state_size: Annotated[int | None, typer.Option(help="States to keep in every layer.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of all states to keep.")] = None,
-    uniform: Annotated[bool, typer.Option(help="One size for all layers: a stock checkpoint.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="A new folder for the slim model; may be left out with --push-to-hub or --dry-run."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Give up this share of each layer's Hankel energy, in [0, 1). The default target, at 0.05."),
+    ] = None,
+    state_size: Annotated[int | None, typer.Option(help="Keep this many states in every layer, exactly.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of all states, more in the layers where a cut costs more."),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform", help="One size for all layers: a checkpoint that loads anywhere without this package."
+        ),
+    ] = False,
+    realization: Annotated[
+        str,
+        typer.Option(
+            help="select: keep some of the states. project (Mamba-2 only): mix them into fewer, which loses less. "
+            "auto: select for Mamba, project for Mamba-2."
+        ),
+    ] = "auto",
+    multiple_of: Annotated[
+        int | None,
+        typer.Option(
+            help="Round the sizes that are chosen for you up to a multiple of this. By default not for Mamba, and to "
+            "a power of two from 16 up for Mamba-2, whose kernels are made for these."
+        ),
+    ] = None,
+    calibration: CalibrationFile = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Push the slim model and its tokenizer to this repository.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make that repository a private one, if it is new.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be cut and what it would cost; write nothing.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Write a slim model (and its tokenizer) to a folder."""
-    from .compress import compress_pretrained
-    from .config import CompreSSMConfig
-    from .hub import load_tokenizer
+    """Write a slim model (and its tokenizer) to a folder, to the Hub, or both.
 
-    _empty_folder(output)
-    try:
-        config = CompreSSMConfig(tolerance=tolerance, state_size=state_size, ratio=ratio, uniform=uniform)
-        with console.status(f"compressing {model}"):
-            slim: Any = compress_pretrained(model, config)
-            slim.save_pretrained(output)
-    except (OSError, TypeError, ValueError) as error:
-        raise _fail(error) from error
-    try:
-        load_tokenizer(model).save_pretrained(output)
-    except OSError:
-        console.print("[yellow]The model has no tokenizer; none was saved.[/yellow]")
-    console.print(slim.compression_report)
-    console.print(f"saved in {output}")
+    Give one target at most: --tolerance, --state-size or --ratio. The table shows for each layer the states before and
+    after, the Hankel energy kept, and the share of the layer's output that the cut loses on the calibration text.
+
+    hf-compressm compress state-spaces/mamba-130m slim --tolerance 0.02
+    """
+    from .compress import compress_
+    from .config import CompreSSMConfig
+
+    if output is None and push_to_hub is None and not dry_run:
+        raise _fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
+    if output is not None and not dry_run:
+        _empty_folder(output)
+    with _exit_codes():
+        config = CompreSSMConfig(
+            tolerance=tolerance,
+            state_size=state_size,
+            ratio=ratio,
+            uniform=uniform,
+            realization=realization,  # type: ignore[arg-type]
+            multiple_of=multiple_of,
+        )
+        with _progress() as progress:
+            slim, tokenizer = _load(model, progress)
+            batches = _batches(slim, tokenizer, calibration, progress)
+            with _measuring(slim, batches, progress, then="choosing the states to keep"):
+                report = compress_(slim, config, batches)
+            if output is not None and not dry_run:
+                progress.add_task("saving", total=None)
+                with _new_folder(output) as folder:
+                    slim.save_pretrained(folder)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(folder)
+    _print_report(report, as_json)
+    if dry_run:
+        _note("dry run: nothing was written")
+        return
+    if tokenizer is None:
+        _note("[yellow]The model has no tokenizer; none was saved.[/yellow]")
+    if output is not None:
+        _note(f"saved in {escape(str(output))}")
+    if push_to_hub is not None:
+        with _exit_codes():
+            slim.push_to_hub(push_to_hub, private=private or None)
+            if tokenizer is not None:
+                tokenizer.push_to_hub(push_to_hub)
+        _note(f"pushed to {escape(push_to_hub)}")
 
 
 @app.command()
 def analyze(
     model: Model,
-    figure: Annotated[Path | None, typer.Option(help="Write the spectra to this PNG.")] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra to this file.")] = None,
     tolerance: Annotated[float, typer.Option(help="Show the sizes that this share of Hankel energy asks for.")] = 0.05,
+    calibration: CalibrationFile = None,
+    as_json: Json = False,
 ) -> None:
     """Measure the Hankel singular values of every layer; nothing is cut."""
     import torch
 
-    from .compress import compress_pretrained
+    from .compress import hankel_singular_values
     from .config import CompreSSMConfig
     from .hankel.ranks import energy_rank
 
-    try:
-        with console.status(f"measuring {model}"):
-            report: Any = compress_pretrained(model, CompreSSMConfig(tolerance=0.0)).compression_report
-        ranks = [int(energy_rank(torch.tensor(row.hankel_singular_values), tolerance).max()) for row in report.layers]
-    except (OSError, TypeError, ValueError) as error:
-        raise _fail(error) from error
-    table = Table(title=f"States that hold {1 - tolerance:.0%} of the Hankel energy")
-    for column in ("layer", "states", "needed"):
-        table.add_column(column, justify="right")
-    for row, rank in zip(report.layers, ranks, strict=True):
-        table.add_row(str(row.index), str(row.old_size), str(rank))
-    console.print(table)
+    with _exit_codes():
+        CompreSSMConfig(tolerance=tolerance)  # refuses what is no share, before the long part
+        with _progress() as progress:
+            loaded, tokenizer = _load(model, progress)
+            batches = _batches(loaded, tokenizer, calibration, progress)
+            with _measuring(loaded, batches, progress):
+                report = hankel_singular_values(loaded, batches)
+        if figure is not None:
+            report.plot().savefig(figure, dpi=150)
+    if as_json:
+        _print_report(report, as_json)
+    else:
+        table = Table(title=f"States that hold {1 - tolerance:.0%} of the Hankel energy")
+        for column in ("layer", "states", "needed"):
+            table.add_column(column, justify="right")
+        for row in report.layers:
+            rank = int(energy_rank(torch.tensor(row.hankel_singular_values), tolerance).max())
+            table.add_row(str(row.index), str(row.old_size), str(rank))
+        Console().print(table)
     if figure is not None:
-        report.plot().savefig(figure, dpi=150)
-        console.print(f"figure in {figure}")
+        _note(f"figure in {escape(str(figure))}")
+
+
+# Enough tokens for a perplexity that holds to a percent, few enough for a CPU.
+EVALUATION_SEQUENCES = 16
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="A new folder for the slim models and the figures.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(help="A new folder for the slim models and the figure, spectra.png.")] = Path(
+        "demo"
+    ),
 ) -> None:
-    """Slim the two trained models that the package ships, reload them, and compare perplexities."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Slim two small trained models that the package ships, reload them, and compare perplexities.
 
-    from .compress import compress_pretrained
-    from .config import CompreSSMConfig
+    Takes about a minute on two CPU cores and needs no network.
+    """
+    from .calibration import LENGTH, windows
+    from .compress import compress_
+    from .report import plot_spectra
 
     _empty_folder(output)
     reference = Path(__file__).parent / "reference"
     table = Table(title="Perplexity on held-out text, no fine-tuning", caption="after: reloaded from disk")
     for column in ("model", "states", "before", "after", "state KiB"):
         table.add_column(column, justify="right")
-    for name in ("mamba-tiny", "mamba2-tiny"):
-        tokenizer = AutoTokenizer.from_pretrained(reference / name)
+    reports = {}
+    with _exit_codes(), _new_folder(output) as folder, _progress() as progress:
         text = (reference / "evaluation.txt").read_text(encoding="utf-8")
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: 16 * 512]).view(16, 512)
-        with console.status(f"slimming {name}"):
-            before = _perplexity(AutoModelForCausalLM.from_pretrained(reference / name, dtype=torch.float32), ids)
-            slim: Any = compress_pretrained(reference / name, CompreSSMConfig(), dtype=torch.float32)
-            report = slim.compression_report
-            slim.save_pretrained(output / name)
-            tokenizer.save_pretrained(output / name)
-            report.plot().savefig(output / f"{name}.png", dpi=150)
-            after = _perplexity(AutoModelForCausalLM.from_pretrained(output / name, dtype=torch.float32), ids)
+        for name in ("mamba-tiny", "mamba2-tiny"):
+            model, tokenizer = _load(str(reference / name), progress)
+            ids = windows(text, tokenizer, EVALUATION_SEQUENCES, LENGTH)
+            before = _perplexity(model, ids, progress, f"{name}: perplexity before")
+            batches = _batches(model, tokenizer, None, progress)
+            with _measuring(model, batches, progress, then="choosing the states to keep"):
+                report = compress_(model, None, batches)
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+            reloaded, _ = _load(str(folder / name), progress)
+            after = _perplexity(reloaded, ids, progress, f"{name}: perplexity after")
+            sizes = ", ".join(map(str, report.sizes.values()))
+            state = f"{report.state_bytes_before / 1024:.0f} -> {report.state_bytes_after / 1024:.0f}"
+            table.add_row(name, f"{report.layers[0].old_size} -> {sizes}", f"{before:.2f}", f"{after:.2f}", state)
+            reports[name] = report
+        plot_spectra(reports).savefig(folder / "spectra.png", dpi=160)
+    console = Console()
+    for report in reports.values():
         console.print(report)
-        sizes = ", ".join(map(str, report.sizes.values()))
-        state = f"{report.state_bytes_before / 1024:.0f} -> {report.state_bytes_after / 1024:.0f}"
-        table.add_row(name, f"{report.layers[0].old_size} -> {sizes}", f"{before:.2f}", f"{after:.2f}", state)
     console.print(table)
-    console.print(f"models and figures in {output}")
+    _note(f"models and figure in {escape(str(output))}")
 
 
-def _perplexity(model: Any, ids: Any) -> float:
+def _perplexity(model: Any, ids: Any, progress: Progress, description: str) -> float:
     import torch
 
+    losses = []
+    task = progress.add_task(description, total=len(ids))
     with torch.no_grad():
-        losses = [float(model.eval()(batch, labels=batch, use_cache=False).loss) for batch in ids.split(8)]
+        for batch in ids.split(2):
+            losses += [float(model.eval()(batch, labels=batch, use_cache=False).loss)] * len(batch)
+            progress.advance(task, len(batch))
+    progress.remove_task(task)
     return math.exp(sum(losses) / len(losses))
