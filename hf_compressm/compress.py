@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers
+from .architectures.mamba import MambaLayer
 from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
-from .hankel.gramians import Mamba2Statistics, MambaStatistics, elimination_order
+from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import project, select, select_with_readout
+from .hankel.refit import refit
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
 from .training.optimizer import cut_states, set_states_, verify_optimizer
@@ -28,6 +30,8 @@ from .training.reshape import set_data_
 logger = logging.get_logger(__name__)
 
 Statistics = MambaStatistics | Mamba2Statistics
+# What each mixer read, by layer index: hidden states and attention mask of each batch.
+MixerInputs = dict[int, list[tuple[Tensor, Tensor | None]]]
 
 
 def compress_pretrained(
@@ -113,8 +117,11 @@ def compress_(
     layers = find_layers(model)
     kind = _realization(config, layers)
     _check_targets(config, layers, kind)
-    statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), config.estimator)
-    return apply_cut_(model, layers, plan_cut(model, layers, statistics, config), optimizer)
+    inputs: MixerInputs = {}
+    batches = calibration_batches(calibration_data, model, tokenizer)
+    refits = config.refit and config.selection == "auto" and (config.tolerance or config.tolerance is None)
+    statistics = measure(model, layers, batches, config.estimator, inputs if refits else None)
+    return apply_cut_(model, layers, plan_cut(model, layers, statistics, config, inputs), optimizer)
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,15 @@ class CutPlan:
         return CutPlan(self.report, cuts, self.kept)
 
 
+@torch.no_grad()
 def plan_cut(
-    model: PreTrainedModel, layers: list[SSMLayer], statistics: list[Statistics], config: CompreSSMConfig
+    model: PreTrainedModel,
+    layers: list[SSMLayer],
+    statistics: list[Statistics],
+    config: CompreSSMConfig,
+    inputs: MixerInputs | None = None,
 ) -> CutPlan:
-    """Choose the sizes and the states; nothing is changed.
+    """Choose the sizes and the states, and refit the Mamba-1 layers whose inputs are given; nothing is changed.
 
     Raises:
         ValueError: as `compress_`.
@@ -149,6 +161,9 @@ def plan_cut(
     cuts, kept = {}, {}
     for layer, path, size in zip(layers, paths, sizes, strict=True):
         if size < layer.state_size:
+            if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
+                systems = [layer.read(*read) for read in inputs[layer.index]]
+                path[0][size] = refit(systems, path[0][size], config.refit)
             groups = [group[size] for group in path]
             cuts[layer.index] = layer.cut(groups)
             kept[layer.index] = [group.kept.tolist() for group in groups if hasattr(group, "kept")]
@@ -213,19 +228,25 @@ def hankel_singular_values(
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, layers: list[SSMLayer], batches: list[dict[str, Tensor]], estimator: str = "ltv"
+    model: PreTrainedModel,
+    layers: list[SSMLayer],
+    batches: list[dict[str, Tensor]],
+    estimator: str = "ltv",
+    inputs: MixerInputs | None = None,
 ) -> list[Statistics]:
     """Run the model on the batches and accumulate the statistics of each layer from its mixer's inputs.
+
+    If `inputs` is given, those are kept there, too.
 
     Raises:
         ValueError: if a mixer never ran.
     """
     statistics: list[Statistics] = [layer.statistics(mean_lti=estimator == "mean_lti") for layer in layers]
 
-    with observing(layers, statistics), evaluating(model):
+    with observing(layers, statistics, inputs), evaluating(model):
         for batch in batches:
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            model.base_model(**inputs, use_cache=False)
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            model.base_model(**on_device, use_cache=False)
     for layer, entry in zip(layers, statistics, strict=True):
         if not entry.tokens:
             raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
@@ -233,13 +254,18 @@ def measure(
 
 
 @contextmanager
-def observing(layers: list[SSMLayer], statistics: list[Statistics]) -> Iterator[None]:
-    """Add what the mixers read in the forward passes in here to their statistics."""
+def observing(
+    layers: list[SSMLayer], statistics: list[Statistics], inputs: MixerInputs | None = None
+) -> Iterator[None]:
+    """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given."""
 
     def observe(layer: SSMLayer, entry: Any) -> Any:
         def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            entry.update(layer.read(hidden_states, kwargs.get("attention_mask")))
+            read = (hidden_states, kwargs.get("attention_mask"))
+            entry.update(layer.read(*read))
+            if inputs is not None:
+                inputs.setdefault(layer.index, []).append(read)
 
         return layer.mixer.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -25,6 +25,9 @@ class CompreSSMConfig:
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
             elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
+        refit: rounds of least squares, with "auto" on Mamba-1 layers, that refit A, B, C and D of a cut layer to the full
+            layer's output on the calibration data; 0 refits only the read-out C. Not used while training, which refits
+            everything.
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
         multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for
@@ -49,6 +52,7 @@ class CompreSSMConfig:
     ratio: float | None = None
     realization: Realization = "auto"
     selection: Selection = "auto"
+    refit: int = 3
     estimator: Estimator = "ltv"
     uniform: bool = False
     multiple_of: int | None = None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..hankel.gramians import MambaStatistics, MambaSystem
 from ..hankel.realization import Selection
+from ..hankel.refit import Refit
 from .parameter_cut import ParameterCut
 
 
@@ -87,15 +88,30 @@ class MambaLayer:
     def check_size(self, size: int) -> None:
         """Every size is good for the Mamba-1 kernels."""
 
-    def cut(self, groups: list[Selection]) -> dict[str, ParameterCut]:
+    def cut(self, groups: list[Selection | Refit]) -> dict[str, ParameterCut]:
         """How the mixer's parameters change in a selection; nothing is changed yet."""
         (selection,) = groups
+        if isinstance(selection, Refit):
+            return self._cut_and_refit(selection)
         kept, R, N = selection.kept, self.mixer.time_step_rank, self.state_size
         step = torch.arange(R, device=kept.device)
         rows = torch.cat([step, R + kept, R + N + kept])
         return {
             "A_log": ParameterCut(dim=1, index=kept),
             "x_proj.weight": ParameterCut(index=rows, readout=selection.readout, readout_start=R + N),
+        }
+
+    def _cut_and_refit(self, fit: Refit) -> dict[str, ParameterCut]:
+        mixer, kept, R, N = self.mixer, fit.kept, self.mixer.time_step_rank, self.state_size
+        rows = torch.arange(R + 2 * N, device=kept.device)
+        step, B, C = mixer.x_proj.weight.detach().double().split([R, N, N])
+        x_proj = torch.cat([step, fit.inputs @ B, fit.readout @ C])
+        return {
+            "A_log": ParameterCut(dim=1, index=kept, values=torch.log(-fit.A)),
+            "x_proj.weight": ParameterCut(index=torch.cat([rows[:R], R + kept, R + N + kept]), values=x_proj),
+            "D": ParameterCut(
+                index=torch.arange(self.channels, device=kept.device), values=mixer.D.detach() + fit.skip
+            ),
         }
 
     def size_of(self, shapes: dict[str, torch.Size]) -> int | None:

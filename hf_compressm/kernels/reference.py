@@ -44,6 +44,32 @@ def mamba_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int =
         yield time, states
 
 
+def mamba_sensitivities(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int = 16
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield the states of a Mamba-1 scan and their derivatives by log(-A), a chunk of time at a time.
+
+    With k = dh / dlog(-A): k_t = exp(Delta_t A) k_{t-1} + Delta_t A exp(Delta_t A) h_{t-1}.
+
+    Args:
+        u, delta, A, B, chunk: as for `mamba_states`.
+
+    Yields:
+        the slice of time, the states and the derivatives there, [batch, time, channels, N].
+    """
+    before, k = u.new_zeros(u.shape[0], *A.shape), u.new_zeros(u.shape[0], *A.shape)
+    for time, states in mamba_states(u, delta, A, B, chunk=chunk):
+        rates = delta[:, time, :, None] * A
+        decay = rates.exp()
+        derivatives = decay * rates
+        derivatives[:, 0] *= before
+        derivatives[:, 1:] *= states[:, :-1]
+        for t in range(states.shape[1]):
+            k = derivatives[:, t].addcmul_(decay[:, t], k)
+        before, k = states[:, -1].clone(), k.clone()
+        yield time, states, derivatives
+
+
 def mamba2_states(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int = 16
 ) -> Iterator[tuple[slice, Tensor]]:

@@ -1,0 +1,150 @@
+"""Refit what a selection keeps: decays, input map, output map and skip of a Mamba-1 layer, to the full layer's output.
+
+| here | paper | meaning |
+|---|---|---|
+| `kept` | - | S, the states that stay, [r] |
+| `A` | A | continuous-time dynamics of the kept states, one per channel, [channels, r] |
+| `inputs` | - | T, the new input map B' = T B, [r, N] |
+| `readout` | - | R, the new output map C' = R C, [r, N] |
+| `skip` | - | what is added to D, [channels] |
+
+The layer's output is linear in each of T, R and D while the others stand still, so T and R are alternating least
+squares; A is per channel and takes Gauss-Newton steps with the states' sensitivities to it. All of it minimises
+E sum_d w (y - sum_s (R C)_s h'_s - D' u)^2, on the inputs that the full model gives the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import mamba_sensitivities, mamba_states
+from .gramians import MambaSystem
+from .realization import Selection
+
+RIDGE = 1e-6
+"""Added to the unit diagonal of the scaled normal matrices of T and R."""
+DAMPING = 1e-2
+"""Likewise for the Gauss-Newton steps of A and D."""
+WORKING_SET = 2**26
+"""Numbers in the largest temporary tensor."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A cut Mamba-1 layer whose parameters are no longer slices of the old ones (see the module's glossary)."""
+
+    kept: Tensor
+    A: Tensor
+    inputs: Tensor
+    readout: Tensor
+    skip: Tensor
+    error: float
+    """Share of the layer's output energy that is lost on the calibration data."""
+
+
+def refit(systems: list[MambaSystem], selection: Selection, rounds: int) -> Refit:
+    """Fit the kept states to the full layer's output.
+
+    Args:
+        systems: the full layer's, one per calibration batch.
+        selection: which states stay; its read-out is where the fit starts.
+        rounds: of least squares, with a Gauss-Newton step between any two. The best round is kept.
+
+    Returns:
+        the fit, in float64. Its error is at most that of the selection, up to rounding.
+    """
+    N, kept = systems[0].A.shape[1], selection.kept
+    identity = torch.eye(N, dtype=torch.float64, device=kept.device)
+    A, inputs = systems[0].A.double()[:, kept], identity[kept]
+    readout = identity[kept] if selection.readout is None else selection.readout.double()
+    skip = A.new_zeros(len(A))
+    targets = [_gated_output(system) for system in systems]
+    energy = sum(float(y.double().square().sum()) for y in targets)
+    best = None
+    for turn in range(rounds):
+        if turn:
+            step, skip = _fit_dynamics(systems, targets, A, inputs, readout)
+            A = A * step.clamp(-1, 1).exp()
+        rest = [y - system.gate * system.u * skip.float() for system, y in zip(systems, targets, strict=True)]
+        inputs = _fit_inputs(systems, rest, A, readout)
+        readout, gain = _fit_readout(systems, rest, A, inputs)
+        error = (sum(float(y.double().square().sum()) for y in rest) - gain) / energy if energy else 0.0
+        if best is None or error < best.error:
+            best = Refit(kept, A, inputs, readout, skip, max(error, 0.0))
+    assert best is not None
+    return best
+
+
+def _states(system: MambaSystem, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The states, times the channels' gates."""
+    chunk = WORKING_SET // (len(system.u) * A.numel())
+    for time, h in mamba_states(system.u, system.delta, A, B, chunk=min(max(chunk, 1), 16)):
+        yield time, h.mul_(system.gate[:, time, :, None])
+
+
+def _gated_output(system: MambaSystem) -> Tensor:
+    y = torch.empty_like(system.u)
+    for time, h in _states(system, system.A, system.B):
+        y[:, time] = torch.einsum("btdn,btn->btd", h, system.C[:, time])
+    return y
+
+
+def _fit_inputs(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, readout: Tensor) -> Tensor:
+    """T for a given R: each kept state is split into what the N rows of B drive."""
+    (r, N), rates = readout.shape, A.float().repeat_interleave(readout.shape[1], dim=1)
+    normal, right = A.new_zeros(r * N, r * N), A.new_zeros(r * N)
+    for system, target in zip(systems, targets, strict=True):
+        C = (system.C @ readout.float().mT).repeat_interleave(N, dim=-1)
+        for time, h in _states(system, rates, system.B.repeat(1, 1, r)):
+            features = h.mul_(C[:, time, None]).flatten(0, 2)
+            normal += features.mT @ features
+            right += features.mT @ target[:, time].flatten()
+    return _solve(normal, right, RIDGE).view(r, N)
+
+
+def _fit_readout(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, inputs: Tensor) -> tuple[Tensor, float]:
+    """R for a given T, and the energy of the targets that it explains."""
+    r, N = inputs.shape
+    normal, right = A.new_zeros(r, N, r, N), A.new_zeros(r, N)
+    for system, target in zip(systems, targets, strict=True):
+        for time, h in _states(system, A.float(), system.B @ inputs.float().mT):
+            C = system.C[:, time].flatten(0, 1)
+            K = (h.mT @ h).flatten(0, 1)
+            outer = (C[:, :, None] * C[:, None]).flatten(1)
+            normal += (K.flatten(1).mT @ outer).view(r, r, N, N).transpose(1, 2)
+            right += torch.einsum("bti,bto->io", (h.mT @ target[:, time, :, None])[..., 0], system.C[:, time])
+    normal, right = normal.view(r * N, r * N), right.flatten()
+    solution = _solve(normal, right, RIDGE)
+    return solution.view(r, N), float(2 * solution @ right - solution @ normal @ solution)
+
+
+def _fit_dynamics(
+    systems: list[MambaSystem], targets: list[Tensor], A: Tensor, inputs: Tensor, readout: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The Gauss-Newton step of log(-A), [channels, r], and D's change, [channels]: one small system per channel."""
+    channels, r = A.shape
+    normal, right = A.new_zeros(channels, r + 1, r + 1), A.new_zeros(channels, r + 1)
+    for system, target in zip(systems, targets, strict=True):
+        C = (system.C @ readout.float().mT)[:, :, None]
+        scan = mamba_sensitivities(system.u, system.delta, A.float(), system.B @ inputs.float().mT)
+        for time, h, sensitivity in scan:
+            gate = system.gate[:, time]
+            error = target[:, time] - gate * (h * C[:, time]).sum(-1)
+            features = torch.cat([sensitivity * C[:, time], system.u[:, time, :, None]], dim=-1) * gate[..., None]
+            features = features.flatten(0, 1).transpose(0, 1)  # [channels, tokens, r + 1]
+            normal += features.mT @ features
+            right += (features.mT @ error.flatten(0, 1).mT[..., None])[..., 0]
+    solution = _solve(normal, right, DAMPING)
+    return solution[:, :r], solution[:, r]
+
+
+def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Solve normal equations, scaled to a unit diagonal to which the ridge is added."""
+    scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
+    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    scaled = normal * scale[..., :, None] * scale[..., None, :] + ridge * identity
+    return torch.linalg.solve(scaled, (right * scale)[..., None])[..., 0] * scale
