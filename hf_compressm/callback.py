@@ -10,14 +10,13 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel
+from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers
@@ -37,6 +36,9 @@ from .training.optimizer import check_optimizer, verify_optimizer
 from .training.schedule import attempt_config, attempt_steps, check_target, training_config
 from .training.snapshot import Snapshot
 from .training.trajectory import rank_correlation
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -125,6 +127,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _find_trainer(self) -> dict[str, Any]:
         """Attach to the trainer that sends this event; its training loop's local variables."""
+        from transformers import Trainer
+
         frame: Any = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")
@@ -200,6 +204,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             if not self._remaining:
                 self._stop_recording()
 
+    @torch.no_grad()
     def _attempt(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, control: Any) -> None:
         begin = time.perf_counter()
         layers = find_layers(model)
@@ -428,6 +433,8 @@ class _StepTimer:
 
 
 def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    from accelerate.optimizer import AcceleratedOptimizer
+
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from scipy.stats import spearmanr
-
 
 def rank_correlation(before: dict[str, Any], now: dict[str, Any]) -> float | None:
     """Spearman's rank correlation of the states' contributions, averaged over layers and groups.
@@ -18,6 +16,8 @@ def rank_correlation(before: dict[str, Any], now: dict[str, Any]) -> float | Non
     Returns:
         1 for the same ranking; None where no layer has three states in common.
     """
+    from scipy.stats import spearmanr
+
     values = []
     for index, groups in now["states"].items():
         old = [before[key].get(index, before[key].get(str(index))) for key in ("states", "contributions")]

@@ -1,0 +1,196 @@
+"""CompreSSMCallback in a real Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_
+from hf_compressm.training.trajectory import rank_correlation
+from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.training.conftest import dataset, losses, make_trainer, sizes
+
+WINDOW = {"start": 0, "end": 4, "num_reductions": 2}
+
+
+def same_weights(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2], ids=["mamba", "mamba2"])
+def test_tolerance_0_is_the_run_without_the_callback_bit_for_bit(tmp_path, make):
+    plain, watched = make(), make()
+    one = make_trainer(tmp_path, plain, max_steps=6)
+    two = make_trainer(tmp_path, watched, CompreSSMConfig(tolerance=0, **WINDOW), max_steps=6)
+    one.train()
+    two.train()
+    assert losses(one) == losses(two)
+    assert same_weights(plain, watched)
+    assert plain.config.to_dict() == watched.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "expected"),
+    [
+        (tiny_mamba, {"state_size": 3}, [[6, 6], [3, 3]]),
+        (tiny_mamba, {"state_size": {1: 2}}, [[8, 5], [8, 2]]),
+        (tiny_mamba2, {"state_size": 8}, [[16, 16], [8, 8]]),
+    ],
+)
+def test_the_state_shrinks_on_schedule_and_training_goes_on(tmp_path, make, target, expected):
+    model = make()
+    callback = CompreSSMCallback(CompreSSMConfig(**target, **WINDOW))
+    trainer = make_trainer(tmp_path, model, callbacks=[callback], max_steps=6, gradient_accumulation_steps=2)
+    trainer.train()
+    assert [entry["step"] for entry in callback.history] == [2, 4]
+    assert [list(entry["sizes"].values()) for entry in callback.history] == expected
+    assert sizes(model) == expected[-1]
+    assert set(losses(trainer)) == set(range(1, 7))
+    logged = [entry for entry in trainer.state.log_history if "compressm/state_size_mean" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert logged[-1]["compressm/state_size_mean"] == sum(expected[-1]) / 2
+    for key in ("state_size/layer_0", "energy_kept", "cut_seconds", "step_seconds", "rank_correlation"):
+        assert f"compressm/{key}" in logged[-1]
+
+
+def test_the_cut_is_that_of_compress_on_the_last_training_batches(tmp_path):
+    """The rest of the run is a loop by hand with the optimizer of the same kind."""
+    model = tiny_mamba()
+    config = CompreSSMConfig(state_size=3, start=0, end=3, num_reductions=1, calibration_batches=2)
+    trainer = make_trainer(tmp_path, model, config, max_steps=6, lr_scheduler_type="constant", max_grad_norm=0)
+    seen = []
+    trainer.compute_loss_ = trainer.compute_loss
+    trainer.compute_loss = lambda m, inputs, **kw: (
+        seen.append(inputs["input_ids"]) or trainer.compute_loss_(m, inputs, **kw)
+    )
+    trainer.train()
+
+    mine = tiny_mamba().train()
+    optimizer = trainer.optimizer.optimizer.__class__(mine.parameters(), lr=1e-3, weight_decay=0)
+    wanted = []
+    for step, ids in enumerate(seen, 1):
+        loss = mine(input_ids=ids, labels=ids).loss
+        wanted.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 3:
+            batch = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in seen[1:3]]
+            compress_(mine, CompreSSMConfig(state_size=3, refit=0), batch, optimizer=optimizer)
+    assert sizes(model) == sizes(mine) == [3, 3]
+    torch.testing.assert_close(list(losses(trainer).values()), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_small_reductions_are_skipped(tmp_path):
+    model = tiny_mamba()
+    callback = CompreSSMCallback(CompreSSMConfig(tolerance=0.3, min_reduction=0.99, **WINDOW))
+    make_trainer(tmp_path, model, callbacks=[callback], max_steps=5).train()
+    assert sizes(model) == [8, 8]
+    assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_rollback_restores_model_optimizer_and_random_numbers_exactly(tmp_path, accept):
+    config = CompreSSMConfig(state_size=1, rollback=1e9 if accept else 0.0, **WINDOW)
+    if not accept:  # a metric that any change makes worse
+        calls = iter(range(100))
+        metric = {"compute_metrics": lambda _: {"badness": next(calls)}, "metric_for_best_model": "badness"}
+        metric["greater_is_better"] = False
+    else:
+        metric = {}
+    plain, model = tiny_mamba(), tiny_mamba()
+    one = make_trainer(tmp_path, plain, max_steps=6)
+    callback = CompreSSMCallback(config)
+    two = make_trainer(tmp_path, model, callbacks=[callback], max_steps=6, eval_dataset=dataset(4), **metric)
+    torch.manual_seed(0)
+    one.train()
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    two.train()
+    assert callback.history[0]["undone"] is not accept
+    if accept:
+        assert sizes(model) == [1, 1]
+        return
+    assert len(callback.history) == 1
+    assert callback.stopped
+    assert losses(one) == losses(two)
+    assert same_weights(plain, model)
+    assert plain.config.to_dict() == model.config.to_dict()
+    assert torch.equal(state, torch.get_rng_state())
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        for key, entry in one.optimizer.state[p].items():
+            assert torch.equal(entry, two.optimizer.state[q][key])
+
+
+def test_calibration_data_can_be_given(tmp_path, token_ids):
+    model = tiny_mamba()
+    callback = CompreSSMCallback(CompreSSMConfig(state_size=3, **WINDOW), calibration_data=token_ids)
+    make_trainer(tmp_path, model, callbacks=[callback], max_steps=5).train()
+    assert sizes(model) == [3, 3]
+
+
+def test_gradient_checkpointing_and_bf16(tmp_path):
+    model = tiny_mamba()
+    config = CompreSSMConfig(state_size=3, **WINDOW)
+    trainer = make_trainer(tmp_path, model, config, max_steps=5, bf16=True, activation_checkpointing=True)
+    trainer.train()
+    assert sizes(model) == [3, 3]
+
+
+def frozen():
+    model = tiny_mamba()
+    for layer in model.backbone.layers:
+        layer.mixer.requires_grad_(False)
+    return model
+
+
+def bert():
+    return BertForMaskedLM(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+
+
+def lora():
+    return get_peft_model(tiny_mamba(), LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "arguments", "message"),
+    [
+        (tiny_mamba, {"state_size": 9}, {}, "can't be cut to 9"),
+        (tiny_mamba, {"state_size": {5: 2}}, {}, "names layers"),
+        (tiny_mamba2, {"state_size": 9}, {}, "multiple of 8"),
+        (tiny_mamba, {"end": 50}, {}, "lower end"),
+        (tiny_mamba, {"end": 1, "num_reductions": 3}, {}, "num_reductions"),
+        (tiny_mamba, {"rollback": 0.1}, {}, "eval_dataset"),
+        (frozen, {}, {}, "frozen"),
+        (bert, {}, {}, "no Mamba"),
+        (lora, {}, {}, "PEFT"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_the_first_step(tmp_path, make, config, arguments, message):
+    steps = []
+    trainer = make_trainer(tmp_path, make(), CompreSSMConfig(**({"end": 4} | config)), **arguments)
+    trainer.training_step = lambda *args: steps.append(args)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not steps
+
+
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_training_is_refused(tmp_path, flag):
+    model = tiny_mamba()
+    callback = CompreSSMCallback(CompreSSMConfig(end=4))
+    trainer = make_trainer(tmp_path, model, callbacks=[callback])
+    setattr(trainer, flag, True)
+    with pytest.raises(ValueError, match="torchrun"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+
+
+def test_rank_correlation_looks_at_the_states_that_both_have():
+    before = {"states": {0: [[0, 1, 2, 3, 4]]}, "contributions": {0: [[5.0, 4.0, 3.0, 2.0, 1.0]]}}
+    now = {"states": {0: [[0, 2, 4]]}, "contributions": {0: [[0.1, 0.2, 0.3]]}}
+    assert rank_correlation(before, now) == pytest.approx(-1)
+    assert rank_correlation(before, before) == pytest.approx(1)
+    assert rank_correlation(before, {"states": {0: [[0, 2]]}, "contributions": {0: [[0.1, 0.2]]}}) is None

@@ -1,0 +1,112 @@
+"""Checkpoints of a shrinking run: each loads by itself, and a resumed run is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.training.conftest import dataset, losses, make_trainer, sizes
+
+CONFIG = {"mamba": {"ratio": 0.5}, "mamba2": {"state_size": {1: 8}}}
+MAKE = {"mamba": tiny_mamba, "mamba2": tiny_mamba2}
+SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8}
+
+
+def config(kind: str) -> CompreSSMConfig:
+    # Cuts after steps 3 and 6, each on the batches of the last three steps.
+    return CompreSSMConfig(start=0, end=6, num_reductions=2, calibration_batches=3, **CONFIG[kind])
+
+
+@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+def whole(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, MAKE[request.param](), config(request.param), **SETTINGS)
+    trainer.train()
+    torch.set_num_threads(threads)
+    return request.param, folder, trainer
+
+
+# Before, at, between and after the cuts.
+@pytest.mark.parametrize(("step", "restore"), [(2, False), (2, True), (3, False), (4, True), (6, False), (7, False)])
+def test_a_resumed_run_is_the_whole_run(whole, tmp_path, step, restore):
+    kind, folder, trainer = whole
+    settings = SETTINGS | {"save_strategy": "no", "restore_callback_states_from_checkpoint": restore}
+    model = MAKE[kind](seed=9)
+    resumed = make_trainer(tmp_path, model, config(kind), **settings)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert sizes(model) == sizes(trainer.model)
+    assert losses(resumed) == losses(trainer)
+    for (name, one), two in zip(model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    (mine,) = [cb for cb in resumed.callback_handler.callbacks if isinstance(cb, CompreSSMCallback)]
+    assert [entry["step"] for entry in mine.history] == [3, 6]
+
+
+def test_every_checkpoint_loads_by_itself(whole):
+    _, folder, trainer = whole
+    seen = []
+    for step in (1, 3, 6, 8):
+        model = AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}")
+        seen.append(sizes(model))
+        for name, parameter in model.named_parameters():
+            assert torch.isfinite(parameter).all(), name
+    assert seen[0] != seen[1] or seen[1] != seen[2]
+    assert seen[-1] == sizes(trainer.model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name])
+
+
+def test_a_resume_without_the_recorded_batches_warns_and_goes_on(whole, tmp_path, caplog):
+    kind, folder, trainer = whole
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "compressm_batches_0.pt").unlink()
+    model = MAKE[kind](seed=9)
+    resumed = make_trainer(tmp_path, model, config(kind), **(SETTINGS | {"save_strategy": "no"}))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sum(sizes(model)) == sum(sizes(trainer.model))
+
+
+@pytest.mark.parametrize("best_step", [2, 4])
+def test_the_best_model_is_loaded_whatever_its_sizes(tmp_path, best_step):
+    model = tiny_mamba()
+    scores = iter([1.0 if step == best_step else 0.0 for step in range(2, 9, 2)])
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        config("mamba"),
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_dataset=dataset(4),
+        compute_metrics=lambda _: {"score": next(scores)},
+        metric_for_best_model="score",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best_step}")
+    assert sizes(model) == sizes(best)
+    assert sum(sizes(model)) == {2: 16, 4: 12}[best_step]
+    assert model.config.to_dict().get("per_layer_config") == best.config.to_dict().get("per_layer_config")
+    ids = dataset(2)[0]["input_ids"][None]
+    assert torch.equal(model.eval()(ids).logits, best.eval()(ids).logits)
+
+
+def test_model_init_makes_models_that_resume_too(tmp_path):
+    settings = SETTINGS | {"max_steps": 5}
+    short = CompreSSMConfig(state_size=3, start=0, end=2, num_reductions=1)
+    whole_run = make_trainer(tmp_path, tiny_mamba(), short, **settings)
+    whole_run.train()
+    trainer = make_trainer(tmp_path, None, short, model_init=lambda: tiny_mamba(), **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert sizes(trainer.model) == [3, 3]
+    assert losses(trainer) == losses(whole_run)
