@@ -104,7 +104,7 @@ def test_the_best_model_is_loaded_whatever_its_sizes(tmp_path, best_step):
 def test_model_init_makes_models_that_resume_too(tmp_path):
     settings = SETTINGS | {"max_steps": 5}
     short = CompreSSMConfig(state_size=3, start=0, end=2, num_reductions=1)
-    whole_run = make_trainer(tmp_path, tiny_mamba(), short, **settings)
+    whole_run = make_trainer(tmp_path, None, short, model_init=lambda: tiny_mamba(), **settings)
     whole_run.train()
     trainer = make_trainer(tmp_path, None, short, model_init=lambda: tiny_mamba(), **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -1,0 +1,68 @@
+"""One run of the callback in each process, for test_distributed.py: `torchrun ddp_run.py OUT VARIANT PROCESSES`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.architectures import find_layers
+from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.training.conftest import losses, make_trainer, sizes
+
+VARIANTS = {
+    "plain": {},
+    "none": {},
+    "mamba2": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bucket_view": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
+    "resume": {"save_strategy": "steps", "save_steps": 2},
+    "large": {},
+}
+
+
+def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | None = None) -> dict:
+    if variant == "large":
+        import hf_compressm.hankel.gramians as gramians
+
+        gramians.MAX_READOUT = 40  # 8 states are too many then: 5 candidates are chosen
+    model = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
+    target = {"state_size": 8} if variant == "mamba2" else {"ratio": 0.5}
+    config = CompreSSMConfig(start=0, end=4, num_reductions=2, calibration_batches=2, **target)
+    callback = CompreSSMCallback(config)
+    settings = {"max_steps": 7, "per_device_train_batch_size": 4 // processes}
+    settings |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    callbacks = [] if variant == "none" else [callback]
+    trainer = make_trainer(out, model, callbacks=callbacks, **settings, **VARIANTS[variant])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    digest = hashlib.sha256()
+    for parameter in [
+        *model.parameters(),
+        *(e for p in model.parameters() for e in trainer.optimizer.state[p].values()),
+    ]:
+        digest.update(parameter.detach().numpy().tobytes())
+    return {
+        "rank": rank,
+        "losses": losses(trainer),
+        "sizes": sizes(model),
+        "layers": len(find_layers(model)),
+        "hash": digest.hexdigest(),
+        "spectra": [entry["hankel_singular_values"] for entry in callback.history],
+    }
+
+
+if __name__ == "__main__":
+    folder, variants, world = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+    torch.set_num_threads(1)
+    process = int(os.environ.get("RANK", 0))
+    for name in variants:
+        result = run(folder / name, name, world, process)
+        (folder / f"{name}-{world}-{process}.json").write_text(json.dumps(result))
+        if name == "resume":
+            result = run(folder / "again", name, world, process, str(folder / name / "checkpoint-2"))
+            (folder / f"resumed-{world}-{process}.json").write_text(json.dumps(result))

@@ -1,0 +1,69 @@
+"""Two processes cut like one: the same statistics, one decision, equal ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+VARIANTS = ["plain", "mamba2", "accumulation", "bucket_view", "large", "resume", "none"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    script = str(ROOT / "tests" / "training" / "ddp_run.py")
+    for world in (2, 1):
+        launcher = [*torchrun, "2"] if world == 2 else [sys.executable]
+        variants = VARIANTS if world == 2 else ["plain", "mamba2", "accumulation", "large", "none"]
+        command = [*launcher, script, str(folder), ",".join(variants), str(world)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def read(name: str, world: int, rank: int) -> dict:
+        return json.loads((folder / f"{name}-{world}-{rank}.json").read_text())
+
+    return read
+
+
+def distance(one: dict, other: dict) -> float:
+    return max(abs(one["losses"][step] - other["losses"][step]) for step in one["losses"])
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "resumed"])
+def test_the_processes_stay_bit_identical(results, name):
+    first, second = results(name, 2, 0), results(name, 2, 1)
+    assert first["hash"] == second["hash"]
+    assert first["sizes"] == second["sizes"]
+    assert first["spectra"] == second["spectra"]
+
+
+@pytest.mark.parametrize("name", ["plain", "mamba2", "accumulation", "large"])
+def test_two_processes_follow_the_run_of_one(results, name):
+    two, one = results(name, 2, 0), results(name, 1, 0)
+    assert two["sizes"] == one["sizes"]
+    assert sum(two["sizes"]) < 16 * (2 if name == "mamba2" else 1)
+    assert distance(two, one) < 1e-4
+    assert distance(results("none", 2, 0), results("none", 1, 0)) < 1e-4
+
+
+def test_the_comparison_tells_a_cut_from_none(results):
+    assert distance(results("plain", 2, 0), results("none", 1, 0)) > 1e-3
+
+
+def test_bucket_settings_change_nothing(results):
+    assert distance(results("plain", 2, 0), results("bucket_view", 2, 0)) < 1e-4
+
+
+def test_a_resumed_run_is_the_whole_run(results):
+    assert results("resume", 2, 0)["hash"] == results("resumed", 2, 0)["hash"]
+    assert results("resume", 2, 0)["losses"] == results("resumed", 2, 0)["losses"]
