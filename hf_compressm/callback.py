@@ -156,6 +156,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         loop = self._find_trainer()
         self._reset()
+        self._stop_recording()  # a run that an error ended did not
         _check_launcher(self.trainer)
         layers = _find_trainable_layers(model)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
@@ -168,8 +169,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if not resumed:
             check_target(self._config, layers)
         self._steps = attempt_steps(self.config, state.max_steps)
-        if self.config.rollback is not None and self.trainer.eval_dataset is None:
-            raise ValueError("rollback needs an evaluation set: pass eval_dataset to the Trainer, or drop rollback.")
+        evaluation = self.trainer.eval_dataset
+        if self.config.rollback is not None and (evaluation is None or isinstance(evaluation, dict)):
+            raise ValueError("rollback needs one evaluation set: pass eval_dataset to the Trainer, or drop rollback.")
         check_optimizer(_unwrap(optimizer), _cut_parameters(layers))
         verify_optimizer(_unwrap(optimizer), model)
         self._batches.clear()
@@ -379,6 +381,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop_recording()
+        if self.stopped and self._config.tolerance is None:
+            logger.warning("hf_compressm: the target was not reached, since rollback undid a cut.")
         if self._remaining:
             logger.warning(
                 f"hf_compressm: training ended after step {state.global_step}, before the cuts that were due after steps "

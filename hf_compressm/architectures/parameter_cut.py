@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -19,9 +18,10 @@ class ParameterCut:
     Args:
         dim: the dimension that is cut.
         index: slices that stay, [new]; or [groups, new] for a parameter [groups, ...] that keeps others in each group.
-        readout: R [r, N]. The last r slices of the new values are R times `readout_rows` of the old ones.
+        readout: R [r, N]. The last r slices of the new values are R times N of the old ones.
         readout_start: the first of the N old slices that R combines.
-        values: the new values themselves, for a parameter that is made anew and has no old slices.
+        values: the new values themselves, where they were fitted. Without `index` the parameter is made anew and has
+            no old slices.
     """
 
     dim: int = 0
@@ -59,10 +59,3 @@ class ParameterCut:
         """The same on the CPU, to be sent to other processes."""
         move = [None if t is None else t.cpu() for t in (self.index, self.readout, self.values)]
         return ParameterCut(self.dim, move[0], move[1], self.readout_start, move[2])
-
-    def new_shape(self, old: torch.Size) -> torch.Size:
-        """The parameter's shape after the cut."""
-        if self.index is None:
-            assert self.values is not None
-            return self.values.shape
-        return torch.Size([*old[: self.dim], self.index.shape[-1], *old[self.dim + 1 :]])

@@ -26,7 +26,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
     """Refuse an optimizer that can't follow a cut of these parameters, so far as its present state tells.
 
     Args:
-        optimizer: of torch or of a library with the same interface; not a wrapper.
+        optimizer: of torch or of a library with the same interface; not accelerate's wrapper.
         parameters: those that a cut changes, by name.
 
     Raises:

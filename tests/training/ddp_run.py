@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from tests.conftest import tiny_mamba, tiny_mamba2
-from tests.training.conftest import losses, make_trainer, sizes
+from tests.training.conftest import dataset, losses, make_trainer, sizes
 
 VARIANTS = {
     "plain": {},
@@ -23,6 +24,7 @@ VARIANTS = {
     "bucket_view": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
     "resume": {"save_strategy": "steps", "save_steps": 2},
     "large": {},
+    "rollback": {"metric_for_best_model": "badness", "greater_is_better": False},
 }
 
 
@@ -34,9 +36,13 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
     model = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
     target = {"state_size": 8} if variant == "mamba2" else {"ratio": 0.5}
     config = CompreSSMConfig(start=0, end=4, num_reductions=2, calibration_batches=2, **target)
-    callback = CompreSSMCallback(config)
     settings = {"max_steps": 7, "per_device_train_batch_size": 4 // processes}
     settings |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    if variant == "rollback":  # a metric that any change makes worse
+        calls = iter(range(100))
+        config = replace(config, rollback=0.0)
+        settings |= {"eval_dataset": dataset(4), "compute_metrics": lambda _: {"badness": next(calls)}}
+    callback = CompreSSMCallback(config)
     callbacks = [] if variant == "none" else [callback]
     trainer = make_trainer(out, model, callbacks=callbacks, **settings, **VARIANTS[variant])
     trainer.train(resume_from_checkpoint=checkpoint)

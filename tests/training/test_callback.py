@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM
 
@@ -138,6 +139,53 @@ def test_gradient_checkpointing_and_bf16(tmp_path):
     trainer = make_trainer(tmp_path, model, config, max_steps=5, bf16=True, activation_checkpointing=True)
     trainer.train()
     assert sizes(model) == [3, 3]
+
+
+def test_a_compiled_model_is_traced_again(tmp_path):
+    config = CompreSSMConfig(state_size=3, start=0, end=2, num_reductions=1)
+    plain, compiled = tiny_mamba(layers=1), tiny_mamba(layers=1)
+    one = make_trainer(tmp_path, plain, config, max_steps=4)
+    two = make_trainer(tmp_path, compiled, config, max_steps=4, torch_compile=True, torch_compile_backend="eager")
+    one.train()
+    two.train()
+    assert sizes(plain) == sizes(compiled) == [3]
+    torch.testing.assert_close(losses(one), losses(two), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_with_accelerate():
+    """As the README shows it."""
+    accelerator = Accelerator(cpu=True)
+    model = tiny_mamba()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loader = torch.utils.data.DataLoader(dataset(), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    recent, seen = [], []
+    for step, batch in enumerate(loader, 1):
+        recent = [*recent[-3:], {"input_ids": batch["input_ids"]}]
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+        if step == 6:
+            config = CompreSSMConfig(state_size=3, refit=0)
+            compress_(accelerator.unwrap_model(model), config, recent, optimizer=optimizer)
+    assert sizes(accelerator.unwrap_model(model)) == [3, 3]
+    assert len(seen) == 12
+    for parameter in model.parameters():
+        assert optimizer.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+
+
+class EightBit(torch.optim.AdamW):
+    __module__ = "bitsandbytes.optim.adamw"
+
+
+def test_packed_optimizers_are_refused_before_the_first_step(tmp_path):
+    model = tiny_mamba()
+    optimizers = (EightBit(model.parameters()), None)
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(end=4), optimizers=optimizers)
+    with pytest.raises(ValueError, match="plain optimizer"):
+        trainer.train()
 
 
 def frozen():

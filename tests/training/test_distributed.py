@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.distributed
 
-VARIANTS = ["plain", "mamba2", "accumulation", "bucket_view", "large", "resume", "none"]
+VARIANTS = ["plain", "mamba2", "accumulation", "bucket_view", "large", "resume", "rollback", "none"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,3 +67,10 @@ def test_bucket_settings_change_nothing(results):
 def test_a_resumed_run_is_the_whole_run(results):
     assert results("resume", 2, 0)["hash"] == results("resumed", 2, 0)["hash"]
     assert results("resume", 2, 0)["losses"] == results("resumed", 2, 0)["losses"]
+
+
+def test_an_undone_cut_leaves_no_trace(results):
+    assert results("rollback", 2, 0)["sizes"] == [8, 8]
+    assert len(results("rollback", 2, 0)["spectra"]) == 1
+    assert results("rollback", 2, 0)["hash"] == results("none", 2, 0)["hash"]
+    assert results("rollback", 2, 0)["losses"] == results("none", 2, 0)["losses"]
