@@ -295,7 +295,7 @@ def analyze(
 
 
 # Enough tokens for a perplexity that holds to a percent, few enough for a CPU.
-EVALUATION_SEQUENCES = 16
+EVALUATION_SEQUENCES = 8
 
 
 @app.command()
@@ -310,6 +310,7 @@ def demo(
     """
     from .calibration import LENGTH, windows
     from .compress import compress_
+    from .config import CompreSSMConfig
     from .report import plot_spectra
 
     _empty_folder(output)
@@ -326,7 +327,8 @@ def demo(
             before = _perplexity(model, ids, progress, f"{name}: perplexity before")
             batches = _batches(model, tokenizer, None, progress)
             with _measuring(model, batches, progress, then="choosing the states to keep"):
-                report = compress_(model, None, batches)
+                # Without the refit rounds, which would take minutes on a CPU.
+                report = compress_(model, CompreSSMConfig(refit=0), batches)
             model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / name)
             reloaded, _ = _load(str(folder / name), progress)
