@@ -69,3 +69,6 @@ if __name__ == "__main__":
         if name == "resume":
             result = run(folder / "again", name, world, process, str(folder / name / "checkpoint-2"))
             (folder / f"resumed-{world}-{process}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        # Else gloo's threads are still running when the interpreter ends, and may abort the process.
+        torch.distributed.destroy_process_group()
