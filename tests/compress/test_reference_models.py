@@ -44,7 +44,7 @@ def test_ours_beats_the_baselines_on_held_out_text(ids, name, size, kind, baseli
 
 def test_projection_costs_less_than_selection(ids):
     full = slim_loss("mamba2-tiny", ids, tolerance=0)
-    assert slim_loss("mamba2-tiny", ids, state_size=32) < full + 0.05
+    assert slim_loss("mamba2-tiny", ids, state_size=32) < full + 0.08
     assert slim_loss("mamba2-tiny", ids, state_size=8) < slim_loss(
         "mamba2-tiny", ids, state_size=8, realization="select"
     )
