@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import SSMLayer, find_layers
+from .architectures import SSMLayer, find_layers, unprojected_sizes
 from .architectures.mamba import MambaLayer
 from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
@@ -434,12 +434,7 @@ def _apply(
                 set_data_(layer.mixer.get_parameter(name), data)
             layer.resize(size)
     if cuts:
-        projected = {
-            layer.index: layer.mixer.unprojected_state_size
-            for layer in layers
-            if getattr(layer, "unprojected_state_size", None) is not None
-        }
-        set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, projected)
+        set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, unprojected_sizes(layers))
         _keep_trained_weights(model)
 
 

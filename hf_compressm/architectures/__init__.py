@@ -46,3 +46,9 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
             if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):
                 raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")
     return layers
+
+
+def unprojected_sizes(layers: list[SSMLayer]) -> dict[int, int]:
+    """The sizes that projected layers project from, by layer index."""
+    sizes = {layer.index: getattr(layer, "unprojected_state_size", None) for layer in layers}
+    return {index: size for index, size in sizes.items() if size is not None}

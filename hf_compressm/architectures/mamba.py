@@ -91,24 +91,23 @@ class MambaLayer:
     def cut(self, groups: list[Selection | Refit]) -> dict[str, ParameterCut]:
         """How the mixer's parameters change in a selection; nothing is changed yet."""
         (selection,) = groups
-        if isinstance(selection, Refit):
-            return self._cut_and_refit(selection)
         kept, R, N = selection.kept, self.mixer.time_step_rank, self.state_size
         step = torch.arange(R, device=kept.device)
         rows = torch.cat([step, R + kept, R + N + kept])
+        if isinstance(selection, Refit):
+            return self._refitted(selection, rows)
         return {
             "A_log": ParameterCut(dim=1, index=kept),
             "x_proj.weight": ParameterCut(index=rows, readout=selection.readout, readout_start=R + N),
         }
 
-    def _cut_and_refit(self, fit: Refit) -> dict[str, ParameterCut]:
-        mixer, kept, R, N = self.mixer, fit.kept, self.mixer.time_step_rank, self.state_size
-        rows = torch.arange(R + 2 * N, device=kept.device)
-        step, B, C = mixer.x_proj.weight.detach().double().split([R, N, N])
+    def _refitted(self, fit: Refit, rows: Tensor) -> dict[str, ParameterCut]:
+        mixer, kept, N = self.mixer, fit.kept, self.state_size
+        step, B, C = mixer.x_proj.weight.detach().double().split([mixer.time_step_rank, N, N])
         x_proj = torch.cat([step, fit.inputs @ B, fit.readout @ C])
         return {
             "A_log": ParameterCut(dim=1, index=kept, values=torch.log(-fit.A)),
-            "x_proj.weight": ParameterCut(index=torch.cat([rows[:R], R + kept, R + N + kept]), values=x_proj),
+            "x_proj.weight": ParameterCut(index=rows, values=x_proj),
             "D": ParameterCut(
                 index=torch.arange(self.channels, device=kept.device), values=mixer.D.detach() + fit.skip
             ),

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import find_layers
+from ..architectures import find_layers, unprojected_sizes
 from ..hub import set_state_sizes
 from .reshape import set_data_
-from .snapshot import unprojected_sizes
 
 
 class ReshapeOnLoad:

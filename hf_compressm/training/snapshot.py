@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import SSMLayer
+from ..architectures import SSMLayer, unprojected_sizes
 from ..hub import set_state_sizes
 from .reshape import set_data_
 
@@ -39,9 +39,3 @@ class Snapshot:
             self.optimizer.state[parameter] = state
         set_state_sizes(self.model, self.sizes, unprojected_sizes(self.layers))
         self.model.compression_report = self.report  # type: ignore[assignment]
-
-
-def unprojected_sizes(layers: list[SSMLayer]) -> dict[int, int]:
-    """The sizes that projected layers project from, by layer index."""
-    sizes = {layer.index: getattr(layer, "unprojected_state_size", None) for layer in layers}
-    return {index: size for index, size in sizes.items() if size is not None}
