@@ -43,7 +43,7 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     if isinstance(data, Sequence) and not len(data):
         raise _empty()
     batches = list(_batches(data, tokenizer))
-    _check(batches, model)
+    check_batches(batches, model)
     return batches
 
 
@@ -121,7 +121,12 @@ def _empty() -> ValueError:
     return ValueError("The calibration data is empty: give at least one sequence.")
 
 
-def _check(batches: list[dict[str, Tensor]], model: PreTrainedModel) -> None:
+def check_batches(batches: list[dict[str, Tensor]], model: PreTrainedModel) -> None:
+    """Refuse batches that the model can't read, or that are too short to tell anything.
+
+    Raises:
+        ValueError, TypeError: as `calibration_batches`.
+    """
     for batch in batches:
         ids = batch["input_ids"]
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():

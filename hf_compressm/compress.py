@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from .architectures.mamba import MambaLayer
 from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
+from .evaluation import describe, evaluation_ids, perplexity
 from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import project, select, select_with_readout
 from .hankel.refit import refit
-from .hub import load_model, load_tokenizer, project_, set_state_sizes
-from .report import CompressionReport, LayerReport
+from .hub import check_login, load_model, load_tokenizer, project_, publish, set_state_sizes
+from .report import CompressionReport, LayerReport, Perplexity
 from .training.optimizer import cut_states, set_states_, verify_optimizer
 from .training.reshape import set_data_
 
@@ -41,6 +42,8 @@ def compress_pretrained(
     calibration_data: Any = None,
     tokenizer: Any = None,
     push_to_hub: str | None = None,
+    private: bool | None = None,
+    evaluate: bool | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Make a slim model of a checkpoint or a model.
@@ -52,7 +55,11 @@ def compress_pretrained(
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
-        push_to_hub: a repository to push the slim model (and its tokenizer) to.
+        push_to_hub: a repository to push the slim model, its tokenizer and its model card to, in one commit. The login is
+            checked before anything else is done.
+        private: make that repository a private one, if it is new.
+        evaluate: take the perplexity before and after the cut, on a text that the package ships, into the report and the
+            model card. By default when pushing, if there is a tokenizer.
         **from_pretrained_kwargs: for `from_pretrained`, such as `dtype`, `device_map` or `revision`.
 
     Returns:
@@ -60,8 +67,11 @@ def compress_pretrained(
 
     Raises:
         ValueError, TypeError: see `compress_`.
-        OSError: if there is no such checkpoint, or a part of it is missing or half written.
+        OSError: if there is no such checkpoint, or a part of it is missing or half written; or if the push failed.
     """
+    token = from_pretrained_kwargs.get("token")
+    if push_to_hub is not None:
+        check_login(token)
     if isinstance(name_or_model, PreTrainedModel):
         if from_pretrained_kwargs:
             raise TypeError(f"A model is already loaded: drop {', '.join(from_pretrained_kwargs)}, or give its name.")
@@ -78,11 +88,18 @@ def compress_pretrained(
                 tokenizer = load_tokenizer(name_or_model, **hub)
             except (OSError, ValueError) as error:
                 logger.info(f"hf_compressm: no tokenizer for {name_or_model} ({error}).")
-    compress_(model, config, calibration_data, tokenizer=tokenizer)
+    if evaluate and tokenizer is None:
+        raise ValueError("The perplexity is taken on text, and there is no tokenizer: pass tokenizer=.")
+    if evaluate is None:
+        evaluate = push_to_hub is not None and tokenizer is not None
+    ids = evaluation_ids(tokenizer) if evaluate else None
+    before = perplexity(model, ids) if ids is not None else 0.0
+    report = compress_(model, config, calibration_data, tokenizer=tokenizer)
+    if ids is not None:
+        measured = Perplexity(before, perplexity(model, ids), describe(ids))
+        model.compression_report = replace(report, perplexity=measured)  # type: ignore[assignment]
     if push_to_hub is not None:
-        model.push_to_hub(push_to_hub)  # type: ignore[arg-type]
-        if tokenizer is not None:
-            tokenizer.push_to_hub(push_to_hub)
+        publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
     return model
 
 
