@@ -23,6 +23,7 @@ from .architectures import SSMLayer, find_layers
 from .calibration import calibration_batches
 from .compress import CutPlan, apply_cut_, evaluating, observing, plan_cut
 from .config import CompreSSMConfig
+from .figures import plot_history
 from .training.checkpoints import ReshapeOnLoad
 from .training.distributed import (
     decide,
@@ -33,6 +34,7 @@ from .training.distributed import (
     sum_statistics_,
 )
 from .training.optimizer import check_optimizer, verify_optimizer
+from .training.run_report import run_report
 from .training.schedule import attempt_config, attempt_steps, check_target, training_config
 from .training.snapshot import Snapshot
 from .training.trajectory import rank_correlation
@@ -163,6 +165,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         resumed = state.global_step > 0 and isinstance(saved, dict)
         if saved is not None and resumed:
             self._restore(saved["attributes"])
+            self._report(model, layers)
         else:
             self.initial_sizes = {layer.index: layer.state_size for layer in layers}
             self.kept = {layer.index: [list(range(layer.state_size))] * layer.groups for layer in layers}
@@ -226,10 +229,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 index: [[old[s] for s in new] for old, new in zip(self.kept[index], groups, strict=True)]
                 for index, groups in plan.kept.items()
             }
-        entry |= {"sizes": sizes, "undone": undone}
+        errors = {layer.index: layer.output_error for layer in plan.report.layers}
+        entry |= {"sizes": sizes, "undone": undone, "output_error": errors}
         self.history.append(entry)
+        self._report(model, layers)
         seconds = time.perf_counter() - begin
         self._log(step, plan, entry, seconds, control, undone)
+
+    def _report(self, model: PreTrainedModel, layers: list[SSMLayer]) -> None:
+        """Over all cuts so far, for the model card."""
+        model.compression_report = run_report(model, layers, self.initial_sizes, self.history)  # type: ignore[assignment]
+
+    def plot(self) -> Any:
+        """The run as a figure: the spectra at each attempt, and the states falling. See `figures.plot_history`.
+
+        Raises:
+            ValueError: if there was no attempt yet.
+        """
+        return plot_history(self.history, self.initial_sizes)
 
     def _gate(self, plan: CutPlan, step: int) -> CutPlan:
         """Without its cuts, if they remove too little to be worth it."""

@@ -1,13 +1,13 @@
-"""The command line: compress, analyze, demo."""
+"""The command line: compress, analyze, export, demo."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +17,56 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+
+def _paragraphs(text: str | None) -> str:
+    """Each paragraph on one line: typer keeps the line breaks of all but the first."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
+
+
 app = typer.Typer(
-    help="""Make the SSM state of a Mamba or Mamba-2 model smaller, guided by Hankel singular values.
+    help=_paragraphs("""Make the SSM state of a Mamba or Mamba-2 model smaller, guided by Hankel singular values.
 
-    Try [bold]demo[/bold] first: it slims two small models that the package ships. Then [bold]analyze[/bold] a model of
-    yours to see how many states it needs, and [bold]compress[/bold] it: the slim model is a checkpoint like any other.
+    1. [bold cyan]hf-compressm demo[/bold cyan] slims two small models that the package ships: a minute on a CPU.
 
-    Exit codes: 0 done, 1 can't be done (the message says why), 2 unknown option, 130 stopped by Ctrl-C. Whatever stops
-    it, an output folder is complete or not there.""",
+    2. [bold cyan]hf-compressm analyze state-spaces/mamba-130m[/bold cyan] shows how many states each layer needs.
+
+    3. [bold cyan]hf-compressm compress state-spaces/mamba-130m --dry-run[/bold cyan] shows what would be cut and what it
+    would cost.
+
+    4. [bold cyan]hf-compressm compress state-spaces/mamba-130m slim --push-to-hub me/slim[/bold cyan] cuts, saves and
+    publishes.
+
+    The slim model loads with from_pretrained like any other: after [bold]import hf_compressm[/bold], or anywhere with
+    trust_remote_code=True. With --uniform it is a stock checkpoint that needs neither.
+
+    Exit codes: 0 done, 1 can't be done (the message says why), 2 unknown option, 130 stopped by Ctrl-C. Whatever stops it,
+    an output folder is complete or not there, and so is what is pushed. Results go to stdout, all else to stderr."""),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    return app.command(help=_paragraphs(function.__doc__))(function)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hf_compressm {version('hf_compressm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 Model = Annotated[
     str, typer.Argument(help="A name on the Hub, or a folder, in the layout of transformers or of state-spaces/*.")
@@ -91,9 +129,12 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # its bars, of weights and shards, would break up this one
+    # Their bars, of weights, shards and uploads, would break up this one.
+    logging.disable_progress_bar()
+    disable_progress_bars()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
         yield progress
@@ -151,14 +192,16 @@ def _measuring(model: Any, batches: list[Any], progress: Progress, then: str = "
         progress.remove_task(task)
 
 
-def _print_report(report: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        Console().print(report)
+def _perplexity(model: Any, ids: Any, progress: Progress, description: str) -> float:
+    from .evaluation import perplexity
+
+    task = progress.add_task(description, total=len(ids))
+    value = perplexity(model, ids, lambda count: progress.advance(task, count))
+    progress.remove_task(task)
+    return value
 
 
-@app.command()
+@_command
 def compress(
     model: Model,
     output: Annotated[
@@ -201,6 +244,15 @@ def compress(
     private: Annotated[
         bool, typer.Option("--private", help="Make that repository a private one, if it is new.")
     ] = False,
+    evaluate: Annotated[
+        bool | None,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Take the perplexity before and after, on prose that the package ships. By default with --push-to-hub, "
+            "for the model card, and with --dry-run.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be cut and what it would cost; write nothing.")
     ] = False,
@@ -215,6 +267,9 @@ def compress(
     """
     from .compress import compress_
     from .config import CompreSSMConfig
+    from .evaluation import describe, evaluation_ids
+    from .hub import check_login, publish
+    from .report import Perplexity
 
     if output is None and push_to_hub is None and not dry_run:
         raise _fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
@@ -229,34 +284,48 @@ def compress(
             realization=realization,  # type: ignore[arg-type]
             multiple_of=multiple_of,
         )
+        if push_to_hub is not None and not dry_run:
+            check_login()
         with _progress() as progress:
             slim, tokenizer = _load(model, progress)
             batches = _batches(slim, tokenizer, calibration, progress)
+            if evaluate and tokenizer is None:
+                raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
+            if evaluate is None:
+                evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
+            ids = evaluation_ids(tokenizer) if evaluate else None
+            before = _perplexity(slim, ids, progress, "perplexity before") if ids is not None else 0.0
             with _measuring(slim, batches, progress, then="choosing the states to keep"):
                 report = compress_(slim, config, batches)
+            if ids is not None:
+                after = _perplexity(slim, ids, progress, "perplexity after")
+                report = slim.compression_report = replace(report, perplexity=Perplexity(before, after, describe(ids)))
             if output is not None and not dry_run:
                 progress.add_task("saving", total=None)
                 with _new_folder(output) as folder:
                     slim.save_pretrained(folder)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(folder)
-    _print_report(report, as_json)
+    if not as_json:
+        Console().print(report)
     if dry_run:
         _note("dry run: nothing was written")
-        return
-    if tokenizer is None:
+        output = push_to_hub = None
+    elif tokenizer is None:
         _note("[yellow]The model has no tokenizer; none was saved.[/yellow]")
     if output is not None:
         _note(f"saved in {escape(str(output))}")
     if push_to_hub is not None:
-        with _exit_codes():
-            slim.push_to_hub(push_to_hub, private=private or None)
-            if tokenizer is not None:
-                tokenizer.push_to_hub(push_to_hub)
+        with _exit_codes(), _progress() as progress:
+            progress.add_task(f"pushing to {escape(push_to_hub)}", total=None)
+            push_to_hub = publish(slim, push_to_hub, tokenizer=tokenizer, private=private or None)
         _note(f"pushed to {escape(push_to_hub)}")
+    if as_json:
+        where = {"saved_in": str(output) if output is not None else None, "pushed_to": push_to_hub}
+        typer.echo(json.dumps(report.to_dict() | where, indent=2))
 
 
-@app.command()
+@_command
 def analyze(
     model: Model,
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra to this file.")] = None,
@@ -281,7 +350,7 @@ def analyze(
         if figure is not None:
             report.plot().savefig(figure, dpi=150)
     if as_json:
-        _print_report(report, as_json)
+        typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
         table = Table(title=f"States that hold {1 - tolerance:.0%} of the Hankel energy")
         for column in ("layer", "states", "needed"):
@@ -294,11 +363,28 @@ def analyze(
         _note(f"figure in {escape(str(figure))}")
 
 
-# Enough tokens for a perplexity that holds to a percent, few enough for a CPU.
-EVALUATION_SEQUENCES = 8
+@_command
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="A new folder for the checkpoint in the original layout.")],
+) -> None:
+    """Write a model in the original layout, for mamba_ssm's MambaLMHeadModel.
+
+    That layout has one state size for all layers: compress with --uniform first. Any other model is refused, with the
+    reason.
+    """
+    from .hub import export_mamba_ssm
+
+    _empty_folder(output)
+    with _exit_codes(), _progress() as progress:
+        loaded, _ = _load(model, progress)
+        progress.add_task("saving", total=None)
+        with _new_folder(output) as folder:
+            export_mamba_ssm(loaded, folder)
+    _note(f"saved in {escape(str(output))}")
 
 
-@app.command()
+@_command
 def demo(
     output: Annotated[Path, typer.Option(help="A new folder for the slim models and the figure, spectra.png.")] = Path(
         "demo"
@@ -308,10 +394,10 @@ def demo(
 
     Takes about a minute on two CPU cores and needs no network.
     """
-    from .calibration import LENGTH, windows
     from .compress import compress_
     from .config import CompreSSMConfig
-    from .report import plot_spectra
+    from .evaluation import evaluation_ids
+    from .figures import plot_spectra
 
     _empty_folder(output)
     reference = Path(__file__).parent / "reference"
@@ -320,12 +406,11 @@ def demo(
         table.add_column(column, justify="right")
     reports = {}
     with _exit_codes(), _new_folder(output) as folder, _progress() as progress:
-        text = (reference / "evaluation.txt").read_text(encoding="utf-8")
         # Without the refit rounds, which take a minute on a CPU; the Mamba-2 model needs all its states at tolerance 0.05.
         cuts = {"mamba-tiny": CompreSSMConfig(refit=0), "mamba2-tiny": CompreSSMConfig(state_size=32)}
         for name, cut in cuts.items():
             model, tokenizer = _load(str(reference / name), progress)
-            ids = windows(text, tokenizer, EVALUATION_SEQUENCES, LENGTH)
+            ids = evaluation_ids(tokenizer)
             before = _perplexity(model, ids, progress, f"{name}: perplexity before")
             batches = _batches(model, tokenizer, None, progress)
             with _measuring(model, batches, progress, then="choosing the states to keep"):
@@ -344,16 +429,3 @@ def demo(
         console.print(report)
     console.print(table)
     _note(f"models and figure in {escape(str(output))}")
-
-
-def _perplexity(model: Any, ids: Any, progress: Progress, description: str) -> float:
-    import torch
-
-    losses = []
-    task = progress.add_task(description, total=len(ids))
-    with torch.no_grad():
-        for batch in ids.split(2):
-            losses += [float(model.eval()(batch, labels=batch, use_cache=False).loss)] * len(batch)
-            progress.advance(task, len(batch))
-    progress.remove_task(task)
-    return math.exp(sum(losses) / len(losses))

@@ -33,7 +33,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def test_demo(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_compressm.cli.EVALUATION_SEQUENCES", 3)
+    monkeypatch.setattr("hf_compressm.evaluation.SEQUENCES", 3)
     result = run("demo", "--output", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "demo" / "spectra.png").stat().st_size > 20_000

@@ -37,9 +37,10 @@ class Repository:
 
 
 class HubServer:
-    """
+    """A server in threads of this process.
+
     Args:
-        large: whether a file of a name and size goes to the large-file storage.
+        large: whether a file, of a repository and a name, goes to the large-file storage.
 
     Attributes:
         repositories: by full name.
@@ -48,7 +49,7 @@ class HubServer:
         log: every request that was answered, as "METHOD path".
     """
 
-    def __init__(self, large: Any = lambda name, size: name.endswith((".safetensors", ".png"))) -> None:
+    def __init__(self, large: Any = lambda repo, name: name.endswith((".safetensors", ".png"))) -> None:
         self.large = large
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
@@ -78,7 +79,7 @@ class HubServer:
         return kept | settings | ({"HF_TOKEN": token} if token else {})
 
 
-class _Refused(Exception):
+class _RefusalError(Exception):
     def __init__(self, status: int, code: str = "") -> None:
         self.status, self.code = status, code
 
@@ -102,10 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._route([part for part in path.split("/") if part], body)
             hub.log.append(f"{self.command} {path}")
-        except _Refused as refused:
+        except _RefusalError as refused:
             self._send(refused.status, {"error": refused.code}, {"X-Error-Code": refused.code})
 
-    do_GET = do_HEAD = do_POST = do_PUT = _answer
+    do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
 
     def _chunks(self) -> bytes:
         body = b""
@@ -128,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files = [
                     {
                         "path": file["path"],
-                        "uploadMode": "lfs" if self.server_state.large(file["path"], file["size"]) else "regular",
+                        "uploadMode": "lfs" if self.server_state.large(f"{owner}/{name}", file["path"]) else "regular",
                         "shouldIgnore": False,
                     }
                     for file in json.loads(body)["files"]
@@ -141,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             case "PUT", ["storage", oid]:
                 if hashlib.sha256(body).hexdigest() != oid:
-                    raise _Refused(400)
+                    raise _RefusalError(400)
                 self.server_state.objects[oid] = body
                 self._send(200, {})
             case "POST", ["verify"]:
@@ -149,7 +150,10 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST", ["api", "models", owner, name, "commit", _]:
                 self._commit(f"{owner}/{name}", self._repository(owner, name, write=True), body)
             case "GET", ["api", "models", owner, name, "tree", *_]:
-                self._send(200, [self._entry(*item) for item in self._repository(owner, name).files.items()])
+                self._send(
+                    200,
+                    [self._entry(f"{owner}/{name}", *item) for item in self._repository(owner, name).files.items()],
+                )
             case "GET", ["api", "models", owner, name, *_]:
                 repository = self._repository(owner, name)
                 siblings = [{"rfilename": file} for file in repository.files]
@@ -166,29 +170,29 @@ class _Handler(BaseHTTPRequestHandler):
             case "GET" | "HEAD", [owner, name, "resolve", _, *file]:
                 self._resolve(self._repository(owner, name), "/".join(file))
             case _:
-                raise _Refused(404, "EntryNotFound")
+                raise _RefusalError(404, "EntryNotFound")
 
     def _user(self) -> str:
         user = TOKENS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
         if user is None:
-            raise _Refused(401)
+            raise _RefusalError(401)
         return user
 
     def _repository(self, owner: str, name: str, write: bool = False) -> Repository:
         repository = self.server_state.repositories.get(f"{owner}/{name}")
         if write and self._user() != owner:
-            raise _Refused(403)
+            raise _RefusalError(403)
         if repository is None or (repository.private and self._user() != owner):
-            raise _Refused(404, "RepoNotFound")
+            raise _RefusalError(404, "RepoNotFound")
         return repository
 
     def _create(self, wanted: dict[str, Any]) -> None:
         owner = wanted.get("organization") or self._user()
         if owner != self._user():
-            raise _Refused(403)
+            raise _RefusalError(403)
         name = f"{owner}/{wanted['name']}"
         status = 409 if name in self.server_state.repositories else 200
-        self.server_state.repositories.setdefault(name, Repository(private=bool(wanted.get("private"))))
+        self.server_state.repositories.setdefault(name, Repository(private=wanted.get("visibility") == "private"))
         self._send(status, {"url": f"{self.server_state.url}/{name}", "name": name})
 
     def _upload(self, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -218,14 +222,14 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.server_state.url}/{name}/commit/{repository.commit}"
         self._send(200, {"success": True, "commitOid": repository.commit, "commitUrl": url, "hookOutput": ""})
 
-    def _entry(self, path: str, content: bytes) -> dict[str, Any]:
+    def _entry(self, repo: str, path: str, content: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "type": "file",
             "path": path,
             "size": len(content),
             "oid": hashlib.sha1(content).hexdigest(),
         }
-        if self.server_state.large(path, len(content)):
+        if self.server_state.large(repo, path):
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 120}
         return entry
 

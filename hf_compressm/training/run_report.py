@@ -1,0 +1,60 @@
+"""The report of a training run: from the sizes it began with to the present ones, over all of its cuts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..architectures import SSMLayer
+from ..report import CompressionReport, LayerReport
+
+
+def run_report(
+    model: PreTrainedModel, layers: list[SSMLayer], initial_sizes: dict[int, int], history: list[dict[str, Any]]
+) -> CompressionReport | None:
+    """What a run did to a model, for `model.compression_report`; None if it has not cut it.
+
+    Spectra are those of the first attempt, before any cut. Energy kept is the product over the cuts of what each kept,
+    output error what they lost together, before training went on.
+
+    Args:
+        model: as it is now.
+        layers: of the model.
+        initial_sizes: before the first cut, by layer index.
+        history: of the callback.
+    """
+    if all(layer.state_size == initial_sizes[layer.index] for layer in layers):
+        return None
+    rows = []
+    for layer in layers:
+        energy = output = 1.0
+        for entry in history:
+            spectra, size = _of(entry["hankel_singular_values"], layer), _of(entry["sizes"], layer)
+            if size < len(spectra[0]):
+                energy *= sum(sum(s[:size]) for s in spectra) / (sum(map(sum, spectra)) or 1.0)
+                output *= 1 - _of(entry["output_error"], layer)
+        rows.append(
+            LayerReport(
+                index=layer.index,
+                old_size=initial_sizes[layer.index],
+                new_size=layer.state_size,
+                hankel_singular_values=_of(history[0]["hankel_singular_values"], layer),
+                energy_kept=energy,
+                output_error=1 - output,
+                channels=layer.channels,
+            )
+        )
+    after = sum(parameter.numel() for parameter in model.parameters())
+    removed = sum(_count(layer, initial_sizes[layer.index]) - _count(layer, layer.state_size) for layer in layers)
+    return CompressionReport(rows, "select", after + removed, after)
+
+
+def _of(by_layer: dict[Any, Any], layer: SSMLayer) -> Any:
+    # A checkpoint's JSON turns the layer numbers into strings.
+    return by_layer[layer.index] if layer.index in by_layer else by_layer[str(layer.index)]
+
+
+def _count(layer: SSMLayer, size: int) -> int:
+    return sum(math.prod(shape) for shape in layer.shapes(size).values())
