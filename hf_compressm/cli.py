@@ -237,6 +237,10 @@ def compress(
             "a power of two from 16 up for Mamba-2, whose kernels are made for these."
         ),
     ] = None,
+    refit: Annotated[
+        int,
+        typer.Option(help="Rounds of refitting the cut layers of a Mamba model to the full ones; 0 is quicker."),
+    ] = 3,
     calibration: CalibrationFile = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="NAME", help="Push the slim model and its tokenizer to this repository.")
@@ -283,6 +287,7 @@ def compress(
             uniform=uniform,
             realization=realization,  # type: ignore[arg-type]
             multiple_of=multiple_of,
+            refit=refit,
         )
         if push_to_hub is not None and not dry_run:
             check_login()

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import hf_compressm
@@ -21,7 +21,8 @@ MAMBA = str(REFERENCE / "mamba-tiny")
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    quick = ("--refit", "0") if arguments[:1] == ("compress",) else ()
+    return CliRunner().invoke(app, [*(str(argument) for argument in arguments), *quick])
 
 
 @pytest.fixture(scope="module")
@@ -91,30 +92,77 @@ def test_realization(tmp_path, text):
     assert "auto, select, project" in run("compress", MAMBA, *settings, "other").stderr
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_push_to_hub(monkeypatch, tmp_path, text, folder):
+@pytest.fixture
+def pushed(monkeypatch):
+    """What is handed to the Hub; true pushes are in tests/hub."""
     pushed = []
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name, **kw: pushed.append(("model", name, kw)))
-    monkeypatch.setattr(
-        PreTrainedTokenizerBase, "push_to_hub", lambda self, name, **kw: pushed.append(("tokenizer", name, kw))
-    )
+
+    def publish(model, name, *, tokenizer, private):
+        pushed.append((name, tokenizer is not None, private, model.compression_report.perplexity))
+        return name
+
+    monkeypatch.setattr("hf_compressm.hub.check_login", lambda: None)
+    monkeypatch.setattr("hf_compressm.hub.publish", publish)
+    monkeypatch.setattr("hf_compressm.evaluation.SEQUENCES", 1)
+    return pushed
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_push_to_hub(pushed, tmp_path, text, folder):
     output = [tmp_path / "slim"] if folder else []
     result = run("compress", MAMBA, *output, "--push-to-hub", "me/slim", "--private", "--calibration", text)
     assert result.exit_code == 0, result.output
-    assert pushed == [("model", "me/slim", {"private": True}), ("tokenizer", "me/slim", {})]
+    ((*what, perplexity),) = pushed
+    assert what == ["me/slim", True, True]
+    assert 1 < perplexity.before < perplexity.after < 100
+    assert "pushed to me/slim" in result.stderr
     assert (tmp_path / "slim").exists() == folder
 
 
-def test_a_push_that_fails_leaves_the_folder(monkeypatch, tmp_path, text):
-    def refuse(self, name, **kwargs):
+def test_no_evaluation(pushed, text):
+    result = run("compress", MAMBA, "--push-to-hub", "me/slim", "--no-evaluate", "--json", "--calibration", text)
+    assert pushed == [("me/slim", True, None, None)]
+    assert json.loads(result.stdout)["pushed_to"] == "me/slim"
+
+
+def test_a_push_that_fails_leaves_the_folder(pushed, monkeypatch, tmp_path, text):
+    def refuse(*args, **kwargs):
         raise OSError("401: no such token")
 
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", refuse)
-    result = run("compress", MAMBA, tmp_path / "slim", "--push-to-hub", "me/slim", "--calibration", text)
+    monkeypatch.setattr("hf_compressm.hub.publish", refuse)
+    result = run("compress", MAMBA, tmp_path / "slim", "--push-to-hub", "me/slim", "--json", "--calibration", text)
     assert result.exit_code == 1
     assert "401" in result.stderr
     assert "saved in" in result.stderr
+    assert result.stdout == ""
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "slim") is not None
+
+
+def test_what_a_dry_run_would_cost(pushed, text):
+    result = run("compress", MAMBA, "--state-size", 2, "--dry-run", "--json", "--calibration", text)
+    report = json.loads(result.stdout)
+    assert report["saved_in"] is report["pushed_to"] is None
+    assert report["perplexity"]["before"] < report["perplexity"]["after"]
+    assert "1 x 512 tokens" in report["perplexity"]["data"]
+    assert pushed == []
+
+
+def test_export(tmp_path, text):
+    uniform = ("--state-size", 6, "--uniform", "--calibration", text)
+    assert run("compress", MAMBA, tmp_path / "slim", *uniform).exit_code == 0
+    assert run("export", tmp_path / "slim", tmp_path / "original").exit_code == 0
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert config["ssm_cfg"]["d_state"] == 6
+    assert run("analyze", tmp_path / "original", "--calibration", text).exit_code == 1  # it has no tokenizer here
+    assert run("compress", MAMBA, tmp_path / "mixed", "--ratio", 0.5, "--calibration", text).exit_code == 0
+    result = run("export", tmp_path / "mixed", tmp_path / "refused")
+    assert result.exit_code == 1
+    assert "uniform=True" in result.stderr
+    assert not (tmp_path / "refused").exists()
+
+
+def test_version():
+    assert run("--version").stdout.startswith("hf_compressm 0.")
 
 
 @pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError("no space left"), 1)])
@@ -179,9 +227,17 @@ def test_a_model_without_a_tokenizer(tmp_path, text):
 
 
 def test_help_tells_the_whole_story():
-    for command in ((), ("compress",), ("analyze",), ("demo",)):
+    for command in ((), ("compress",), ("analyze",), ("export",), ("demo",)):
         result = run(*command, "--help")
         assert result.exit_code == 0
     text = " ".join(run("compress", "--help").output.split())
-    for option in ("--tolerance", "--dry-run", "--push-to-hub", "--json", "--calibration", "--realization"):
+    for option in (
+        "--tolerance",
+        "--dry-run",
+        "--push-to-hub",
+        "--json",
+        "--calibration",
+        "--realization",
+        "--evaluate",
+    ):
         assert option in text
