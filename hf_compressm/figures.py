@@ -36,9 +36,7 @@ def plot_spectra(reports: Mapping[str, CompressionReport]) -> Any:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("state, from the largest singular value down")
         axes.set_title(_headline(name, report), loc="left", fontsize=11)
-        axes.grid(axis="y", color="0.92", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _tidy(axes)
         bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, label="layer", aspect=30, pad=0.02)
         step = -(-count // 8)
         bar.set_ticks(range(0, count, step), labels=[str(layer.index) for layer in report.layers[::step]])
@@ -75,75 +73,86 @@ def _draw_spectrum(axes: Any, spectrum: list[float], layer: LayerReport, color: 
     axes.plot(kept, values[kept - 1], "o", color=color, ms=7, mec="white", mew=1.2, zorder=3)
 
 
-def plot_history(history: list[dict[str, Any]], initial_sizes: Mapping[Any, int]) -> Any:
+def plot_history(history: list[dict[str, Any]], initial_sizes: Mapping[Any, int], layer: int | None = None) -> Any:
     """A training run with cuts, from `CompreSSMCallback.history`: a matplotlib Figure.
 
-    Left, the spectrum of the layers (their mean, each relative to its largest value) at every attempt, from pale to dark:
-    it settles early. Right, the states of every layer.
+    Left, the spectrum of one layer at every attempt, from pale to dark, pale over what was cut there. Right, the states
+    of every layer.
 
     Args:
         history: of the callback.
         initial_sizes: state sizes before the first cut, by layer index.
+        layer: whose spectrum to show; by default the one that ends with the median number of states.
 
     Raises:
         ValueError: if the history is empty.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     if not history:
         raise ValueError("There was no attempt to cut yet, so there is nothing to plot.")
-    steps = [entry["step"] for entry in history]
+    sizes = {index: [size, *(_of(e["sizes"], index) for e in history)] for index, size in initial_sizes.items()}
+    if layer is None:
+        layer = sorted(sizes, key=lambda index: sizes[index][-1])[len(sizes) // 2]
     figure = Figure(figsize=(11.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.12, 1])
-    norm, colors = Normalize(min(0, steps[0]), steps[-1]), _colors()
-    for entry in history:
-        values = _mean_spectrum(entry["hankel_singular_values"])
-        last = entry is history[-1]
-        left.plot(
-            range(1, len(values) + 1),
-            values,
-            color=colors(1 - norm(entry["step"])),
-            lw=2.2 if last else 1.4,
-            zorder=2 + last,
-        )
-    left.set_yscale("log")
-    left.set_xlim(0.5, max(initial_sizes.values()) + 0.5)
-    left.set_xlabel("state, from the largest singular value down")
-    left.set_ylabel("Hankel singular value / largest")
-    left.set_title("The spectra settle early ...", loc="left", fontsize=12)
-    bar = figure.colorbar(ScalarMappable(norm, colors.reversed()), ax=left, label="training step", aspect=30, pad=0.02)
-    bar.outline.set_visible(False)
-    x = [0, *steps, steps[-1] * 1.12]
-    for position, (index, size) in enumerate(initial_sizes.items()):
-        sizes = [size, *(_by_index(entry["sizes"], index) for entry in history)]
-        color = colors(position / max(1, len(initial_sizes) - 1))
-        right.step(x, [*sizes, sizes[-1]], where="post", color=color, lw=2, label=f"layer {index}")
-    right.set_ylim(0, max(initial_sizes.values()) * 1.08)
-    right.set_xlim(0, x[-1])
+    plot_settling(history, layer, left)
+    steps = [0, *(entry["step"] for entry in history)]
+    end = steps[-1] * 1.12
+    for position, (index, values) in enumerate(sizes.items()):
+        color = _colors()(position / max(1, len(sizes) - 1))
+        right.step([*steps, end], [*values, values[-1]], where="post", color=color, lw=2.2)
+        if len(sizes) <= 8:
+            right.annotate(f" layer {index}", (end, values[-1]), color=color, va="center", annotation_clip=False)
+    right.set_ylim(0, max(initial_sizes.values()) * 1.06)
+    right.set_xlim(0, end)
     right.set_xlabel("training step")
-    right.set_ylabel("states")
-    right.set_title("... so that states fall while the model trains", loc="left", fontsize=12)
-    if len(initial_sizes) <= 8:
-        right.legend(frameon=False, loc="lower left", ncols=2)
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y", color="0.92", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    right.set_title("States of every layer", loc="left", fontsize=11)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _tidy(right)
     return figure
 
 
-def _mean_spectrum(by_layer: Mapping[Any, list[list[float]]]) -> list[float]:
-    """Geometric would hide the layers that need few states: the plain mean, as far as any layer reaches."""
-    spectra = [[value / (s[0] or 1.0) for value in s] for groups in by_layer.values() for s in groups]
-    length = max(map(len, spectra))
-    columns = ([s[i] for s in spectra if i < len(s)] for i in range(length))
-    return [sum(column) / len(column) for column in columns]
+def plot_settling(history: list[dict[str, Any]], layer: int, axes: Any) -> None:
+    """Draw the spectrum of one layer at every attempt on matplotlib `axes`, pale over what was cut there.
+
+    Args:
+        history: of `CompreSSMCallback`.
+        layer: its index.
+        axes: to draw on; a colour bar is put beside them.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    norm, colors = Normalize(0, history[-1]["step"]), _colors().reversed()
+    for entry in history:
+        color, size = colors(norm(entry["step"])), _of(entry["sizes"], layer)
+        for spectrum in _of(entry["hankel_singular_values"], layer):
+            values = [value / (spectrum[0] or 1.0) for value in spectrum]
+            states = range(1, len(values) + 1)
+            axes.plot(states, values, color=color, lw=1, alpha=0.35)
+            axes.plot(states[:size], values[:size], color=color, lw=1.8)
+            if size < len(values):
+                axes.plot(size, values[size - 1], "o", color=color, ms=6, mec="white", mew=1, zorder=3)
+    axes.set_yscale("log")
+    axes.set_xlabel("state, from the largest singular value down")
+    axes.set_ylabel("Hankel singular value / largest")
+    axes.set_title(f"Spectrum of layer {layer} while the model trains", loc="left", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _tidy(axes)
+    mappable = ScalarMappable(norm, colors)
+    bar = axes.figure.colorbar(mappable, ax=axes, label="training step", aspect=30, pad=0.02)
+    bar.outline.set_visible(False)
 
 
-def _by_index(by_layer: Mapping[Any, int], index: Any) -> int:
+def _tidy(axes: Any) -> None:
+    axes.grid(axis="y", color="0.92", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _of(by_layer: Mapping[Any, Any], index: Any) -> Any:
     # A checkpoint's JSON turns the layer numbers into strings.
     return by_layer[index] if index in by_layer else by_layer[str(index)]

@@ -74,16 +74,20 @@ def test_json_is_all_there_is_on_stdout(tmp_path, text):
 
 
 def test_dry_run_writes_nothing(tmp_path, text):
-    result = run("compress", MAMBA, tmp_path / "slim", "--state-size", 6, "--dry-run", "--calibration", text)
+    result = run(
+        "compress", MAMBA, tmp_path / "slim", "--state-size", 6, "--dry-run", "--no-evaluate", "--calibration", text
+    )
     assert result.exit_code == 0, result.output
     assert "16 -> 6" in result.stdout
-    assert run("compress", MAMBA, "--state-size", 6, "--dry-run", "--calibration", text).exit_code == 0
+    assert (
+        run("compress", MAMBA, "--state-size", 6, "--dry-run", "--no-evaluate", "--calibration", text).exit_code == 0
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_realization(tmp_path, text):
     mamba2 = REFERENCE / "mamba2-tiny"
-    settings = ("--state-size", 16, "--calibration", text, "--json", "--dry-run", "--realization")
+    settings = ("--state-size", 16, "--calibration", text, "--json", "--dry-run", "--no-evaluate", "--realization")
     for kind in ("select", "project"):
         assert json.loads(run("compress", mamba2, *settings, kind).stdout)["realization"] == kind
     result = run("compress", MAMBA, *settings, "project")
