@@ -20,7 +20,7 @@ from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
-from .hankel.realization import project, select, select_with_readout
+from .hankel.realization import Projection, Selection, project, select, select_with_readout
 from .hankel.refit import refit
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
@@ -223,6 +223,26 @@ def apply_cut_(
     model.compression_report = report  # type: ignore[assignment]
     logger.info(f"hf_compressm: cut {len(plan.cuts)} of {len(layers)} SSM layers.")
     return report
+
+
+@torch.no_grad()
+def cut_to_first_states_(model: PreTrainedModel, size: int, realization: str = "auto") -> None:
+    """Cut every SSM layer to its first states, in place, whatever they carry: for what depends on shapes alone.
+
+    Raises:
+        ValueError: as `compress_`.
+    """
+    layers = find_layers(model)
+    config = CompreSSMConfig(state_size=size, realization=realization)  # type: ignore[arg-type]
+    kind = _realization(config, layers)
+    _check_targets(config, layers, kind)
+    new = {}
+    for layer in layers:
+        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        kept = torch.arange(size, device=identity.device)
+        group: Any = Projection(identity, identity, 0.0) if kind == "project" else Selection(kept, None, 0.0)
+        new[layer.index] = _new_data(layer, layer.cut([group] * layer.groups))
+    _apply(model, layers, [size] * len(layers), new)
 
 
 def hankel_singular_values(
