@@ -57,10 +57,11 @@ TINY_STEPS, TINY_WINDOW, TINY_SAVED = 10, 4, 2
 
 
 class Watch(TrainerCallback):
-    """Speed and memory of a run, and whether its processes agree after each cut. Comes after the callback that cuts."""
+    """Speed and memory of a run, and a digest of the parameters after each cut. Comes after the callback that cuts."""
 
     def __init__(self, cuts: CompreSSMCallback) -> None:
-        self.cuts, self.seen, self.equal = cuts, 0, True
+        self.cuts = cuts
+        self.digests: list[str] = []
         self.times: list[float] = []
         self.memory = {"before": 0.0, "after": 0.0}
 
@@ -69,22 +70,17 @@ class Watch(TrainerCallback):
             torch.cuda.synchronize()
             self.memory["after" if self.cuts.attempts else "before"] = torch.cuda.max_memory_allocated() / 2**30
         self.times.append(time.perf_counter())
-        if self.cuts.attempts > self.seen:
-            self.seen = self.cuts.attempts
+        if self.cuts.attempts > len(self.digests):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             digest = hashlib.sha256()
             for parameter in model.parameters():
                 digest.update(parameter.detach().float().cpu().numpy().tobytes())
-            digests = [digest.hexdigest()]
-            if dist.is_initialized():
-                digests = [""] * dist.get_world_size()
-                dist.all_gather_object(digests, digest.hexdigest())
-            self.equal &= len(set(digests)) == 1
+            self.digests.append(digest.hexdigest())
 
 
 def train(args: argparse.Namespace) -> None:
-    """One process of a run; process 0 writes its results to `args.out`."""
+    """One process of a run, which writes its results to a file of its own."""
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     logging.set_verbosity_error()
     set_seed(0)
@@ -129,20 +125,18 @@ def train(args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=str(args.resume) if args.resume else None)
     between = [after - before for before, after in zip(watch.times, watch.times[1:], strict=False)]
     history = trainer.state.log_history
-    if rank == 0:
-        first, last = window // 4 - 2, window + (2 if args.tiny else 6)
-        result = {
-            "losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
-            "sizes": [layer.mixer.ssm_state_size for layer in model.backbone.layers],
-            "equal": watch.equal,
-            "attempts": watch.seen,
-            "tokens": batch * length,
-            "before": 1 / statistics.median(between[:first] or between),
-            "after": 1 / statistics.median(between[last:] or between),
-            "cut_seconds": sum(entry.get("compressm/cut_seconds", 0.0) for entry in history),
-            "memory": watch.memory,
-        }
-        args.out.write_text(json.dumps(result))
+    first, last = window // 4 - 2, window + (2 if args.tiny else 6)
+    result = {
+        "losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        "sizes": [layer.mixer.ssm_state_size for layer in model.backbone.layers],
+        "digests": watch.digests,
+        "tokens": batch * length,
+        "before": 1 / statistics.median(between[:first] or between),
+        "after": 1 / statistics.median(between[last:] or between),
+        "cut_seconds": sum(entry.get("compressm/cut_seconds", 0.0) for entry in history),
+        "memory": watch.memory,
+    }
+    args.out.with_suffix(f".{rank}").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -162,7 +156,8 @@ def launch(processes: int, model: str, out: Path, tiny: bool, resume: Path | Non
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
     print(f"{out.stem}: {time.perf_counter() - begin:.0f} s", flush=True)
-    return json.loads(out.read_text())
+    first, *others = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(processes)]
+    return first | {"equal": all(other["digests"] == first["digests"] for other in others)}
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -187,10 +182,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in args.models.split(","):
-            runs = {n: launch(n, model, folder / f"{model}-{n}.json", args.tiny) for n in (1, 2)}
+            runs = {n: launch(n, model, folder / f"{model}-{n}.run", args.tiny) for n in (1, 2)}
             for n, other in ((1, 2), (2, 1)):
                 checkpoint = folder / f"{model}-{other}" / f"checkpoint-{saved}"
-                again = launch(n, model, folder / f"{model}-{other}-on-{n}.json", args.tiny, checkpoint)
+                again = launch(n, model, folder / f"{model}-{other}-on-{n}.run", args.tiny, checkpoint)
                 runs[other]["continued"] = distance(again, runs[other])
                 assert again["sizes"] == runs[other]["sizes"]
             for n, run in runs.items():
@@ -199,7 +194,7 @@ def main() -> None:
                 cells += [f"{run['cut_seconds']:.2f}", *memory, "yes" if run["equal"] else "NO"]
                 cells += [f"{distance(run, runs[1]):.1e}", f"{run['continued']:.1e}"]
                 rows.append(f"| {' | '.join(cells)} |")
-                assert run["attempts"] == 4
+                assert len(run["digests"]) == 4
                 assert len(set(run["sizes"])) == 1
     print(
         "\n| model | processes | states | steps/s | after | cutting, s | GiB | after | ranks equal | loss | continued |"
