@@ -45,10 +45,6 @@ def sum_statistics_(statistics: list[Any]) -> None:
     if not several_processes():
         return
     for entry in statistics:
-        device = entry.P.device
-        tokens = torch.tensor(entry.tokens, dtype=torch.float64, device=device)
-        dist.all_reduce(tokens)
-        entry.tokens = float(tokens)
         for owner in [entry, *entry.groups]:
             for name, value in vars(owner).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
