@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,13 +166,15 @@ def elimination_order(contribution: Tensor) -> Tensor:
     Returns:
         the N states, [N]; keeping r of them means keeping the first r.
     """
+    # Many small steps, each of which looks at the one before: not for a GPU.
+    device, contribution = contribution.device, contribution.cpu()
     cost = contribution.diagonal().clone()
-    order = torch.empty(len(cost), dtype=torch.long, device=cost.device)
+    order = torch.empty(len(cost), dtype=torch.long)
     for position in reversed(range(len(cost))):
         order[position] = cost.argmin()
         cost += 2 * contribution[order[position]]
         cost[order[position:]] = torch.inf
-    return order
+    return order.to(device)
 
 
 class MambaStatistics:
@@ -221,22 +224,23 @@ class MambaStatistics:
         size = moments.size
         if not len(moments.candidates):
             first = slice(0, FIRST_TOKENS)
-            tokens = (x[:, first] for x in (u, delta))
-            moments.choose_candidates(contribution(*tokens, A, B[:, first], C[:, first], gate[:, first])[0])
+            moments.choose_candidates(
+                contribution(u[:, first], delta[:, first], A, B[:, first], C[:, first], gate[:, first])[0]
+            )
         every, kept = len(moments.candidates) == size, moments.candidates
         rows = max(1, WORKING_SET // (u.shape[1] * size**2))
         for start in range(0, len(u), rows):
             some = slice(start, start + rows)
-            part = u[some], delta[some]
+            inputs, steps, outputs, gates = u[some], delta[some], C[some], gate[some]
             if every:
-                starts, _ = chunk_starts(*part, A, B[some])
-                K, _ = output_gram(*part, A, B[some], gate[some], starts)
-                moments.add(C[some].flatten(0, 1), K.flatten(0, 1))
+                starts, _ = chunk_starts(inputs, steps, A, B[some])
+                K, _ = output_gram(inputs, steps, A, B[some], gates, starts)
+                moments.add(outputs.flatten(0, 1), K.flatten(0, 1))
             else:
-                starts, y = chunk_starts(*part, A, B[some], C[some], gate[some])
-                K, moved = output_gram(*part, A[:, kept], B[some][..., kept], gate[some], starts[:, :, kept], y)
-                M = contribution(*part, A, B[some], C[some], gate[some])[0]
-                moments.add(C[some].flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
+                starts, y = chunk_starts(inputs, steps, A, B[some], outputs, gates)
+                K, moved = output_gram(inputs, steps, A[:, kept], B[some][..., kept], gates, starts[:, :, kept], y)
+                M = contribution(inputs, steps, A, B[some], outputs, gates)[0]
+                moments.add(outputs.flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
 
     def _update_by_chunks(self, system: MambaSystem) -> None:
         """The same in plain torch, a few tokens at a time."""
@@ -251,12 +255,20 @@ class MambaStatistics:
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's spectrum, [1, N], descending: the channels' own spectra, averaged with their output weights."""
+        return hankel_spectra([self])[0]
+
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q per token in float64, [channels, N, N]."""
         P, Q = self.P.double() / self.tokens, self.Q.double() / self.tokens
-        if self.mean_lti:
-            decay = self.decay / self.tokens
-            P, Q = lti_gramian(decay, P), lti_gramian(decay, Q)
+        if not self.mean_lti:
+            return P, Q
+        decay = self.decay / self.tokens
+        return lti_gramian(decay, P), lti_gramian(decay, Q)
+
+    def spectrum(self, sigma: Tensor) -> Tensor:
+        """The layer's spectrum, [1, N], from its channels', [channels, N]."""
         weight = self.weight / self.weight.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return (weight @ hankel_singular_values(P, Q))[None]
+        return (weight @ sigma)[None]
 
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [1, N]: the modes' gains c^2 p / (1 - |abar|^2), averaged over channels."""
@@ -322,7 +334,15 @@ class Mamba2Statistics:
 
     def hankel_singular_values(self) -> Tensor:
         """The spectrum of each group, [groups, N], descending."""
-        return hankel_singular_values(self.P / self.tokens, self.Q / self.tokens)
+        return hankel_spectra([self])[0]
+
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q per token in float64, [groups, N, N]."""
+        return self.P / self.tokens, self.Q / self.tokens
+
+    def spectrum(self, sigma: Tensor) -> Tensor:
+        """The groups' spectra as they are, [groups, N]."""
+        return sigma
 
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [groups, N]. All states of a head decay alike, so it is that of P and C."""
@@ -347,3 +367,16 @@ class Mamba2Statistics:
         reach = (weight * gain).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
         self.P += torch.einsum("blg,blgi,blgj->gij", drive, system.B, system.B)
         self.Q += torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)
+
+
+def hankel_spectra(statistics: Sequence[MambaStatistics | Mamba2Statistics]) -> list[Tensor]:
+    """The Hankel singular values of many layers, [1 or groups, N] each; layers of one size are factorised together."""
+    pairs = [entry.gramians() for entry in statistics]
+    spectra: list[Tensor] = [P for P, _ in pairs]
+    for size in {P.shape[-1] for P, _ in pairs}:
+        alike = [index for index, (P, _) in enumerate(pairs) if P.shape[-1] == size]
+        P, Q = (torch.cat(part) for part in zip(*(pairs[index] for index in alike), strict=True))
+        sigma = hankel_singular_values(P, Q).split([len(pairs[index][0]) for index in alike])
+        for index, part in zip(alike, sigma, strict=True):
+            spectra[index] = statistics[index].spectrum(part)
+    return spectra

@@ -184,9 +184,7 @@ def _output_gram_kernel(
             tl.atomic_add(moved + token * N + n, tl.sum(gated * output[None, :], 1), mask=in_n, sem="relaxed")
 
 
-def gramians(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
+def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the time-varying controllability and observability Gramians over batch and valid tokens.
 
     Args:
@@ -291,8 +289,7 @@ def output_gram(
     states = max(16, triton.next_power_of_2(N))
     lanes = 64
     _output_gram_kernel[(batch * triton.cdiv(length, CHUNK), triton.cdiv(channels, lanes))](
-        *(x.contiguous() for x in (u, delta, A, B, gate)),
-        starts,
+        *(x.contiguous() for x in (u, delta, A, B, gate, starts)),
         u if y is None else y,
         K,
         moved,
