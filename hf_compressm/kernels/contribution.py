@@ -63,13 +63,14 @@ def _contribution_kernel(
     h_j = tl.zeros([TILE, CHANNELS], tl.float32)
     total = tl.zeros([TILE, TILE], tl.float32)
     token = row.to(tl.int64) * length
+    end = token + length
     next_step = tl.load(delta + token * heads + head, mask=in_d, other=0.0).to(tl.float32)
     next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    for t in range(length):
+    for _ in range(length):
         step, drive, g = next_step, next_step * next_u, next_g
         # Read ahead: the load's latency hides behind this token's arithmetic.
-        more = in_d & (t + 1 < length)
+        more = within < tl.where(token + 1 < end, group_channels, 0)
         next_step = tl.load(delta + (token + 1) * heads + head, mask=more, other=0.0).to(tl.float32)
         next_u = tl.load(u + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)
         next_g = tl.load(gate + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)

@@ -60,13 +60,14 @@ def _gramians_kernel(
         h_j = tl.zeros([TILE, CHANNELS], tl.float32)
         G = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
         token = (split + turn * splits) * length
+        end = token + length
         next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
         next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-        for t in range(length):
+        for _ in range(length):
             step, drive = next_step, next_step * next_u
             # Read ahead: the load's latency hides behind this token's arithmetic.
             ahead = (token + 1) * channels + d
-            more = in_d & (t + 1 < length)
+            more = d < tl.where(token + 1 < end, channels, 0)
             next_step = tl.load(delta + ahead, mask=more, other=0.0).to(tl.float32)
             next_u = tl.load(u + ahead, mask=more, other=0.0).to(tl.float32)
             counts = tl.load(valid + token)
@@ -116,6 +117,7 @@ def _starts_kernel(
     h = tl.zeros([STATES, CHANNELS], tl.float32)
     row = tl.program_id(1).to(tl.int64)
     token = row * length
+    end = token + length
     next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     for t in range(length):
@@ -124,7 +126,7 @@ def _starts_kernel(
             tl.store(starts + (chunk * N + n[:, None]) * channels + d[None, :], h, mask=inside)
         step, drive = next_step, next_step * next_u
         ahead = (token + 1) * channels + d
-        more = in_d & (t + 1 < length)
+        more = d < tl.where(token + 1 < end, channels, 0)
         next_step = tl.load(delta + ahead, mask=more, other=0.0).to(tl.float32)
         next_u = tl.load(u + ahead, mask=more, other=0.0).to(tl.float32)
         inputs = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
-from hf_compressm.compress import _choose_sizes, _realize, apply_cut_, measure, plan_cut
+from hf_compressm.compress import _realize, apply_cut_, measure, plan_cut
 from hf_compressm.hankel import gramians as statistics
 from hf_compressm.hankel.gramians import Mamba2Statistics, Mamba2System, MambaStatistics, MambaSystem
+from hf_compressm.hankel.realization import select_each_with_readout
 from hf_compressm.kernels.contribution import contribution
 from hf_compressm.kernels.mamba import chunk_starts, gramians, output_gram
 from hf_compressm.kernels.mamba2 import controllability
@@ -183,20 +184,23 @@ def milliseconds(work) -> float:
     return triton.testing.do_bench(work, warmup=20, rep=100, return_mode="median")
 
 
-def section_time() -> None:
-    """Each kernel's time against what the card can do: bytes read and written once, or the operations it must do."""
-    a = torch.empty(2**28, device="cuda", dtype=torch.float32)
+def ceilings() -> tuple[float, float, float, float]:
+    """What the card does: bytes per second of a copy, operations per second of tf32, fp32 and fp64 products."""
+    a = torch.empty(2**28, device="cuda")
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() * 4 / milliseconds(lambda: b.copy_(a)) * 1e3
-    del a, b
+    bandwidth = 8e3 * a.numel() / milliseconds(lambda: b.copy_(a))
     x, y = torch.randn(2, 8192, 8192, device="cuda")
     torch.backends.cuda.matmul.allow_tf32 = True
-    tf32 = 2 * 8192**3 / milliseconds(lambda: x @ y) * 1e3
+    tf32 = 2e3 * 8192**3 / milliseconds(lambda: x @ y)
     torch.backends.cuda.matmul.allow_tf32 = False
-    fp32 = 2 * 8192**3 / milliseconds(lambda: x @ y) * 1e3
-    x, y = x[:4096, :4096].double(), y[:4096, :4096].double()
-    fp64 = 2 * 4096**3 / milliseconds(lambda: x @ y) * 1e3
-    del x, y
+    fp32 = 2e3 * 8192**3 / milliseconds(lambda: x @ y)
+    p, q = x[:4096, :4096].double(), y[:4096, :4096].double()
+    return bandwidth, tf32, fp32, 2e3 * 4096**3 / milliseconds(lambda: p @ q)
+
+
+def section_time() -> None:
+    """Each kernel's time against what the card can do: bytes read and written once, or the operations it must do."""
+    bandwidth, tf32, fp32, fp64 = ceilings()
     say(
         f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s; matrix products "
         f"tf32 {tf32 / 1e12:.0f}, fp32 {fp32 / 1e12:.0f}, fp64 {fp64 / 1e12:.0f} TFLOP/s"
@@ -261,9 +265,10 @@ def section_time() -> None:
             moments.normal_pairs = moments._empty_pairs()
         some = slice(0, statistics.WORKING_SET // N**2)
         C, K = s.C.flatten(0, 1)[some], K[some]
+        extra = (C[:, :c], moments.output) if N > 64 else ()
         row(
             label + f"moments ({len(K)} tokens, fp64)",
-            lambda C=C, K=K, m=moments: m.add(C, K, C[:, : K.shape[1]], m.output) if N > 64 else m.add(C, K),
+            lambda C=C, K=K, m=moments, extra=extra: m.add(C, K, *extra),
             4 * K.numel(),
         )
         entry = MambaStatistics(channels, N, torch.device("cuda"))
@@ -350,7 +355,7 @@ def section_measure() -> None:
             layers = find_layers(model)
             data = [{"input_ids": ids}] * batches
             measure(model, layers, data[:1])
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
                 whole = wall(lambda m=model, la=layers, d=data: measure(m, la, d))
             hidden_states = torch.randn(*shape, hidden, device="cuda")
             with torch.no_grad():
@@ -378,55 +383,52 @@ def section_measure() -> None:
         torch.cuda.empty_cache()
 
 
+def one_cut(kind: str, size: int, hidden: int, count: int, shape: tuple[int, int], batches: int) -> str:
+    """The milliseconds of a cut to half the states, by phase; the phases in brackets are parts of the plan."""
+    model = model_of(kind, size, hidden, count)
+    ids = torch.randint(0, 50280, shape, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    model.train()
+    train_step(model, optimizer, ids)
+    layers = find_layers(model)
+    multiple = {"multiple_of": 8} if kind == "mamba2" else {}
+    config = CompreSSMConfig(ratio=0.5, realization="select", refit=0, **multiple)
+    times: dict[str, float] = {}
+
+    def phase(name: str, work):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        times[name] = 1e3 * (time.perf_counter() - begin)
+        return result
+
+    data = [{"input_ids": ids}] * batches
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        stats = phase("measure", lambda: measure(model, layers, data))
+    with torch.no_grad():
+        phase("(spectra)", lambda: statistics.hankel_spectra(stats))
+        phase(
+            "(realize one by one)",
+            lambda: [_realize(layer, entry, config, "select") for layer, entry in zip(layers, stats, strict=True)],
+        )
+        if kind == "mamba":
+            phase("(read-outs side by side)", lambda: select_each_with_readout([entry.groups[0] for entry in stats]))
+        plan = phase("plan", lambda: plan_cut(model, layers, stats, config))
+        phase("apply", lambda: apply_cut_(model, layers, plan, optimizer))
+    whole = sum(times[name] for name in ("measure", "plan", "apply"))
+    return f"{whole:.1f} ms: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items())
+
+
 def section_cut() -> None:
     """A whole cut, as in training (no refit), by phase."""
-    for kind, size, hidden, count, shape, batches in WORKLOADS:
-        try:
-            for attempt in range(2):  # the first one compiles
-                model = model_of(kind, size, hidden, count)
-                ids = torch.randint(0, 50280, shape, device="cuda")
-                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-                model.train()
-                train_step(model, optimizer, ids)
-                layers = find_layers(model)
-                config = CompreSSMConfig(
-                    ratio=0.5, realization="select", refit=0, **({"multiple_of": 8} if kind == "mamba2" else {})
-                )
-                data = [{"input_ids": ids}] * batches
-                held: dict[str, object] = {}
-
-                def keep(name: str, value: object, held=held) -> None:
-                    held[name] = value
-
-                with torch.no_grad():
-                    times = {"measure": wall(lambda: keep("stats", measure(model, layers, data)))}
-                    stats = held["stats"]
-                    times["spectra"] = wall(lambda: keep("spectra", statistics.hankel_spectra(stats)))
-                    times["realize"] = wall(
-                        lambda: keep(
-                            "paths",
-                            [_realize(layer, s, config, "select") for layer, s in zip(layers, stats, strict=True)],
-                        )
-                    )
-                    times["sizes"] = wall(
-                        lambda: _choose_sizes(config, layers, "select", held["spectra"], held["paths"])
-                    )
-                    times["plan, all of it"] = wall(lambda: keep("plan", plan_cut(model, layers, stats, config)))
-                    times["apply"] = wall(lambda: apply_cut_(model, layers, held["plan"], optimizer))
-                    if kind == "mamba":
-                        from hf_compressm.hankel.realization import select_each_with_readout
-
-                        times["(readouts side by side)"] = wall(
-                            lambda: select_each_with_readout([entry.groups[0] for entry in stats])
-                        )
-                whole = times["measure"] + times["plan, all of it"] + times["apply"]
-                phases = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
-                say(f"{kind} N={size} cut {attempt}: {whole:.1f} ms ({phases})")
-                del model, optimizer, layers, stats, held
-                torch.cuda.empty_cache()
-        except Exception:
-            traceback.print_exc()
-        torch.cuda.empty_cache()
+    for kind, size, *rest in WORKLOADS:
+        for attempt in ("first", "second"):  # the first one compiles
+            try:
+                say(f"{kind} N={size}, {attempt} cut: {one_cut(kind, size, *rest)}")
+            except Exception:
+                traceback.print_exc()
+            torch.cuda.empty_cache()
 
 
 SECTIONS = {
