@@ -355,7 +355,7 @@ def section_measure() -> None:
             layers = find_layers(model)
             data = [{"input_ids": ids}] * batches
             measure(model, layers, data[:1])
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            with torch.no_grad():
                 whole = wall(lambda m=model, la=layers, d=data: measure(m, la, d))
             hidden_states = torch.randn(*shape, hidden, device="cuda")
             with torch.no_grad():
@@ -404,7 +404,7 @@ def one_cut(kind: str, size: int, hidden: int, count: int, shape: tuple[int, int
         return result
 
     data = [{"input_ids": ids}] * batches
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+    with torch.no_grad():
         stats = phase("measure", lambda: measure(model, layers, data))
     with torch.no_grad():
         phase("(spectra)", lambda: statistics.hankel_spectra(stats))
