@@ -18,7 +18,7 @@ from .architectures.mamba import MambaLayer
 from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
-from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
+from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order, hankel_spectra
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import Projection, Selection, project, select, select_with_readout
 from .hankel.refit import refit
@@ -173,7 +173,7 @@ def plan_cut(
         ValueError: as `compress_`.
     """
     kind = _realization(config, layers)
-    spectra = [entry.hankel_singular_values() for entry in statistics]
+    spectra = hankel_spectra(statistics)
     paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
     sizes = _choose_sizes(
         config, layers, kind, spectra, paths, lambda at: _sensitivities(model, layers, paths, at, predict)
@@ -262,7 +262,7 @@ def hankel_singular_values(
     """
     layers = find_layers(model)
     statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), estimator)
-    spectra = [entry.hankel_singular_values() for entry in statistics]
+    spectra = hankel_spectra(statistics)
     sizes = [layer.state_size for layer in layers]
     return _report(model, layers, sizes, spectra, None, "measured")
 
