@@ -20,7 +20,7 @@ from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order, hankel_spectra
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
-from .hankel.realization import Projection, Selection, project, select, select_with_readout
+from .hankel.realization import Projection, Selection, project, select, select_each_with_readout
 from .hankel.refit import refit
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
@@ -174,7 +174,7 @@ def plan_cut(
     """
     kind = _realization(config, layers)
     spectra = hankel_spectra(statistics)
-    paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
+    paths = _realize(layers, statistics, config, kind)
     sizes = _choose_sizes(
         config, layers, kind, spectra, paths, lambda at: _sensitivities(model, layers, paths, at, predict)
     )
@@ -361,16 +361,29 @@ def _check_targets(config: CompreSSMConfig, layers: list[SSMLayer], kind: str) -
             layer.check_size(size)
 
 
-def _realize(layer: SSMLayer, statistics: Any, config: CompreSSMConfig, kind: str) -> list[dict[int, Any]]:
-    """For each group, the realization of every size."""
+def _realize(
+    layers: list[SSMLayer], statistics: list[Statistics], config: CompreSSMConfig, kind: str
+) -> list[list[dict[int, Any]]]:
+    """For each layer and each of its groups, the realization of every size."""
     if kind == "project":
-        return [project(moments, P) for moments, P in zip(statistics.groups, statistics.P, strict=True)]
-    if config.selection == "auto" and isinstance(statistics, MambaStatistics):
-        (moments,) = statistics.groups
-        return [select(moments, elimination_order(moments.contribution)) | select_with_readout(moments)]
-    return [
-        select(moments, _order(layer, statistics, group, config)) for group, moments in enumerate(statistics.groups)
+        return [
+            [project(moments, P) for moments, P in zip(entry.groups, entry.P, strict=True)] for entry in statistics
+        ]
+    paths: list[list[dict[int, Any]]] = [
+        [select(moments, _order(layer, entry, group, config)) for group, moments in enumerate(entry.groups)]
+        for layer, entry in zip(layers, statistics, strict=True)
     ]
+    if config.selection == "auto":
+        found = [
+            (path, moments)
+            for layer_paths, entry in zip(paths, statistics, strict=True)
+            for path, moments in zip(layer_paths, entry.groups, strict=True)
+            if moments.readout
+        ]
+        fits = select_each_with_readout([moments for _, moments in found])
+        for (path, _), fit in zip(found, fits, strict=True):
+            path |= fit
+    return paths
 
 
 def _order(layer: SSMLayer, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:

@@ -410,7 +410,7 @@ def one_cut(kind: str, size: int, hidden: int, count: int, shape: tuple[int, int
         phase("(spectra)", lambda: statistics.hankel_spectra(stats))
         phase(
             "(realize one by one)",
-            lambda: [_realize(layer, entry, config, "select") for layer, entry in zip(layers, stats, strict=True)],
+            lambda: _realize(layers, stats, config, "select"),
         )
         if kind == "mamba":
             phase("(read-outs side by side)", lambda: select_each_with_readout([entry.groups[0] for entry in stats]))
