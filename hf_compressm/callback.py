@@ -72,6 +72,24 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             schedule or launcher can't be cut.
 
     Pass it to the `Trainer`'s constructor; after `trainer.add_callback`, call `attach(trainer)` before `train`.
+
+    Log: `compressm/state_size_mean`, `compressm/state_size/layer_<i>`, `energy_kept`, `cut_seconds`, `step_seconds` (mean
+    since the attempt before) and `rank_correlation` (near 1, the ranking of the states has settled) go through
+    `trainer.log`, so TensorBoard, W&B and `log_history` have them. `model.compression_report` is about all cuts so far, and
+    goes to the model card.
+
+    Checkpoints carry their sizes and load by themselves. `resume_from_checkpoint` before, between or after the cuts gives
+    the sizes and losses of the run without the interruption; `load_best_model_at_end` may load other sizes.
+
+    `rollback` evaluates right before and right after a cut, on `metric_for_best_model` (default: the loss): two
+    evaluations a cut, and no training step is lost.
+
+    Under DDP (`torchrun`) statistics are summed over the processes, process 0 decides, and all stay bit-identical.
+
+    Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
+    `realization="project"` after the training. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
+    reached in equal steps, over sizes that the kernels take. A second `train()` with a `state_size` that is reached already
+    is an error: remove the callback first.
     """
 
     def __init__(
