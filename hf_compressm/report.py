@@ -106,11 +106,11 @@ class CompressionReport:
 
     def _summary(self) -> str:
         text = (
-            f"state per sequence {self.state_bytes_before / 1024:,.0f} -> {self.state_bytes_after / 1024:,.0f} KiB (fp32), "
+            f"state per sequence {self.state_bytes_before / 1024:,.0f} -> {self.state_bytes_after / 1024:,.0f} KiB (fp32)\n"
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,}"
         )
         if self.perplexity is not None:
             text += (
-                f", perplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f} ({self.perplexity.data})"
+                f", perplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f}\n({self.perplexity.data})"
             )
         return text
