@@ -111,6 +111,6 @@ class CompressionReport:
         )
         if self.perplexity is not None:
             text += (
-                f", perplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f}\n({self.perplexity.data})"
+                f"\nperplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f}\n({self.perplexity.data})"
             )
         return text
