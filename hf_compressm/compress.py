@@ -19,9 +19,9 @@ from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
+from .hankel.headwise import HeadwiseStatistics
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import project, select, select_with_readout
-from .hankel.refit import refit
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
 from .report import CompressionReport, LayerReport
 from .training.optimizer import cut_states, set_states_, verify_optimizer
@@ -29,7 +29,7 @@ from .training.reshape import set_data_
 
 logger = logging.get_logger(__name__)
 
-Statistics = MambaStatistics | Mamba2Statistics
+Statistics = MambaStatistics | Mamba2Statistics | HeadwiseStatistics
 # What each mixer read, by layer index: hidden states and attention mask of each batch.
 MixerInputs = dict[int, list[tuple[Tensor, Tensor | None]]]
 
@@ -161,10 +161,11 @@ def plan_cut(
     cuts, kept = {}, {}
     for layer, path, size in zip(layers, paths, sizes, strict=True):
         if size < layer.state_size:
-            if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
-                systems = [layer.read(*read) for read in inputs[layer.index]]
-                path[0][size] = refit(systems, path[0][size], config.refit)
             groups = [group[size] for group in path]
+            if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
+                groups = layer.refit(inputs[layer.index], groups, config.refit)
+                for group, fit in zip(path, groups, strict=True):
+                    group[size] = fit
             cuts[layer.index] = layer.cut(groups)
             kept[layer.index] = [group.kept.tolist() for group in groups if hasattr(group, "kept")]
     return CutPlan(_report(model, layers, sizes, spectra, paths, kind), cuts, kept)
@@ -292,8 +293,9 @@ def _realization(config: CompreSSMConfig, layers: list[SSMLayer]) -> str:
     can_project = all(layer.can_project for layer in layers)
     if config.realization == "project" and not can_project:
         raise ValueError(
-            "realization='project' needs Mamba-2 layers: in Mamba-1 each state of a channel decays at its own rate, and a "
-            "projection would not commute with that. Take realization='select'."
+            "realization='project' needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its "
+            "own rate, and a projection would not commute with that; the Mamba-2 mixers of other architectures have no "
+            "projected form here. Take realization='select'."
         )
     if config.realization == "auto":
         return "project" if can_project and not config.uniform and config.selection == "auto" else "select"
@@ -324,9 +326,11 @@ def _realize(layer: SSMLayer, statistics: Any, config: CompreSSMConfig, kind: st
     """For each group, the realization of every size."""
     if kind == "project":
         return [project(moments, P) for moments, P in zip(statistics.groups, statistics.P, strict=True)]
-    if config.selection == "auto" and isinstance(statistics, MambaStatistics):
-        (moments,) = statistics.groups
-        return [select(moments, elimination_order(moments.contribution)) | select_with_readout(moments)]
+    if config.selection == "auto" and not isinstance(statistics, Mamba2Statistics):
+        return [
+            select(moments, elimination_order(moments.contribution)) | select_with_readout(moments)
+            for moments in statistics.groups
+        ]
     return [
         select(moments, _order(layer, statistics, group, config)) for group, moments in enumerate(statistics.groups)
     ]
@@ -349,6 +353,7 @@ def _order(layer: SSMLayer, statistics: Any, group: int, config: CompreSSMConfig
 
 
 def _weighted_power(statistics: Any, group: int) -> Tensor:
+    statistics = statistics.heads[group] if isinstance(statistics, HeadwiseStatistics) else statistics
     P = statistics.P.diagonal(dim1=-2, dim2=-1).double()
     return P[group] if isinstance(statistics, Mamba2Statistics) else statistics.weight @ P
 
@@ -386,10 +391,10 @@ def _choose_sizes(
 
 def sizes_to_choose_from(config: CompreSSMConfig, layer: SSMLayer, kind: str) -> list[int]:
     """Ascending; the last is the layer's present size."""
-    if config.multiple_of is None and layer.can_project:
+    if config.multiple_of is None and layer.pads_states:
         return powers_of_two(layer.state_size, max(16, config.min_state_size))
     step = multiple_of = config.multiple_of or 1
-    if kind == "select" and layer.can_project:
+    if kind == "select" and layer.pads_states:
         while layer.groups * step % 8:  # what the CUDA convolution takes
             step += multiple_of
     return allowed_sizes(layer.state_size, config.min_state_size, step)

@@ -1,6 +1,12 @@
 """Load, save and exchange slimmed models. Importing it teaches transformers to build them."""
 
-from .heterogeneous import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
+from .heterogeneous import (
+    check_state_sizes,
+    get_state_sizes,
+    get_unprojected_state_sizes,
+    set_state_sizes,
+    text_configs,
+)
 from .modeling_compressm import ProjectedMamba2Mixer, install, project_
 from .pretrained import load_model
 from .state_spaces import (
@@ -12,6 +18,7 @@ from .state_spaces import (
 
 __all__ = [
     "ProjectedMamba2Mixer",
+    "check_state_sizes",
     "export_mamba_ssm",
     "get_state_sizes",
     "get_unprojected_state_sizes",
@@ -22,4 +29,5 @@ __all__ = [
     "load_tokenizer",
     "project_",
     "set_state_sizes",
+    "text_configs",
 ]

@@ -44,7 +44,7 @@ def sum_statistics_(statistics: list[Any]) -> None:
     """Add up the statistics of each layer over the processes. In place; all of them are sums over tokens."""
     if not several_processes():
         return
-    for entry in statistics:
+    for entry in [part for layer in statistics for part in getattr(layer, "heads", [layer])]:
         device = entry.P.device
         tokens = torch.tensor(entry.tokens, dtype=torch.float64, device=device)
         dist.all_reduce(tokens)
