@@ -20,6 +20,7 @@ from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
 from .hankel.headwise import HeadwiseStatistics
+from .hankel.normalised import NormalisedStatistics
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import project, select, select_with_readout
 from .hub import load_model, load_tokenizer, project_, set_state_sizes
@@ -159,9 +160,11 @@ def plan_cut(
     paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
     sizes = _choose_sizes(config, layers, kind, spectra, paths)
     cuts, kept = {}, {}
-    for layer, path, size in zip(layers, paths, sizes, strict=True):
+    for layer, entry, path, size in zip(layers, statistics, paths, sizes, strict=True):
         if size < layer.state_size:
             groups = [group[size] for group in path]
+            if isinstance(entry, NormalisedStatistics):
+                groups = [entry.realize(group) for group in groups]
             if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
                 groups = layer.refit(inputs[layer.index], groups, config.refit)
                 for group, fit in zip(path, groups, strict=True):

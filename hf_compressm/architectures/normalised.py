@@ -5,31 +5,93 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..hankel.normalised import NormalisedCut, NormalisedStatistics, refit_normalised
 from .mamba import MambaLayer
 from .parameter_cut import ParameterCut
+
+NORMS = ("b_layernorm", "c_layernorm")
 
 
 class NormalisedMambaLayer(MambaLayer):
     """A Mamba-1 mixer with RMS norms over the states on B and C.
 
+    The scale g that the norms of a smaller state take away goes into the weights of the norms (Jamba). Norms without
+    weights (Falcon-Mamba) leave it to what follows: D / g before, and g on `out_proj` after the gate.
+
     Args:
         name: of the mixer in the model.
-        mixer: a `FalconMambaMixer` (no weights in the norms), a `JambaMambaMixer`, or a module with their attributes.
+        mixer: a `FalconMambaMixer`, a `JambaMambaMixer`, or a module with their attributes.
     """
 
-    NEEDS = MambaLayer.NEEDS | {"dt_layernorm", "b_layernorm", "c_layernorm"}
+    NEEDS = MambaLayer.NEEDS | {"dt_layernorm", *NORMS}
+
+    @property
+    def norms_have_weights(self) -> bool:
+        """Else they hold ones, as buffers that only the fused kernel reads."""
+        return isinstance(self.mixer.c_layernorm.weight, nn.Parameter)
+
+    def statistics(self, *, mean_lti: bool) -> NormalisedStatistics:
+        """An empty accumulator for `read`'s systems."""
+        return NormalisedStatistics(self.channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
 
     def _normalise(self, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer
         return mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
 
+    def refit(
+        self, inputs: list[tuple[Tensor, Tensor | None]], selections: list[Any], rounds: int
+    ) -> list[NormalisedCut]:
+        """Fit the cut of the layer to the mixer's output on its inputs, as `read` takes them."""
+        systems = [self.read(*read) for read in inputs]
+        return [refit_normalised(systems, selections[0], rounds, gain_per_state=self.norms_have_weights)]
+
     def cut(self, groups: list[Any]) -> dict[str, ParameterCut]:
-        return super().cut(groups)
+        """How the mixer's parameters change in a `NormalisedCut`; nothing is changed yet."""
+        mixer, (cut,) = self.mixer, groups
+        kept, R, N = cut.kept, mixer.time_step_rank, self.state_size
+        step, B, C = mixer.x_proj.weight.detach().double().split([R, N, N])
+        # T and R act on what the norms gave, weights included.
+        gamma_B, gamma_C = (getattr(mixer, name).weight.detach().double()[:, None] for name in NORMS)
+        x_proj = torch.cat([step, cut.inputs @ (gamma_B * B), cut.readout @ (gamma_C * C)])
+        rows = torch.cat([torch.arange(R, device=kept.device), R + kept, R + N + kept])
+        D = mixer.D.detach().double() if cut.skip is None else mixer.D.detach().double() + cut.skip
+        cuts = {
+            "A_log": ParameterCut(dim=1, index=kept, values=None if cut.A is None else torch.log(-cut.A)),
+            "x_proj.weight": ParameterCut(index=rows, values=x_proj),
+        }
+        all_channels = torch.arange(self.channels, device=kept.device)
+        if self.norms_have_weights:
+            cuts["b_layernorm.weight"] = ParameterCut(index=kept, values=torch.ones_like(cut.gain))
+            cuts["c_layernorm.weight"] = ParameterCut(index=kept, values=cut.gain)
+            if cut.skip is not None:
+                cuts["D"] = ParameterCut(index=all_channels, values=D)
+        else:
+            gain = cut.gain[0]
+            out_proj = mixer.out_proj.weight.detach().double() * gain
+            cuts["D"] = ParameterCut(index=all_channels, values=D / gain)
+            cuts["out_proj.weight"] = ParameterCut(dim=1, index=all_channels, values=out_proj)
+        return cuts
+
+    def changed_by_a_cut(self) -> list[str]:
+        """The parameters that a selection changes, by name."""
+        return super().changed_by_a_cut() + ([] if self.norms_have_weights else ["D", "out_proj.weight"])
+
+    def size_of(self, shapes: dict[str, torch.Size]) -> int | None:
+        """The state size that a checkpoint's tensors have, from those of its shapes that tell it."""
+        size = super().size_of(shapes)
+        return next((shapes[f"{norm}.weight"][0] for norm in NORMS if f"{norm}.weight" in shapes), size)
+
+    def shapes(self, size: int) -> dict[str, torch.Size]:
+        """The shapes at a state size of the parameters that depend on it."""
+        norms = {f"{norm}.weight": torch.Size([size]) for norm in NORMS if self.norms_have_weights}
+        return super().shapes(size) | norms
 
     def resize(self, size: int) -> None:
+        """Tell the mixer its new state size."""
         super().resize(size)
-        for norm in (self.mixer.b_layernorm, self.mixer.c_layernorm):
-            if not isinstance(norm.weight, torch.nn.Parameter):  # ones, which only the fused kernel reads
+        if not self.norms_have_weights:
+            for name in NORMS:
+                norm = getattr(self.mixer, name)
                 norm.weight = norm.weight.new_ones(size)

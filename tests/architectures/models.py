@@ -106,7 +106,9 @@ def build(model_type: str, **overrides: Any) -> PreTrainedModel:
                 parameter.normal_(std=2 * parameter.shape[-1] ** -0.5)
             elif name.endswith("dt_proj_weight"):
                 parameter.normal_(std=0.3)
-            elif name.endswith(("c_layernorm.weight", "b_layernorm.weight", "dt_layernorm.weight", "mamba.norm.weight")):
+            elif name.endswith(
+                ("c_layernorm.weight", "b_layernorm.weight", "dt_layernorm.weight", "mamba.norm.weight")
+            ):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
