@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,18 @@ from .hankel.headwise import HeadwiseStatistics
 from .hankel.normalised import NormalisedStatistics
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import project, select, select_with_readout
-from .hub import load_model, load_tokenizer, project_, set_state_sizes
+from .hub import check_state_sizes, load_model, load_tokenizer, project_, set_state_sizes, text_configs
 from .report import CompressionReport, LayerReport
+from .sensitivity import divergences
 from .training.optimizer import cut_states, set_states_, verify_optimizer
 from .training.reshape import set_data_
 
 logger = logging.get_logger(__name__)
 
 Statistics = MambaStatistics | Mamba2Statistics | HeadwiseStatistics
+# What a ratio measures the layers' sensitivities on, a forward pass for each layer: divergences need few tokens.
+SENSITIVITY_SEQUENCES = 2
+
 # What each mixer read, by layer index: hidden states and attention mask of each batch.
 MixerInputs = dict[int, list[tuple[Tensor, Tensor | None]]]
 
@@ -122,7 +126,13 @@ def compress_(
     batches = calibration_batches(calibration_data, model, tokenizer)
     refits = config.refit and config.selection == "auto" and (config.tolerance or config.tolerance is None)
     statistics = measure(model, layers, batches, config.estimator, inputs if refits else None)
-    return apply_cut_(model, layers, plan_cut(model, layers, statistics, config, inputs), optimizer)
+
+    def predict() -> Tensor:
+        some = {name: tensor[:SENSITIVITY_SEQUENCES].to(model.device) for name, tensor in batches[0].items()}
+        return model(**some, use_cache=False)[0]
+
+    plan = plan_cut(model, layers, statistics, config, inputs, predict)
+    return apply_cut_(model, layers, plan, optimizer)
 
 
 @dataclass(frozen=True)
@@ -149,8 +159,16 @@ def plan_cut(
     statistics: list[Statistics],
     config: CompreSSMConfig,
     inputs: MixerInputs | None = None,
+    predict: Callable[[], Tensor] | None = None,
 ) -> CutPlan:
-    """Choose the sizes and the states, and refit the Mamba-1 layers whose inputs are given; nothing is changed.
+    """Choose the sizes and the states; nothing is changed.
+
+    Args:
+        model, layers, config: what to cut, and how.
+        statistics: of each layer, from `measure`.
+        inputs: what the mixers read; the Mamba-1 layers are refitted on it.
+        predict: runs the model on a few sequences and returns its logits. A `ratio` is allocated by how far they move when
+            a layer is cut (see `sensitivity`); without it, all layers count the same.
 
     Raises:
         ValueError: as `compress_`.
@@ -158,13 +176,14 @@ def plan_cut(
     kind = _realization(config, layers)
     spectra = [entry.hankel_singular_values() for entry in statistics]
     paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
-    sizes = _choose_sizes(config, layers, kind, spectra, paths)
+    sizes = _choose_sizes(
+        config, layers, kind, spectra, paths, lambda at: _sensitivities(model, layers, paths, at, predict)
+    )
+    check_state_sizes(model, {layer.index: size for layer, size in zip(layers, sizes, strict=True)})
     cuts, kept = {}, {}
-    for layer, entry, path, size in zip(layers, statistics, paths, sizes, strict=True):
+    for layer, path, size in zip(layers, paths, sizes, strict=True):
         if size < layer.state_size:
             groups = [group[size] for group in path]
-            if isinstance(entry, NormalisedStatistics):
-                groups = [entry.realize(group) for group in groups]
             if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
                 groups = layer.refit(inputs[layer.index], groups, config.refit)
                 for group, fit in zip(path, groups, strict=True):
@@ -186,16 +205,17 @@ def apply_cut_(
     new: dict[int, dict[str, Tensor]] = {}
     states = []
     for layer in layers:
-        for name, cut in plan.cuts.get(layer.index, {}).items():
-            parameter = layer.mixer.get_parameter(name) if cut.index is not None else None
-            old = layer.mixer.A_log if parameter is None else parameter
-            data = new.setdefault(layer.index, {})[name] = cut.weights(old.detach())
-            if not torch.isfinite(data).all():
-                raise ValueError(
-                    f"The cut of layer {layer.index} to {plan.report.sizes[layer.index]} states is not finite: look at "
-                    "the model's weights and the calibration data. Nothing was changed."
-                )
-            if optimizer is not None:
+        if layer.index not in plan.cuts:
+            continue
+        new[layer.index] = _new_data(layer, plan.cuts[layer.index])
+        if not all(torch.isfinite(data).all() for data in new[layer.index].values()):
+            raise ValueError(
+                f"The cut of layer {layer.index} to {plan.report.sizes[layer.index]} states is not finite: look at "
+                "the model's weights and the calibration data. Nothing was changed."
+            )
+        if optimizer is not None:
+            for name, cut in plan.cuts[layer.index].items():
+                parameter = layer.mixer.get_parameter(name) if cut.index is not None else None
                 states.append((parameter, cut_states(optimizer, f"{layer.name}.{name}", parameter, cut)))
     _apply(model, layers, list(plan.report.sizes.values()), new)
     if optimizer is not None:
@@ -329,14 +349,14 @@ def _realize(layer: SSMLayer, statistics: Any, config: CompreSSMConfig, kind: st
     """For each group, the realization of every size."""
     if kind == "project":
         return [project(moments, P) for moments, P in zip(statistics.groups, statistics.P, strict=True)]
-    if config.selection == "auto" and not isinstance(statistics, Mamba2Statistics):
-        return [
-            select(moments, elimination_order(moments.contribution)) | select_with_readout(moments)
-            for moments in statistics.groups
-        ]
-    return [
+    paths = [
         select(moments, _order(layer, statistics, group, config)) for group, moments in enumerate(statistics.groups)
     ]
+    if config.selection == "auto" and not isinstance(statistics, Mamba2Statistics):
+        paths = [path | select_with_readout(moments) for path, moments in zip(paths, statistics.groups, strict=True)]
+    if isinstance(statistics, NormalisedStatistics):
+        return [{size: statistics.realize(selection) for size, selection in path.items()} for path in paths]
+    return [*paths]
 
 
 def _order(layer: SSMLayer, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
@@ -367,6 +387,7 @@ def _choose_sizes(
     kind: str,
     spectra: list[Tensor],
     paths: list[list[dict[int, Any]]],
+    sensitivities: Callable[[list[int]], list[float]],
 ) -> list[int]:
     if isinstance(config.state_size, Mapping):
         return [config.state_size.get(layer.index, layer.state_size) for layer in layers]
@@ -376,11 +397,13 @@ def _choose_sizes(
         return [layer.state_size for layer in layers]
     choices = [sizes_to_choose_from(config, layer, kind) for layer in layers]
     if config.ratio is not None and not config.uniform:
-        costs = [
-            torch.tensor([sum(group[r].error for group in path) for r in range(1, layer.state_size + 1)])
-            for layer, path in zip(layers, paths, strict=True)
-        ]
         total = round(config.ratio * sum(layer.state_size for layer in layers))
+        # Where a layer may only stay whole, any size below does: its cost is that of keeping all, nothing.
+        at = [_nearest(choice, config.ratio) for choice in choices]
+        costs = [
+            factor * torch.tensor([_error(path, r) for r in range(1, layer.state_size + 1)])
+            for layer, path, factor in zip(layers, paths, sensitivities(at), strict=True)
+        ]
         return allocate_ranks(costs, total, sizes=choices)
     if config.ratio is not None:
         sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
@@ -390,6 +413,35 @@ def _choose_sizes(
     if config.uniform:
         sizes = [max(sizes)] * len(sizes)
     return [next(r for r in choice if r >= size) for size, choice in zip(sizes, choices, strict=True)]
+
+
+def _nearest(choice: list[int], ratio: float) -> int:
+    """The size below the present one, of those to choose from, that is nearest to a share of it."""
+    return min(choice[:-1] or [max(1, choice[-1] - 1)], key=lambda size: abs(size - ratio * choice[-1]))
+
+
+def _error(path: list[dict[int, Any]], size: int) -> float:
+    return sum(group[size].error for group in path)
+
+
+def _sensitivities(
+    model: PreTrainedModel,
+    layers: list[SSMLayer],
+    paths: list[list[dict[int, Any]]],
+    sizes: list[int],
+    predict: Callable[[], Tensor] | None,
+) -> list[float]:
+    """For each layer, how far the predictions move for each unit of output error, from a cut of it to a size."""
+    if predict is None or len(layers) == 1:
+        return [1.0] * len(layers)
+    cuts = []
+    for layer, path, size in zip(layers, paths, sizes, strict=True):
+        parameter_cuts = layer.cut([group[size] for group in path])
+        cuts.append(lambda other, cut=parameter_cuts, size=size: _apply_to_layer(other, _new_data(other, cut), size))
+    with evaluating(model):
+        moved = divergences(model, layers, cuts, predict)
+    errors = [_error(path, size) for path, size in zip(paths, sizes, strict=True)]
+    return [kl / error if error > 0 else 0.0 for kl, error in zip(moved, errors, strict=True)]
 
 
 def sizes_to_choose_from(config: CompreSSMConfig, layer: SSMLayer, kind: str) -> list[int]:
@@ -434,20 +486,33 @@ def _apply(
 ) -> None:
     """Change the model: nothing here is expected to fail, everything that could has been computed before."""
     for layer, size in zip(layers, sizes, strict=True):
-        new = cuts.get(layer.index, {})
-        if "B_projection" in new:
-            project_(layer.mixer, **new)
-        elif new:
-            for name, data in new.items():
-                set_data_(layer.mixer.get_parameter(name), data)
-            layer.resize(size)
+        if layer.index in cuts:
+            _apply_to_layer(layer, cuts[layer.index], size)
     if cuts:
         set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, unprojected_sizes(layers))
         _keep_trained_weights(model)
 
 
+def _new_data(layer: SSMLayer, cuts: dict[str, ParameterCut]) -> dict[str, Tensor]:
+    """The data of a mixer's parameters after a cut, by name; the mixer is not changed."""
+    new = {}
+    for name, cut in cuts.items():
+        old = layer.mixer.A_log if cut.index is None else layer.mixer.get_parameter(name)
+        new[name] = cut.weights(old.detach())
+    return new
+
+
+def _apply_to_layer(layer: SSMLayer, new: dict[str, Tensor], size: int) -> None:
+    if "B_projection" in new:
+        project_(layer.mixer, **new)
+        return
+    for name, data in new.items():
+        set_data_(layer.mixer.get_parameter(name), data)
+    layer.resize(size)
+
+
 def _keep_trained_weights(model: PreTrainedModel) -> None:
     """Switch off the rescaling of `out_proj`: transformers repeats it whenever it loads the saved model."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module.config, "rescale_prenorm_residual", False):
-            module.config.rescale_prenorm_residual = False
+    for config in text_configs(model):
+        if getattr(config, "rescale_prenorm_residual", False):
+            config.rescale_prenorm_residual = False

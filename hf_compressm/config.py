@@ -19,7 +19,9 @@ class CompreSSMConfig:
         tolerance: share of each layer's Hankel energy that may be given up (the paper's tau), in [0, 1); 0 means no
             cut. The default target, at 0.05, when no other is given.
         state_size: the size itself, for all layers or as {layer: size}. Honoured exactly.
-        ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
+        ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs: how far the
+            model's predictions move when a layer is cut alone, one forward pass on two sequences for each layer; in
+            training, where what follows makes up for it, the share of each layer's output energy that is lost.
         realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
             state. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy

@@ -88,23 +88,25 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
             identity = torch.eye(N, r, dtype=projection.dtype, device=projection.device)
             init.copy_(projection, identity.expand_as(projection))
 
-    # `Mamba2Mixer.forward` of transformers 5.23 line by line, without the fused training path (whose kernel reads B
-    # and C straight from the convolution) and with the projections.
+    # `Mamba2Mixer.forward` of transformers 5.24 line by line, without the fused training path (whose kernel reads B
+    # and C straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
     @force_accelerate_hooks("conv1d")
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
         **kwargs,
     ):
+        cache = cache_params if cache is None else cache
         batch_size, seq_len, _ = hidden_states.shape
         dtype = hidden_states.dtype
         # Both are None too while the cache of this layer is empty.
         conv_state, recurrent_state = None, None
-        if cache_params is not None:
-            conv_state = cache_params.get_conv_state(self.layer_idx, state_idx=0)
-            recurrent_state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        if cache is not None:
+            conv_state = cache.get_conv_state(self.layer_idx, state_idx=0)
+            recurrent_state = cache.get_recurrent_state(self.layer_idx, state_idx=0)
 
         # 1. Gated MLP's linear projection
         hidden_states = modeling_mamba2.apply_mask_to_padding_states(hidden_states, attention_mask)
@@ -116,10 +118,10 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         # 2. Convolution sequence transformation
         hidden_states_B_C = hidden_states_B_C.transpose(1, 2)
         if (
-            cache_params is not None
+            cache is not None
             and conv_state is not None
             and seq_len == 1
-            and not cache_params.is_recording_past(self.layer_idx)
+            and not cache.is_recording_past(self.layer_idx)
         ):
             hidden_states_B_C = modeling_mamba2.causal_conv1d_update(
                 hidden_states_B_C,
@@ -129,8 +131,8 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
                 activation=self.activation,
             )
         else:
-            if cache_params is not None:
-                hidden_states_B_C = cache_params.update_conv_state(
+            if cache is not None:
+                hidden_states_B_C = cache.update_conv_state(
                     hidden_states_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size
                 )
             hidden_states_B_C = modeling_mamba2.causal_conv1d_fn(
@@ -140,7 +142,7 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
                 activation=self.activation,
                 **kwargs,
             )
-            if cache_params is not None:
+            if cache is not None:
                 hidden_states_B_C = hidden_states_B_C[:, :, -seq_len:]
 
         # 3. SSM transformation, in the projected state
@@ -176,16 +178,16 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
                 chunk_size=self.chunk_size,
                 D=self.D,
                 z=None,
-                return_final_states=cache_params is not None,
+                return_final_states=cache is not None,
                 dt_bias=self.dt_bias,
                 dt_softplus=True,
                 initial_states=recurrent_state,
                 dt_limit=self.time_step_limit,
                 **kwargs,
             )
-            if cache_params is not None:
+            if cache is not None:
                 scan_output, final_state = scan_output
-                cache_params.update_recurrent_state(final_state, layer_idx=self.layer_idx)
+                cache.update_recurrent_state(final_state, layer_idx=self.layer_idx)
 
         scan_output = self.norm(scan_output.reshape(batch_size, seq_len, -1), gate)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoModelForCausalLM, Mamba2Model
+from transformers import AutoModel, AutoModelForCausalLM, Cache, Mamba2Model
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from hf_compressm.hub import ProjectedMamba2Mixer, install, modeling_compressm, project_
@@ -43,6 +43,11 @@ def test_a_change_of_basis_changes_nothing():
     torch.testing.assert_close(model(tokens()).logits, stock, atol=1e-5, rtol=1e-4)
 
 
+def cache_of(output) -> dict[str, Cache]:
+    """The cache by its name, which is another one from transformers 5.24 on."""
+    return {name: value for name, value in output.items() if isinstance(value, Cache)}
+
+
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 9),
@@ -62,14 +67,14 @@ def test_the_identity_is_the_stock_mixer_bit_for_bit(batch, length, padding, ste
     mask = torch.ones_like(input_ids)
     mask[0, : min(padding, length - 1)] = 0
 
-    caches = [None, None]
+    caches = [{}, {}]
     for start, stop in [(0, length), *((i, min(i + step, length + 9)) for i in range(length, length + 9, step))]:
         outputs = [
-            each(input_ids[:, start:stop], attention_mask=mask[:, start:stop], cache_params=cache, use_cache=True)
+            each(input_ids[:, start:stop], attention_mask=mask[:, start:stop], **cache, use_cache=True)
             for each, cache in zip((model, twin), caches, strict=True)
         ]
         assert torch.equal(outputs[0].logits, outputs[1].logits)
-        caches = [output.cache_params for output in outputs]
+        caches = [cache_of(output) for output in outputs]
 
 
 def test_training_agrees_with_the_stock_mixer_and_trains_the_projections():
@@ -97,7 +102,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_the_state_in_the_cache_has_the_projected_size():
     model = NOT_UNIFORM["mamba2_projected_in_part"]()
-    cache = model(tokens(), use_cache=True).cache_params
+    (cache,) = cache_of(model(tokens(), use_cache=True)).values()
     assert [cache.get_recurrent_state(i).shape[-1] for i in range(LAYERS)] == [3, 8, 4]
     assert [mixer.ssm_state_size for mixer in mixers(model)] == [3, 8, 4]
     assert mixers(model)[0].unprojected_state_size == 8
