@@ -349,14 +349,14 @@ def _realize(layer: SSMLayer, statistics: Any, config: CompreSSMConfig, kind: st
     """For each group, the realization of every size."""
     if kind == "project":
         return [project(moments, P) for moments, P in zip(statistics.groups, statistics.P, strict=True)]
-    paths = [
+    paths: list[dict[int, Any]] = [
         select(moments, _order(layer, statistics, group, config)) for group, moments in enumerate(statistics.groups)
     ]
     if config.selection == "auto" and not isinstance(statistics, Mamba2Statistics):
         paths = [path | select_with_readout(moments) for path, moments in zip(paths, statistics.groups, strict=True)]
     if isinstance(statistics, NormalisedStatistics):
         return [{size: statistics.realize(selection) for size, selection in path.items()} for path in paths]
-    return [*paths]
+    return paths
 
 
 def _order(layer: SSMLayer, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
