@@ -32,36 +32,44 @@ class NormalisedMambaLayer(MambaLayer):
         """Else they hold ones, as buffers that only the fused kernel reads."""
         return isinstance(self.mixer.c_layernorm.weight, nn.Parameter)
 
+    @property
+    def _gamma(self) -> Tensor | None:
+        """The product of the norms' weights, [N]: scaling a state in B or in C is the same."""
+        if not self.norms_have_weights:
+            return None
+        return self.mixer.b_layernorm.weight.detach().float() * self.mixer.c_layernorm.weight.detach().float()
+
     def statistics(self, *, mean_lti: bool) -> NormalisedStatistics:
         """An empty accumulator for `read`'s systems."""
-        return NormalisedStatistics(self.channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
+        device = self.mixer.A_log.device
+        return NormalisedStatistics(self.channels, self.state_size, device, self._gamma, mean_lti=mean_lti)
 
     def _normalise(self, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer
-        return mixer.dt_layernorm(step), mixer.b_layernorm(B), mixer.c_layernorm(C)
+        norm_B, norm_C = mixer.b_layernorm, mixer.c_layernorm
+        eps = norm_C.variance_epsilon if self.norms_have_weights else norm_C.eps
+        B, C = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (B, C))
+        gamma = self._gamma
+        return mixer.dt_layernorm(step), B, C if gamma is None else gamma * C
 
     def refit(
         self, inputs: list[tuple[Tensor, Tensor | None]], selections: list[Any], rounds: int
     ) -> list[NormalisedCut]:
         """Fit the cut of the layer to the mixer's output on its inputs, as `read` takes them."""
-        systems = [self.read(*read) for read in inputs]
-        return [refit_normalised(systems, selections[0], rounds, gain_per_state=self.norms_have_weights)]
+        return [refit_normalised([self.read(*read) for read in inputs], selections[0], rounds, self._gamma)]
 
     def cut(self, groups: list[Any]) -> dict[str, ParameterCut]:
         """How the mixer's parameters change in a `NormalisedCut`; nothing is changed yet."""
         mixer, (cut,) = self.mixer, groups
         kept, R, N = cut.kept, mixer.time_step_rank, self.state_size
         step, B, C = mixer.x_proj.weight.detach().double().split([R, N, N])
-        # T and R act on what the norms gave, weights included.
-        gamma_B, gamma_C = (getattr(mixer, name).weight.detach().double()[:, None] for name in NORMS)
-        x_proj = torch.cat([step, cut.inputs @ (gamma_B * B), cut.readout @ (gamma_C * C)])
         rows = torch.cat([torch.arange(R, device=kept.device), R + kept, R + N + kept])
+        all_channels = torch.arange(self.channels, device=kept.device)
         D = mixer.D.detach().double() if cut.skip is None else mixer.D.detach().double() + cut.skip
         cuts = {
             "A_log": ParameterCut(dim=1, index=kept, values=None if cut.A is None else torch.log(-cut.A)),
-            "x_proj.weight": ParameterCut(index=rows, values=x_proj),
+            "x_proj.weight": ParameterCut(index=rows, values=torch.cat([step, cut.inputs @ B, cut.readout @ C])),
         }
-        all_channels = torch.arange(self.channels, device=kept.device)
         if self.norms_have_weights:
             cuts["b_layernorm.weight"] = ParameterCut(index=kept, values=torch.ones_like(cut.gain))
             cuts["c_layernorm.weight"] = ParameterCut(index=kept, values=cut.gain)

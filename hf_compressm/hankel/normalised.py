@@ -2,7 +2,8 @@
 
 Such a layer can't be cut by slicing: the root mean square is taken over fewer states then, so that the scale of B and C
 changes, at every token in its own way. What a smaller layer can have is B' = norm(T B) and C' = g norm(R C), since the
-weights of `x_proj` come before the norms.
+weights of `x_proj` come before the norms. Here B and C are without the norms' weights, whose product is gamma: the states
+can be scaled at will, so that y = sum_s gamma_s C_s h_s.
 
 | here | paper | meaning |
 |---|---|---|
@@ -10,10 +11,12 @@ weights of `x_proj` come before the norms.
 | `A` | A | continuous-time dynamics of the kept states, one per channel, [channels, r] |
 | `inputs` | - | T, the new input map B' = norm(T B), [r, N] |
 | `readout` | - | R, the new output map C' = g norm(R C), [r, N] |
-| `gain` | - | g, [r]; all the same where the norm has no weights |
+| `gamma` | - | the product of the weights of both norms, [N]; None where they have none |
+| `gain` | - | g, the new gamma, [r]; all the same where the norms have no weights |
 | `skip` | - | what is added to D, [channels] |
 
-The least-squares read-out of a layer without norms serves as R as it is, with g for the mean scale that norm takes away.
+The least-squares read-out of a layer without norms serves as R as it is, with g for the mean scale that the norms take
+away; where g may differ between the states, the rows of R have the same length.
 The refit goes on from there: T by least squares with the denominators held, A and D by Gauss-Newton steps, R by
 Gauss-Newton steps that know R's own denominator, g by least squares. Steps are halved until the error falls.
 """
@@ -51,14 +54,20 @@ class NormalisedCut:
 
 
 class NormalisedStatistics(MambaStatistics):
-    """The statistics of a Mamba-1 layer, and the power of its B: what `norm` will take away.
+    """The statistics of a Mamba-1 layer, and the power of its B, which the norms will take away.
+
+    Args:
+        gamma: see the module's glossary. `update` wants systems with gamma in C and unweighted B.
 
     Attributes:
         input_power: sum over tokens of B_n^2, [N].
     """
 
-    def __init__(self, channels: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
+    def __init__(
+        self, channels: int, size: int, device: torch.device, gamma: Tensor | None, *, mean_lti: bool = False
+    ) -> None:
         super().__init__(channels, size, device, mean_lti=mean_lti)
+        self.gamma = None if gamma is None else _nonzero(gamma.double())
         self.input_power = torch.zeros(size, dtype=torch.float64, device=device)
 
     def update(self, system: MambaSystem) -> None:
@@ -71,30 +80,34 @@ class NormalisedStatistics(MambaStatistics):
         identity = torch.eye(len(output), dtype=torch.float64, device=output.device)
         inputs = identity[kept]
         readout = inputs if selection.readout is None else selection.readout.double()
-        input_scale = (self.input_power[kept].mean() / self.tokens).sqrt()
-        output_scale = ((readout @ output @ readout.mT).diagonal().mean() / self.tokens).sqrt()
+        gain = readout.new_ones(len(kept))
+        if self.gamma is not None:
+            output = output / self.gamma / self.gamma[:, None]
+            readout = readout * self.gamma
+            gain = _positive(readout.norm(dim=1))
+            readout = readout / gain[:, None]
+        input_scale = _positive(self.input_power[kept].mean() / self.tokens).sqrt()
+        output_scale = _positive((readout @ output @ readout.mT).diagonal().mean() / self.tokens).sqrt()
         # Of unit scale, T and R leave the norms' epsilon where it was.
-        inputs = inputs / _positive(input_scale)
-        readout = readout / _positive(output_scale)
-        gain = (input_scale * output_scale).expand(len(kept))
-        return NormalisedCut(kept, None, inputs, readout, gain, None, selection.error)
+        gain = gain * input_scale * output_scale
+        return NormalisedCut(kept, None, inputs / input_scale, readout / output_scale, gain, None, selection.error)
 
 
 def refit_normalised(
-    systems: list[MambaSystem], start: NormalisedCut, rounds: int, *, gain_per_state: bool
+    systems: list[MambaSystem], start: NormalisedCut, rounds: int, gamma: Tensor | None
 ) -> NormalisedCut:
     """Fit the kept states to the full layer's output.
 
     Args:
-        systems: the full layer's, one per calibration batch.
+        systems: the full layer's, one per calibration batch, with gamma in C and unweighted B.
         start: where the fit starts.
         rounds: of steps in each of A, T and R.
-        gain_per_state: whether g may differ between the states.
+        gamma: see the module's glossary.
 
     Returns:
         the fit, in float64. Its error is at most that of the start with the best g.
     """
-    fit = _Fit(systems, gain_per_state)
+    fit = _Fit(systems, gamma)
     A = systems[0].A.double()[:, start.kept]
     best = fit.with_gain(replace(start, A=A, skip=A.new_zeros(len(A))))
     for turn in range(rounds):
@@ -115,9 +128,12 @@ Move = Callable[[float], NormalisedCut]
 class _Fit:
     """The full layer's gated output, and steps of a cut layer towards it."""
 
-    def __init__(self, systems: list[MambaSystem], gain_per_state: bool) -> None:
-        self.systems, self.gain_per_state = systems, gain_per_state
+    def __init__(self, systems: list[MambaSystem], gamma: Tensor | None) -> None:
+        self.gain_per_state = gamma is not None
         self.targets = [_gated_output(system) for system in systems]
+        if gamma is not None:
+            systems = [replace(system, C=system.C / _nonzero(gamma.float())) for system in systems]
+        self.systems = systems
         self.energy = _energy(self.targets)
 
     def with_gain(self, cut: NormalisedCut) -> NormalisedCut:
@@ -200,6 +216,10 @@ def _rms(x: Tensor) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return x / _rms(x)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 1e-6, 1e-6, x)
 
 
 def _positive(x: Tensor) -> Tensor:

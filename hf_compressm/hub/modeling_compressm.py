@@ -332,7 +332,8 @@ def _build_from_layer_config(stock_init: Callable) -> Callable:
 
 
 # Falcon-H1 computes one vector of multipliers, of a length that depends on the state size, and copies it to all layers:
-# once as it builds them and again as it initialises the weights, which is where each layer gets its own.
+# as it builds them, and again as it initialises its own weights, which it has none of. Each layer gets its own instead
+# when the layer is initialised, which happens in each way to load a model.
 def _of_first_layer(compute_mup_vector: Callable) -> Callable:
     def compute_first_mup_vector(config: Any):
         return compute_mup_vector(config.per_layer_config[0])
@@ -342,13 +343,12 @@ def _of_first_layer(compute_mup_vector: Callable) -> Callable:
 
 def _init_mup_vectors(stock_init_weights: Callable) -> Callable:
     def init_weights(self, module: Any):
-        layers = getattr(module, "layers", None)
-        if layers is None or not module.config.is_heterogeneous:
-            return stock_init_weights(self, module)
-        compute_mup_vector = _stock_module("falcon_h1").compute_mup_vector
-        for layer, config in zip(layers, module.config.per_layer_config, strict=True):
-            old = layer.mamba.mup_vector
-            layer.mamba.mup_vector = compute_mup_vector(config).to(old.device, old.dtype)
+        if self.config.is_heterogeneous and hasattr(module, "layers"):
+            return
+        stock_init_weights(self, module)
+        if self.config.is_heterogeneous and hasattr(module, "mup_vector"):
+            old, config = module.mup_vector, self.config.per_layer_config[module.layer_idx]
+            module.mup_vector = _stock_module("falcon_h1").compute_mup_vector(config).to(old.device, old.dtype)
 
     return init_weights
 
