@@ -46,8 +46,7 @@ class NormalisedMambaLayer(MambaLayer):
 
     def _normalise(self, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer
-        norm_B, norm_C = mixer.b_layernorm, mixer.c_layernorm
-        eps = norm_C.variance_epsilon if self.norms_have_weights else norm_C.eps
+        eps = getattr(mixer.c_layernorm, "variance_epsilon" if self.norms_have_weights else "eps")
         B, C = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (B, C))
         gamma = self._gamma
         return mixer.dt_layernorm(step), B, C if gamma is None else gamma * C

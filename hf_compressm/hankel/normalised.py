@@ -16,7 +16,7 @@ can be scaled at will, so that y = sum_s gamma_s C_s h_s.
 | `skip` | - | what is added to D, [channels] |
 
 The least-squares read-out of a layer without norms serves as R as it is, with g for the mean scale that the norms take
-away; where g may differ between the states, the rows of R have the same length.
+away. Where g may differ between the states, it takes from R what gamma does to the length of its rows.
 The refit goes on from there: T by least squares with the denominators held, A and D by Gauss-Newton steps, R by
 Gauss-Newton steps that know R's own denominator, g by least squares. Steps are halved until the error falls.
 """
@@ -83,12 +83,13 @@ class NormalisedStatistics(MambaStatistics):
         gain = readout.new_ones(len(kept))
         if self.gamma is not None:
             output = output / self.gamma / self.gamma[:, None]
-            readout = readout * self.gamma
-            gain = _positive(readout.norm(dim=1))
-            readout = readout / gain[:, None]
-        input_scale = _positive(self.input_power[kept].mean() / self.tokens).sqrt()
-        output_scale = _positive((readout @ output @ readout.mT).diagonal().mean() / self.tokens).sqrt()
-        # Of unit scale, T and R leave the norms' epsilon where it was.
+            weighted = readout * self.gamma
+            gain = _positive(weighted.norm(dim=1)) / _positive(readout.norm(dim=1))
+            readout = weighted / gain[:, None]
+        # The norms see T B and R C at the scale of B and C, so that their epsilon means what it did.
+        input_scale = _positive(self.input_power[kept].mean() / self.input_power.mean()).sqrt()
+        output_power = (readout @ output @ readout.mT).diagonal().mean()
+        output_scale = _positive(output_power / output.diagonal().mean()).sqrt()
         gain = gain * input_scale * output_scale
         return NormalisedCut(kept, None, inputs / input_scale, readout / output_scale, gain, None, selection.error)
 
@@ -105,11 +106,12 @@ def refit_normalised(
         gamma: see the module's glossary.
 
     Returns:
-        the fit, in float64. Its error is at most that of the start with the best g.
+        the fit, in float64. Its error is at most that of the start.
     """
     fit = _Fit(systems, gamma)
     A = systems[0].A.double()[:, start.kept]
-    best = fit.with_gain(replace(start, A=A, skip=A.new_zeros(len(A))))
+    start = replace(start, A=A, skip=A.new_zeros(len(A)))
+    best = min(fit.with_gain(start, start.gain), fit.with_gain(start), key=lambda cut: cut.error)
     for turn in range(rounds):
         for step in ([fit.step_dynamics] if turn else []) + [fit.step_inputs, fit.step_readout]:
             move = step(best)
@@ -136,8 +138,8 @@ class _Fit:
         self.systems = systems
         self.energy = _energy(self.targets)
 
-    def with_gain(self, cut: NormalisedCut) -> NormalisedCut:
-        """The cut with the g that fits best, and its error."""
+    def with_gain(self, cut: NormalisedCut, gain: Tensor | None = None) -> NormalisedCut:
+        """The cut with a g, by default the one that fits best, and its error."""
         assert cut.A is not None
         r = len(cut.kept)
         normal, right = cut.A.new_zeros(r, r), cut.A.new_zeros(r)
@@ -146,9 +148,9 @@ class _Fit:
                 features = h.mul_(system.C[:, time, None]).flatten(0, 2)
                 normal += features.mT @ features
                 right += features.mT @ rest[:, time].flatten()
-        if self.gain_per_state:
+        if gain is None and self.gain_per_state:
             gain = _solve(normal, right, RIDGE)
-        else:
+        elif gain is None:
             gain = (right.sum() / _positive(normal.sum())).expand(r)
         explained = float(2 * gain @ right - gain @ normal @ gain)
         error = (_energy(self._rest(cut)) - explained) / self.energy if self.energy else 0.0

@@ -231,13 +231,18 @@ def project_(mixer: modeling_mamba2.Mamba2Mixer, B_projection: torch.Tensor, C_p
         setattr(mixer, name, nn.Parameter(values))
 
 
-class _WrittenWithConfig:
-    """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
-    would name this file even in the checkpoint of a model that has become stock again."""
+class _Stock:
+    """What sets the classes that `auto_map` names apart from stock ones, from which they do not differ."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        pass
+        """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
+        would name this file even in the checkpoint of a model that has become stock again."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Else transformers would leave out what it does to the weights of stock classes, such as joining experts."""
+        return False
 
 
 # What `auto_map` points at: the stock names, since `architectures` is taken from the name of the class. Each is made when
@@ -249,7 +254,7 @@ def __getattr__(name: str) -> type:
     for model_type, architecture in ARCHITECTURES.items():
         if name in [architecture.prefix + suffix for suffix in AUTO_CLASSES.values()]:
             stock = getattr(_stock_module(model_type), name)
-            made = type(name, (_WrittenWithConfig, stock), {"__module__": __name__})
+            made = type(name, (_Stock, stock), {"__module__": __name__})
             globals()[name] = made
             return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
