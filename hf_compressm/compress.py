@@ -15,14 +15,14 @@ from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers, unprojected_sizes
 from .architectures.mamba import MambaLayer
+from .architectures.normalised import NormalisedMambaLayer
 from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
-from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order
+from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order, hankel_spectra
 from .hankel.headwise import HeadwiseStatistics
-from .hankel.normalised import NormalisedStatistics
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
-from .hankel.realization import project, select, select_with_readout
+from .hankel.realization import Projection, Selection, project, select, select_each_with_readout
 from .hub import check_state_sizes, load_model, load_tokenizer, project_, set_state_sizes, text_configs
 from .report import CompressionReport, LayerReport
 from .sensitivity import divergences
@@ -174,8 +174,8 @@ def plan_cut(
         ValueError: as `compress_`.
     """
     kind = _realization(config, layers)
-    spectra = [entry.hankel_singular_values() for entry in statistics]
-    paths = [_realize(layer, entry, config, kind) for layer, entry in zip(layers, statistics, strict=True)]
+    spectra = hankel_spectra(statistics)
+    paths = _realize(layers, statistics, config, kind)
     sizes = _choose_sizes(
         config, layers, kind, spectra, paths, lambda at: _sensitivities(model, layers, paths, at, predict)
     )
@@ -228,6 +228,26 @@ def apply_cut_(
     return report
 
 
+@torch.no_grad()
+def cut_to_first_states_(model: PreTrainedModel, size: int, realization: str = "auto") -> None:
+    """Cut every SSM layer to its first states, in place, whatever they carry: for what depends on shapes alone.
+
+    Raises:
+        ValueError: as `compress_`.
+    """
+    layers = find_layers(model)
+    config = CompreSSMConfig(state_size=size, realization=realization)  # type: ignore[arg-type]
+    kind = _realization(config, layers)
+    _check_targets(config, layers, kind)
+    new = {}
+    for layer in layers:
+        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        kept = torch.arange(size, device=identity.device)
+        group: Any = Projection(identity, identity, 0.0) if kind == "project" else Selection(kept, None, 0.0)
+        new[layer.index] = _new_data(layer, layer.cut([group] * layer.groups))
+    _apply(model, layers, [size] * len(layers), new)
+
+
 def hankel_singular_values(
     model: PreTrainedModel, calibration_data: Any = None, *, tokenizer: Any = None, estimator: str = "ltv"
 ) -> CompressionReport:
@@ -245,7 +265,7 @@ def hankel_singular_values(
     """
     layers = find_layers(model)
     statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), estimator)
-    spectra = [entry.hankel_singular_values() for entry in statistics]
+    spectra = hankel_spectra(statistics)
     sizes = [layer.state_size for layer in layers]
     return _report(model, layers, sizes, spectra, None, "measured")
 
@@ -345,17 +365,32 @@ def _check_targets(config: CompreSSMConfig, layers: list[SSMLayer], kind: str) -
             layer.check_size(size)
 
 
-def _realize(layer: SSMLayer, statistics: Any, config: CompreSSMConfig, kind: str) -> list[dict[int, Any]]:
-    """For each group, the realization of every size."""
+def _realize(
+    layers: list[SSMLayer], statistics: list[Any], config: CompreSSMConfig, kind: str
+) -> list[list[dict[int, Any]]]:
+    """For each layer and each of its groups, the realization of every size."""
     if kind == "project":
-        return [project(moments, P) for moments, P in zip(statistics.groups, statistics.P, strict=True)]
-    paths: list[dict[int, Any]] = [
-        select(moments, _order(layer, statistics, group, config)) for group, moments in enumerate(statistics.groups)
+        return [
+            [project(moments, P) for moments, P in zip(entry.groups, entry.P, strict=True)] for entry in statistics
+        ]
+    paths: list[list[dict[int, Any]]] = [
+        [select(moments, _order(layer, entry, group, config)) for group, moments in enumerate(entry.groups)]
+        for layer, entry in zip(layers, statistics, strict=True)
     ]
-    if config.selection == "auto" and not isinstance(statistics, Mamba2Statistics):
-        paths = [path | select_with_readout(moments) for path, moments in zip(paths, statistics.groups, strict=True)]
-    if isinstance(statistics, NormalisedStatistics):
-        return [{size: statistics.realize(selection) for size, selection in path.items()} for path in paths]
+    if config.selection == "auto":
+        found = [
+            (path, moments)
+            for layer_paths, entry in zip(paths, statistics, strict=True)
+            for path, moments in zip(layer_paths, entry.groups, strict=True)
+            if moments.readout
+        ]
+        fits = select_each_with_readout([moments for _, moments in found])
+        for (path, _), fit in zip(found, fits, strict=True):
+            path |= fit
+    for layer, layer_paths, entry in zip(layers, paths, statistics, strict=True):
+        if isinstance(layer, NormalisedMambaLayer):
+            for path in layer_paths:
+                path |= {size: layer.realize(entry, selection) for size, selection in path.items()}
     return paths
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hankel.normalised import NormalisedCut, NormalisedStatistics, refit_normalised
+from ..hankel.realization import Selection
 from .mamba import MambaLayer
 from .parameter_cut import ParameterCut
 
@@ -42,7 +43,7 @@ class NormalisedMambaLayer(MambaLayer):
     def statistics(self, *, mean_lti: bool) -> NormalisedStatistics:
         """An empty accumulator for `read`'s systems."""
         device = self.mixer.A_log.device
-        return NormalisedStatistics(self.channels, self.state_size, device, self._gamma, mean_lti=mean_lti)
+        return NormalisedStatistics(self.channels, self.state_size, device, mean_lti=mean_lti)
 
     def _normalise(self, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer
@@ -50,6 +51,10 @@ class NormalisedMambaLayer(MambaLayer):
         B, C = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in (B, C))
         gamma = self._gamma
         return mixer.dt_layernorm(step), B, C if gamma is None else gamma * C
+
+    def realize(self, statistics: NormalisedStatistics, selection: Selection) -> NormalisedCut:
+        """What a selection becomes behind the norms."""
+        return statistics.realize(selection, self._gamma)
 
     def refit(
         self, inputs: list[tuple[Tensor, Tensor | None]], selections: list[Any], rounds: int

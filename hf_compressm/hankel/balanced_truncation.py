@@ -42,7 +42,7 @@ def projection_maps(L_Q: Tensor, L_P: Tensor, r: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `r` is not in 1..n.
     """
-    _, Rm, Lm = _balance(L_Q, L_P, r)
+    _, Rm, Lm = balance(L_Q, L_P, r)
     return Rm, Lm
 
 
@@ -63,13 +63,13 @@ def balanced_truncation(system: DiagonalSystem | StateSpace, r: int) -> tuple[St
     """
     L_P = gramian_factor(system.controllability_gramian(), "controllability Gramian P")
     L_Q = gramian_factor(system.observability_gramian(), "observability Gramian Q")
-    sigma, Rm, Lm = _balance(L_Q, L_P, r)
+    sigma, Rm, Lm = balance(L_Q, L_P, r)
     reduced = StateSpace(Lm.mH @ system.A @ Rm, Lm.mH @ system.B, system.C @ Rm, system.D)
     return reduced, _error_bound(sigma, min(r, int(_is_significant(sigma).sum())))
 
 
-def _balance(L_Q: Tensor, L_P: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all n singular values, and the maps for the first r of them."""
+def balance(L_Q: Tensor, L_P: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all n singular values s, and `projection_maps` for the first r of them."""
     n = L_P.shape[-1]
     if not 1 <= r <= n:
         raise ValueError(f"the reduced state size must be in 1..{n}, not {r}")

@@ -10,17 +10,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels.reference import mamba2_states, mamba_states, observability_gramian
+from .. import kernels
+from ..kernels.reference import mamba2_states, mamba_states, observability_gramian, observability_reach
 from .singular_values import hankel_singular_values
 from .systems import lti_gramian
 
 # The least-squares read-out's normal matrix has (candidates * N)^2 entries.
 MAX_READOUT = 4096
+# How many tokens of each sequence choose the candidates, if not all states are.
+FIRST_TOKENS = 16
+# Numbers in the largest temporary tensor of a fused update.
+WORKING_SET = 2**26
 
 
 @dataclass(frozen=True)
@@ -87,14 +94,42 @@ class ReadoutMoments:
         self.contribution += (K * outer).sum(0)
         self.cross += torch.einsum("tij,tj,tk->ik", K, C, C)
         if self.readout and not len(self.candidates):
-            # Too many states for a fit over all of them: the first tokens choose those worth fitting.
-            self.candidates = elimination_order(self.contribution)[: max(1, MAX_READOUT // self.size)].sort().values
-            self.normal_pairs = self._empty_pairs()
+            self.choose_candidates(self.contribution)
         if self.readout:
             c = self.candidates
             k, j = torch.tril_indices(len(c), len(c), device=K.device)
             a, b = torch.tril_indices(self.size, self.size, device=K.device)
             self.normal_pairs += K[:, c[k], c[j]].T @ outer[:, a, b]
+
+    def add(self, C: Tensor, K: Tensor, moved: Tensor | None = None, contribution: Tensor | None = None) -> None:
+        """Add tokens of which the kernels have taken only what is needed.
+
+        Args:
+            C: output maps, [tokens, N].
+            K: K_t over the candidates, [tokens, c, c].
+            moved: the candidates of K_t C_t, [tokens, c]; not needed if all states are candidates.
+            contribution: the tokens' part of M, [N, N]; likewise.
+        """
+        C, c = C.double(), self.candidates
+        self.output += C.mT @ C
+        rows, columns = _tril_places(len(c), C.device), _tril_places(self.size, C.device)
+        outer = (C[:, :, None] * C[:, None, :]).flatten(1)[:, columns]
+        pairs = K.flatten(1)[:, rows].double().mT @ outer
+        self.normal_pairs += pairs
+        if moved is None or contribution is None:
+            # Both are sums of what the read-out takes of all pairs of states.
+            where = _pair_index(c)
+            contribution = pairs.diagonal()[where]
+            cross = pairs[where[:, :, None], where[None]].sum(1)
+            self.cross += cross
+        else:
+            self.cross[c] += moved.double().mT @ C
+        self.contribution += contribution
+
+    def choose_candidates(self, contribution: Tensor) -> None:
+        """There are too many states for a fit over all of them: take those that matter most on the first tokens."""
+        self.candidates = elimination_order(contribution)[: max(1, MAX_READOUT // self.size)].sort().values
+        self.normal_pairs = self._empty_pairs()
 
     def normal_matrix(self) -> Tensor:
         """The least-squares normal matrix over all candidates, [c * N, c * N], rows ordered by (candidate, state)."""
@@ -114,6 +149,12 @@ def _pair_index(items: Tensor) -> Tensor:
     return high * (high + 1) // 2 + low
 
 
+def _tril_places(size: int, device: torch.device) -> Tensor:
+    """Where `tril_indices` stand in a flat [size, size] matrix, [size (size + 1) / 2]."""
+    i, j = torch.tril_indices(size, size, device=device)
+    return i * size + j
+
+
 def elimination_order(contribution: Tensor) -> Tensor:
     """Order states from the most to the least important by greedy elimination.
 
@@ -126,13 +167,15 @@ def elimination_order(contribution: Tensor) -> Tensor:
     Returns:
         the N states, [N]; keeping r of them means keeping the first r.
     """
+    # Many small steps, each of which looks at the one before: not for a GPU.
+    device, contribution = contribution.device, contribution.cpu()
     cost = contribution.diagonal().clone()
-    order = torch.empty(len(cost), dtype=torch.long, device=cost.device)
+    order = torch.empty(len(cost), dtype=torch.long)
     for position in reversed(range(len(cost))):
         order[position] = cost.argmin()
         cost += 2 * contribution[order[position]]
         cost[order[position:]] = torch.inf
-    return order
+    return order.to(device)
 
 
 class MambaStatistics:
@@ -146,7 +189,7 @@ class MambaStatistics:
 
     def __init__(self, channels: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
         self.mean_lti = mean_lti
-        self.tokens = 0.0
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros(channels, dtype=torch.float64, device=device)
         self.decay = torch.zeros(channels, size, dtype=torch.float64, device=device)
         self.P = torch.zeros(channels, size, size, device=device)
@@ -154,32 +197,79 @@ class MambaStatistics:
         self.groups = [ReadoutMoments(size, device, readout=True)]
 
     def update(self, system: MambaSystem) -> None:
-        weight = system.gate.square()
-        self.tokens += float(system.valid.sum())
-        self.weight += weight.sum((0, 1))
-        for time, h in mamba_states(system.u, system.delta, system.A, system.B):
+        """Add the tokens of a batch."""
+        count = system.valid.sum()
+        self.tokens += count
+        self.weight += system.gate.square().sum((0, 1))
+        self.decay += count * torch.exp(system.delta.mean((0, 1))[:, None] * system.A)
+        if self.mean_lti:
+            drive = (system.delta * system.u).square() * system.valid[..., None]
+            self.P += torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
+            self.Q += torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C)
+        if kernels.fused(system.u):
+            self._update_fused(system)
+        else:
+            self._update_by_chunks(system)
+
+    def _update_fused(self, system: MambaSystem) -> None:
+        """The scans as kernels, some rows of the batch at a time."""
+        from ..kernels.contribution import contribution
+        from ..kernels.mamba import chunk_starts, gramians, output_gram
+
+        u, delta, A, B, C, gate = system.u, system.delta, system.A, system.B, system.C, system.gate
+        if not self.mean_lti:
+            P, Q = gramians(u, delta, A, B, C, system.valid)
+            self.P += P
+            self.Q += Q
+        (moments,) = self.groups
+        size = moments.size
+        if not len(moments.candidates):
+            first = slice(0, FIRST_TOKENS)
+            moments.choose_candidates(
+                contribution(u[:, first], delta[:, first], A, B[:, first], C[:, first], gate[:, first])[0]
+            )
+        every, kept = len(moments.candidates) == size, moments.candidates
+        rows = max(1, WORKING_SET // (u.shape[1] * size**2))
+        for start in range(0, len(u), rows):
+            some = slice(start, start + rows)
+            inputs, steps, outputs, gates = u[some], delta[some], C[some], gate[some]
+            if every:
+                starts, _ = chunk_starts(inputs, steps, A, B[some])
+                K, _ = output_gram(inputs, steps, A, B[some], gates, starts)
+                moments.add(outputs.flatten(0, 1), K.flatten(0, 1))
+            else:
+                starts, y = chunk_starts(inputs, steps, A, B[some], outputs, gates)
+                K, moved = output_gram(inputs, steps, A[:, kept], B[some][..., kept], gates, starts[:, :, kept], y)
+                M = contribution(inputs, steps, A, B[some], outputs, gates)[0]
+                moments.add(outputs.flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
+
+    def _update_by_chunks(self, system: MambaSystem) -> None:
+        """The same in plain torch, a few tokens at a time."""
+        for time, h in mamba_states(system.u, system.delta, system.A, system.B, chunk=FIRST_TOKENS):
             gated = system.gate[:, time, :, None] * h
             self.groups[0].update((gated.mT @ gated).flatten(0, 1), system.C[:, time].flatten(0, 1))
             if not self.mean_lti:
                 channel_states = (h * system.valid[:, time, None, None]).flatten(0, 1).permute(1, 2, 0)
                 self.P += channel_states @ channel_states.mT
-        decay = torch.exp(system.delta.mean((0, 1))[:, None] * system.A)
-        self.decay += float(system.valid.sum()) * decay
-        if self.mean_lti:
-            drive = (system.delta * system.u).square() * system.valid[..., None]
-            self.P += torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
-            self.Q += torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C)
-        else:
+        if not self.mean_lti:
             self.Q += observability_gramian(system.delta, system.A, system.C, system.valid)
 
     def hankel_singular_values(self) -> Tensor:
         """The layer's spectrum, [1, N], descending: the channels' own spectra, averaged with their output weights."""
+        return hankel_spectra([self])[0]
+
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q per token in float64, [channels, N, N]."""
         P, Q = self.P.double() / self.tokens, self.Q.double() / self.tokens
-        if self.mean_lti:
-            decay = self.decay / self.tokens
-            P, Q = lti_gramian(decay, P), lti_gramian(decay, Q)
+        if not self.mean_lti:
+            return P, Q
+        decay = self.decay / self.tokens
+        return lti_gramian(decay, P), lti_gramian(decay, Q)
+
+    def spectrum(self, sigma: Tensor) -> Tensor:
+        """The layer's spectrum, [1, N], from its channels', [channels, N]."""
         weight = self.weight / self.weight.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return (weight @ hankel_singular_values(P, Q))[None]
+        return (weight @ sigma)[None]
 
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [1, N]: the modes' gains c^2 p / (1 - |abar|^2), averaged over channels."""
@@ -197,16 +287,42 @@ class Mamba2Statistics:
 
     def __init__(self, heads: int, groups: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
         self.mean_lti = mean_lti
-        self.tokens = 0.0
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros(heads, dtype=torch.float64, device=device)
         self.P = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
         self.Q = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
 
     def update(self, system: Mamba2System) -> None:
-        groups = system.B.shape[2]
-        self.tokens += float(system.valid.sum())
+        """Add the tokens of a batch."""
+        self.tokens += system.valid.sum()
         self.weight += system.gate.square().sum((0, 1, 3))
+        if self.mean_lti:
+            self._update_mean_lti(system)
+        if kernels.fused(system.x):
+            self._update_fused(system)
+        else:
+            self._update_by_chunks(system)
+
+    def _update_fused(self, system: Mamba2System) -> None:
+        """The scans as kernels."""
+        from ..kernels.contribution import contribution
+        from ..kernels.mamba2 import controllability
+
+        x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
+        if not self.mean_lti:
+            P, reach = controllability(x, delta, A, B, gate, system.valid)
+            self.P += P
+            self.Q += self._observability(system, reach)
+        output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
+        contributions = contribution(x, delta, A, B, C, gate)
+        for moments, part, M in zip(self.groups, output, contributions, strict=True):
+            moments.output += part
+            moments.contribution += M
+
+    def _update_by_chunks(self, system: Mamba2System) -> None:
+        """The same in plain torch, a few tokens at a time."""
+        groups = system.B.shape[2]
         for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
             gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
             K = gated.mT @ gated  # [batch, time, groups, N, N]
@@ -214,32 +330,32 @@ class Mamba2Statistics:
                 self.P += K.sum((0, 1))
             for group, moments in enumerate(self.groups):
                 moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
-        if self.mean_lti:
-            self._update_mean_lti(system)
-        else:
-            self.Q += self._observability(system)
+        if not self.mean_lti:
+            self.Q += self._observability(system, observability_reach(system.delta, system.A, system.valid))
 
     def hankel_singular_values(self) -> Tensor:
         """The spectrum of each group, [groups, N], descending."""
-        return hankel_singular_values(self.P / self.tokens, self.Q / self.tokens)
+        return hankel_spectra([self])[0]
+
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q per token in float64, [groups, N, N]."""
+        return self.P / self.tokens, self.Q / self.tokens
+
+    def spectrum(self, sigma: Tensor) -> Tensor:
+        """The groups' spectra as they are, [groups, N]."""
+        return sigma
 
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [groups, N]. All states of a head decay alike, so it is that of P and C."""
         output = torch.stack([moments.output.diagonal() for moments in self.groups])
         return (self.P.diagonal(dim1=1, dim2=2) * output).sqrt()
 
-    def _observability(self, system: Mamba2System) -> Tensor:
-        """sum over heads, batch and t of w_h Q_ht. G_s is a scalar per head here: G_s = 1 + Abar_s^2 G_{s-1}."""
+    def _observability(self, system: Mamba2System, reach: Tensor) -> Tensor:
+        """sum over heads, batch and t of w_h Q_ht, from the heads' G [batch, length, heads]."""
         groups = system.C.shape[2]
-        decay = torch.exp(2 * system.delta * system.A)
         weight = system.gate.square().sum((0, 1, 3)) / system.valid.sum()
-        G = torch.zeros_like(decay[:, 0])
-        reach = torch.empty_like(decay)
-        for t in range(decay.shape[1]):
-            G = G * decay[:, t] + system.valid[:, t, None]
-            reach[:, t] = G
         reach = (reach * weight).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
-        return torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)
+        return torch.einsum("blgi,blgj->gij", reach[..., None] * system.C, system.C)
 
     def _update_mean_lti(self, system: Mamba2System) -> None:
         groups = system.B.shape[2]
@@ -252,3 +368,24 @@ class Mamba2Statistics:
         reach = (weight * gain).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
         self.P += torch.einsum("blg,blgi,blgj->gij", drive, system.B, system.B)
         self.Q += torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)
+
+
+class HasGramians(Protocol):
+    """Statistics of a layer of one or several systems."""
+
+    def gramians(self) -> tuple[Tensor, Tensor]: ...
+
+    def spectrum(self, sigma: Tensor) -> Tensor: ...
+
+
+def hankel_spectra(statistics: Sequence[HasGramians]) -> list[Tensor]:
+    """The Hankel singular values of many layers, [1 or groups, N] each; layers of one size are factorised together."""
+    pairs = [entry.gramians() for entry in statistics]
+    spectra: list[Tensor] = [P for P, _ in pairs]
+    for size in {P.shape[-1] for P, _ in pairs}:
+        alike = [index for index, (P, _) in enumerate(pairs) if P.shape[-1] == size]
+        P, Q = (torch.cat(part) for part in zip(*(pairs[index] for index in alike), strict=True))
+        sigma = hankel_singular_values(P, Q).split([len(pairs[index][0]) for index in alike])
+        for index, part in zip(alike, sigma, strict=True):
+            spectra[index] = statistics[index].spectrum(part)
+    return spectra

@@ -24,7 +24,7 @@ class HeadwiseStatistics:
             head.update(system)
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> Tensor:
         return self.heads[0].tokens
 
     @property
@@ -35,6 +35,16 @@ class HeadwiseStatistics:
     def hankel_singular_values(self) -> Tensor:
         """The spectrum of each head, [heads, N], descending."""
         return torch.cat([head.hankel_singular_values() for head in self.heads])
+
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q per token in float64, [heads * channels, N, N]."""
+        P, Q = zip(*(head.gramians() for head in self.heads), strict=True)
+        return torch.cat(P), torch.cat(Q)
+
+    def spectrum(self, sigma: Tensor) -> Tensor:
+        """The heads' spectra, [heads, N], from those of all channels, [heads * channels, N]."""
+        parts = zip(self.heads, sigma.chunk(len(self.heads)), strict=True)
+        return torch.cat([head.spectrum(part) for head, part in parts])
 
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [heads, N]."""

@@ -56,34 +56,31 @@ class NormalisedCut:
 class NormalisedStatistics(MambaStatistics):
     """The statistics of a Mamba-1 layer, and the power of its B, which the norms will take away.
 
-    Args:
-        gamma: see the module's glossary. `update` wants systems with gamma in C and unweighted B.
+    `update` wants systems with gamma in C and unweighted B.
 
     Attributes:
         input_power: sum over tokens of B_n^2, [N].
     """
 
-    def __init__(
-        self, channels: int, size: int, device: torch.device, gamma: Tensor | None, *, mean_lti: bool = False
-    ) -> None:
+    def __init__(self, channels: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
         super().__init__(channels, size, device, mean_lti=mean_lti)
-        self.gamma = None if gamma is None else _nonzero(gamma.double())
         self.input_power = torch.zeros(size, dtype=torch.float64, device=device)
 
     def update(self, system: MambaSystem) -> None:
         super().update(system)
         self.input_power += (system.B.square() * system.valid[..., None]).sum((0, 1))
 
-    def realize(self, selection: Selection) -> NormalisedCut:
+    def realize(self, selection: Selection, gamma: Tensor | None) -> NormalisedCut:
         """The cut layer of a selection, with its mean scale restored."""
         kept, output = selection.kept, self.groups[0].output
         identity = torch.eye(len(output), dtype=torch.float64, device=output.device)
         inputs = identity[kept]
         readout = inputs if selection.readout is None else selection.readout.double()
         gain = readout.new_ones(len(kept))
-        if self.gamma is not None:
-            output = output / self.gamma / self.gamma[:, None]
-            weighted = readout * self.gamma
+        if gamma is not None:
+            gamma = _nonzero(gamma.double())
+            output = output / gamma / gamma[:, None]
+            weighted = readout * gamma
             gain = _positive(weighted.norm(dim=1)) / _positive(readout.norm(dim=1))
             readout = weighted / gain[:, None]
         # The norms see T B and R C at the scale of B and C, so that their epsilon means what it did.

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .balanced_truncation import projection_maps
+from .balanced_truncation import balance
 from .gramians import ReadoutMoments
 from .singular_values import gramian_factor
+
+SIDE_BY_SIDE = 2**26
+"""Numbers in the normal matrices of the layers that are eliminated side by side."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,13 @@ def select(moments: ReadoutMoments, order: Tensor) -> dict[int, Selection]:
         moments: of the group.
         order: all states, the most important first, [N].
     """
-    M = moments.contribution
-    path = {}
-    for r in range(1, moments.size + 1):
-        dropped = order[r:]
-        path[r] = Selection(order[:r].sort().values, None, _share(M[dropped][:, dropped].sum(), M.sum()))
-    return path
+    N, order = moments.size, order.cpu()
+    M = moments.contribution.cpu()[order][:, order]
+    # lost[r] is what states r, r + 1, ... of the order add to the output together.
+    lost = [*M.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal().tolist(), 0.0]
+    prefixes = torch.stack([torch.cat([order[:r].sort().values, order[r:]]) for r in range(1, N + 1)])
+    prefixes = prefixes.to(moments.contribution.device)
+    return {r: Selection(prefixes[r - 1, :r], None, _share(lost[r], lost[0])) for r in range(1, N + 1)}
 
 
 def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[int, Selection]:
@@ -64,28 +68,64 @@ def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[in
         moments: of the group, with candidates.
         ridge: relative regularisation.
     """
-    N, kept = moments.size, moments.candidates
-    normal, target = moments.normal_matrix(), moments.cross[kept].reshape(-1)
-    scale = normal.diagonal().clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
-    identity = torch.eye(len(scale), dtype=normal.dtype, device=normal.device)
-    inverse = torch.linalg.inv(normal * scale[:, None] * scale + ridge * identity)
+    return select_each_with_readout([moments], ridge)[0]
+
+
+def select_each_with_readout(moments: list[ReadoutMoments], ridge: float = 1e-6) -> list[dict[int, Selection]]:
+    """`select_with_readout` for many layers: those of one size run side by side, and a GPU is waited for only once."""
+    paths: list[dict[int, Selection]] = [{} for _ in moments]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, entry in enumerate(moments):
+        alike.setdefault((len(entry.candidates), entry.size), []).append(index)
+    for (c, N), indices in alike.items():
+        together = max(1, SIDE_BY_SIDE // (c * N) ** 2)
+        for start in range(0, len(indices), together):
+            part = indices[start : start + together]
+            for index, path in zip(part, _eliminate([moments[index] for index in part], ridge), strict=True):
+                paths[index] = path
+    return paths
+
+
+def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Selection]]:
+    """Backward elimination in layers with equally many states and candidates."""
+    N, layers = moments[0].size, len(moments)
+    kept = torch.stack([entry.candidates for entry in moments])
+    normal = torch.stack([entry.normal_matrix() for entry in moments])
+    target = torch.stack([entry.cross[entry.candidates].flatten() for entry in moments])
+    energy = torch.stack([entry.contribution.sum() for entry in moments])
+    scale = normal.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
+    identity = torch.eye(scale.shape[1], dtype=normal.dtype, device=normal.device)
+    # The ridge keeps the matrix positive definite: no need to wait for the solver's verdict.
+    inverse = torch.linalg.inv_ex(normal * scale[:, :, None] * scale[:, None] + ridge * identity).inverse
     target = target * scale
-    solution = inverse @ target
-    energy = moments.contribution.sum()
-    path = {}
-    while len(kept):
-        r = len(kept)
-        path[r] = Selection(kept, (solution * scale).view(r, N), _share(energy - solution @ target, energy))
-        blocks = inverse.view(r, N, r, N).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        rows = solution.view(r, N)
-        drop = int((rows * torch.linalg.solve(blocks, rows)).sum(1).argmin())
-        stays = torch.arange(r, device=kept.device) != drop
-        flat = stays.repeat_interleave(N)
-        gain = torch.linalg.solve(blocks[drop], inverse[~flat][:, flat]).T
-        solution = solution[flat] - gain @ solution[~flat]
-        inverse = inverse[flat][:, flat] - gain @ inverse[~flat][:, flat]
-        target, scale, kept = target[flat], scale[flat], kept[stays]
-    return path
+    solution = (inverse @ target[..., None])[..., 0]
+    layer, state = torch.arange(layers, device=kept.device)[:, None], torch.arange(N, device=kept.device)
+    steps, lost = [], []
+    for r in range(kept.shape[1], 0, -1):
+        steps.append((kept, (solution * scale).view(layers, r, N)))
+        lost.append(energy - (solution * target).sum(1))
+        if r == 1:
+            break
+        blocks = inverse.view(layers, r, N, r, N).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        rows = solution.view(layers, r, N)
+        cost = (rows * torch.linalg.solve_ex(blocks, rows[..., None]).result[..., 0]).sum(2)
+        drop = cost.argmin(1, keepdim=True)
+        stays = torch.arange(r - 1, device=kept.device)
+        stays = stays + (stays >= drop)
+        gone, flat = drop * N + state, (stays[..., None] * N + state).flatten(1)
+        beside = inverse[layer[..., None], gone[..., None], flat[:, None]]
+        gain = torch.linalg.solve_ex(blocks[layer[:, 0], drop[:, 0]], beside).result.mT
+        solution = solution[layer, flat] - (gain @ solution[layer, gone][..., None])[..., 0]
+        inverse = inverse[layer[..., None], flat[..., None], flat[:, None]] - gain @ beside
+        target, scale, kept = target[layer, flat], scale[layer, flat], kept[layer, stays]
+    errors = torch.stack([*lost, energy]).T.tolist()
+    return [
+        {
+            states.shape[1]: Selection(states[index], readout[index], _share(error[step], error[-1]))
+            for step, (states, readout) in enumerate(steps)
+        }
+        for index, error in enumerate(errors)
+    ]
 
 
 def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:
@@ -98,14 +138,14 @@ def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:
         moments: of the group.
         P: the group's controllability Gramian, weighted by the output, [N, N].
     """
-    L_P, L_C = gramian_factor(P), gramian_factor(moments.output)
-    total = torch.linalg.svdvals(L_C.mH @ L_P).square()
-    path = {}
-    for r in range(1, moments.size + 1):
-        C_projection, B_projection = projection_maps(L_C, L_P, r)
-        path[r] = Projection(B_projection, C_projection, _share(total[r:].sum(), total.sum()))
-    return path
+    sigma, C_projection, B_projection = balance(gramian_factor(moments.output), gramian_factor(P), moments.size)
+    # From the smallest up, and 0 for all of them.
+    lost = [*sigma.square().flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    return {
+        r: Projection(B_projection[:, :r], C_projection[:, :r], _share(lost[r], lost[0]))
+        for r in range(1, moments.size + 1)
+    }
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    return max(0.0, float(part / whole)) if whole > 0 else 0.0
+def _share(part: float, whole: float) -> float:
+    return max(0.0, part / whole) if whole > 0 else 0.0

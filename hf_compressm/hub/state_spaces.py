@@ -93,6 +93,19 @@ def is_state_spaces_checkpoint(name_or_path: str | Path, **hub_kwargs: Any) -> b
     return "model_type" not in config and "d_model" in config and "n_layer" in config
 
 
+def load_state_spaces_config(name_or_path: str | Path, **hub_kwargs: Any) -> MambaConfig | Mamba2Config:
+    """The config of a checkpoint of the original layout, as transformers has it.
+
+    Args:
+        name_or_path, hub_kwargs: as for `is_state_spaces_checkpoint`.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if transformers has no counterpart for the model.
+    """
+    return _to_transformers_config(_read_config(name_or_path, _only_hub(hub_kwargs)), str(name_or_path))
+
+
 def load_state_spaces_model(
     name_or_path: str | Path, **from_pretrained_kwargs: Any
 ) -> MambaForCausalLM | Mamba2ForCausalLM:
@@ -115,7 +128,7 @@ def load_state_spaces_model(
         )
     hub_kwargs = _only_hub(from_pretrained_kwargs)
     model_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in (*_HUB_KWARGS, *_REFUSED_KWARGS)}
-    config = _to_transformers_config(_read_config(name_or_path, hub_kwargs), str(name_or_path))
+    config = load_state_spaces_config(name_or_path, **hub_kwargs)
     model_class = MambaForCausalLM if isinstance(config, MambaConfig) else Mamba2ForCausalLM
     weights = _read_weights(name_or_path, hub_kwargs)
     weights = {name.replace("backbone.embedding.", "backbone.embeddings."): w for name, w in weights.items()}

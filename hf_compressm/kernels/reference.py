@@ -137,3 +137,25 @@ def observability_gramian(delta: Tensor, A: Tensor, C: Tensor, valid: Tensor, *,
         Q[channel, i, j] = pairs
         Q[channel, j, i] = pairs
     return Q
+
+
+def observability_reach(delta: Tensor, A: Tensor, valid: Tensor) -> Tensor:
+    """How often, and with which decay, the outputs of a Mamba-2 scan see earlier states.
+
+    With one decay per head, the sum over t of Q_t is the sum over s of G_s C_s C_s^T, G_s = valid_s + Abar_s^2 G_{s-1}.
+
+    Args:
+        delta: step sizes, [batch, length, heads].
+        A: continuous-time dynamics, [heads].
+        valid: 1 for tokens that count and 0 for padding, [batch, length].
+
+    Returns:
+        G, [batch, length, heads].
+    """
+    decay = torch.exp(2 * delta * A)
+    G = torch.zeros_like(decay[:, 0])
+    reach = torch.empty_like(decay)
+    for t in range(decay.shape[1]):
+        G = G * decay[:, t] + valid[:, t, None]
+        reach[:, t] = G
+    return reach

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -45,10 +44,6 @@ def sum_statistics_(statistics: list[Any]) -> None:
     if not several_processes():
         return
     for entry in [part for layer in statistics for part in getattr(layer, "heads", [layer])]:
-        device = entry.P.device
-        tokens = torch.tensor(entry.tokens, dtype=torch.float64, device=device)
-        dist.all_reduce(tokens)
-        entry.tokens = float(tokens)
         for owner in [entry, *entry.groups]:
             for name, value in vars(owner).items():
                 if isinstance(value, Tensor) and value.is_floating_point():

@@ -59,7 +59,7 @@ def test_selection_equals_the_full_model_with_silenced_states(monkeypatch, token
     true_apply = module._apply
     paths = []
     true_realize = module._realize
-    monkeypatch.setattr(module, "_realize", lambda *args: paths.append(true_realize(*args)) or paths[-1])
+    monkeypatch.setattr(module, "_realize", lambda *args: paths.extend(true_realize(*args)) or paths)
     model = MODELS[name]()
     full = copy.deepcopy(model)
     report = compress_(

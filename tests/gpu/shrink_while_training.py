@@ -7,12 +7,18 @@ same steps and data order in transformers' `Trainer`, and ends with a table of m
   `--scan 1,2,4,8,16` shows that: accuracy from scratch against N, nothing else.
 - text: the architecture of mamba-tiny from scratch on `--tokens FOLDER`, with uint16 ids in train.npy and valid.npy.
 - digits: scikit-learn's load_digits as sequences of 64 pixels, then the class.
+- images: Fashion-MNIST as sequences of 784 pixels, then the class; `--images FILE.npz` holds x_train, y_train, x_test and
+  y_test.
+
+`--small 12,32` shrinks to each of these sizes. To share the seeds and models out among several GPUs, start a process for
+each, with `--seeds`, `--models` and `--results FILE.jsonl`; `table FILE.jsonl ...` makes one table of their results.
 
 Steps per second are medians: before the first cut without the first 10 steps, and from 5 steps after the last cut on.
 The models without cuts are timed in the same two windows.
 """
 
 import argparse
+import json
 import math
 import statistics
 import tempfile
@@ -36,7 +42,13 @@ from hf_compressm.architectures import find_layers
 REFERENCE = Path(hf_compressm.__file__).parent / "reference" / "mamba-tiny"
 VOCABULARY = 512  # of recall: the keys are the lower half, the values the upper
 SHADES = 17  # of a pixel of the digits: the tokens after them are the classes
-DEFAULTS = {"recall": (3e-3, 128, 200_000), "text": (4e-3, 32, 200_000), "digits": (3e-3, 64, 0)}
+# Learning rate, batch, training sequences, hidden size, layers.
+DEFAULTS = {
+    "recall": (3e-3, 128, 200_000, 64, 2),
+    "text": (4e-3, 32, 200_000, 128, 4),
+    "digits": (3e-3, 64, 0, 64, 2),
+    "images": (2e-3, 128, 60_000, 128, 4),
+}
 
 
 class Rows(Dataset):
@@ -84,7 +96,7 @@ def recall(args: argparse.Namespace, seed: int) -> Task:
         return Rows(input_ids, labels)
 
     def config(N: int) -> MambaConfig:
-        return MambaConfig(vocab_size=VOCABULARY, hidden_size=args.hidden, num_hidden_layers=2, state_size=N)
+        return MambaConfig(vocab_size=VOCABULARY, hidden_size=args.hidden, num_hidden_layers=args.layers, state_size=N)
 
     return Task(rows(args.train_size, 1000 + seed), rows(2000, 999), config)
 
@@ -114,9 +126,30 @@ def digits(args: argparse.Namespace, seed: int) -> Task:
     test, train = order[: len(order) // 4], order[len(order) // 4 :]
 
     def config(N: int) -> MambaConfig:
-        return MambaConfig(vocab_size=SHADES + 10, hidden_size=args.hidden, num_hidden_layers=2, state_size=N)
+        return MambaConfig(
+            vocab_size=SHADES + 10, hidden_size=args.hidden, num_hidden_layers=args.layers, state_size=N
+        )
 
     return Task(Rows(input_ids[train], labels[train]), Rows(input_ids[test], labels[test]), config)
+
+
+def images(args: argparse.Namespace, seed: int) -> Task:
+    if args.images is None:
+        raise SystemExit("images needs --images: an .npz file with x_train, y_train, x_test and y_test.")
+    data = np.load(args.images)
+
+    def rows(split: str, count: int) -> Rows:
+        pixels = torch.from_numpy(data[f"x_{split}"][:count]).flatten(1).short()
+        classes = torch.from_numpy(data[f"y_{split}"][:count]).short()[:, None] + 256
+        input_ids = torch.cat([pixels, classes], 1)
+        labels = torch.full_like(input_ids, -100)
+        labels[:, -1] = input_ids[:, -1]
+        return Rows(input_ids, labels)
+
+    def config(N: int) -> MambaConfig:
+        return MambaConfig(vocab_size=272, hidden_size=args.hidden, num_hidden_layers=args.layers, state_size=N)
+
+    return Task(rows("train", args.train_size), rows("test", 10_000), config)
 
 
 @torch.no_grad()
@@ -124,7 +157,7 @@ def evaluate(model: MambaForCausalLM, task: Task) -> float:
     """Perplexity, or the share of the labels that the model ranks first, in percent."""
     model.eval()
     loss, right, count = 0.0, 0, 0
-    for rows in torch.arange(len(task.test)).split(32):
+    for rows in torch.arange(len(task.test)).split(200):
         batch = {name: ids.to(model.device) for name, ids in task.test.__getitems__(rows.tolist()).items()}
         output = model(**batch, use_cache=False)
         labels, guesses = batch["labels"][:, 1:], output.logits[:, :-1].argmax(-1)
@@ -148,19 +181,23 @@ class Clock(TrainerCallback):
         return 1 / float(np.median(steps)) if len(steps) else math.nan
 
 
-def run(args: argparse.Namespace, task: Task, name: str, N: int, seed: int) -> dict:
-    """Train one model; its states, metric, speeds and seconds."""
+def run(args: argparse.Namespace, task: Task, name: str, N: int, small: int, seed: int) -> dict:
+    """Train one model; its states, metric, speeds, and seconds: of the whole training, and of the cuts in it."""
     set_seed(seed)
     model = MambaForCausalLM(task.config(N))
     cut_begin, cut_end = (round(share * args.steps) for share in (args.start, args.end))
     clock, callbacks = Clock(), []
     if name == "shrunk":
-        config = CompreSSMConfig(state_size=args.small, start=args.start, end=args.end, num_reductions=4)
+        target = {"tolerance": args.tolerance} if args.tolerance else {"state_size": small}
+        config = CompreSSMConfig(
+            **target, start=args.start, end=args.end, num_reductions=4, calibration_batches=args.calibration_batches
+        )
         callbacks.append(CompreSSMCallback(config))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             max_steps=args.steps,
+            weight_decay=args.weight_decay,
             per_device_train_batch_size=args.batch,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
@@ -168,7 +205,7 @@ def run(args: argparse.Namespace, task: Task, name: str, N: int, seed: int) -> d
             optim="adamw_torch",
             seed=seed,
             data_seed=seed,
-            bf16=False,
+            bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
             dataloader_num_workers=0,
             remove_unused_columns=False,
@@ -188,40 +225,65 @@ def run(args: argparse.Namespace, task: Task, name: str, N: int, seed: int) -> d
         begin = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - begin
-    states = sorted({layer.state_size for layer in find_layers(model)})
+    states = [layer.state_size for layer in find_layers(model)]
+    after = f"{states[0]}" if len(set(states)) == 1 else f"{sum(states) / len(states):.1f} (mean)"
+    cuts = [entry["compressm/cut_seconds"] for entry in trainer.state.log_history if "compressm/cut_seconds" in entry]
     row = {
-        "states": f"{N} to {states[0]}" if name == "shrunk" else f"{N}",
+        "task": args.task,
+        "seed": seed,
+        "model": name,
+        "states": f"{N} to {after}" if name == "shrunk" else f"{N}",
         "metric": evaluate(model, task),
         "before": clock.speed(10, cut_begin - 1),
         "after": clock.speed(cut_end + 5, args.steps),
         "seconds": seconds,
+        "cut_seconds": sum(cuts),
     }
+    if args.results is not None:
+        with args.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     cells = [args.task, f"seed {seed}", name, row["states"], f"{row['metric']:.2f}"]
-    cells += [f"{row['before']:.1f}", f"{row['after']:.1f}", f"{seconds:.1f}"]
+    cells += [f"{row['before']:.1f}", f"{row['after']:.1f}", f"{seconds:.1f}", f"{sum(cuts):.1f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
     return row
 
 
-def summary(args: argparse.Namespace, metric: str, results: dict[str, list[dict]]) -> None:
-    print(f"\n| task | model | states | {metric} | steps/s before the cut | steps/s after | total seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for name, rows in results.items():
-        values = [row["metric"] for row in rows]
+def summary(rows: list[dict]) -> None:
+    """One line for each task, model and size: means over the seeds."""
+    print(
+        "\n| task | model | states | accuracy (%), text: perplexity | steps/s | of them after the cuts | seconds | cutting |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["model"], row["states"]), []).append(row)
+    for key, group in groups.items():
+        values = [row["metric"] for row in group]
         std = statistics.stdev(values) if len(values) > 1 else 0.0
-        before, after, seconds = (statistics.mean(row[key] for row in rows) for key in ("before", "after", "seconds"))
-        cells = [args.task, name, rows[0]["states"], f"{statistics.mean(values):.2f} ± {std:.2f} ({len(rows)} seeds)"]
-        print(f"| {' | '.join(cells)} | {before:.1f} | {after:.1f} | {seconds:.1f} |", flush=True)
+        means = {
+            name: statistics.mean(row[name] for row in group) for name in ("before", "after", "seconds", "cut_seconds")
+        }
+        cells = [*key, f"{statistics.mean(values):.2f} ± {std:.2f} ({len(values)} seeds)"]
+        cells += [f"{mean:.1f}" for mean in means.values()]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=list(DEFAULTS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("task", choices=[*DEFAULTS, "table"])
+    parser.add_argument("files", type=Path, nargs="*", help="table: what --results wrote")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--models", default="full,shrunk,scratch")
+    parser.add_argument("--results", type=Path, help="append a line of JSON for each run to this file")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no run begins")
     parser.add_argument("--scan", help="recall: only from scratch, at these state sizes (1,2,4), one seed")
     parser.add_argument("--state-size", type=int, default=16)
-    parser.add_argument("--small", type=int, default=4)
+    parser.add_argument("--small", default="4", help="sizes to shrink to, and to train from scratch")
+    parser.add_argument("--tolerance", type=float, help="shrink by this tolerance at each attempt, not to a size")
+    parser.add_argument("--calibration-batches", type=int, default=4)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--start", type=float, default=0.1, help="of the cuts, as a share of the steps")
     parser.add_argument("--end", type=float, default=0.4)
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
@@ -230,33 +292,40 @@ def main() -> None:
     parser.add_argument("--train-size", type=int, help="sequences (recall), windows of 256 tokens at most (text)")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--images", type=Path)
     args = parser.parse_args()
-    learning_rate, batch, train_size = DEFAULTS[args.task]
-    args.learning_rate = args.learning_rate or learning_rate
-    args.batch, args.train_size = args.batch or batch, args.train_size or train_size
+    if args.task == "table":
+        summary([json.loads(line) for file in args.files for line in file.read_text().splitlines()])
+        return
+    names = ("learning_rate", "batch", "train_size", "hidden", "layers")
+    for name, default in zip(names, DEFAULTS[args.task], strict=True):
+        setattr(args, name, getattr(args, name) or default)
     logging.set_verbosity_error()
 
     began = time.perf_counter()
-    runs = [("full", args.state_size), ("shrunk", args.state_size), ("scratch", args.small)]
+    seeds, models, small = args.seeds.split(","), args.models.split(","), [int(n) for n in args.small.split(",")]
+    runs = [("full", args.state_size, 0)]
+    runs += [("shrunk", args.state_size, n) for n in small] + [("scratch", n, 0) for n in small]
+    runs = [run for run in runs if run[0] in models]
     if args.scan:
-        args.seeds, runs = 1, [(f"N={N}", int(N)) for N in args.scan.split(",")]
-    metric = "perplexity" if args.task == "text" else "accuracy (%)"
+        seeds, runs = seeds[:1], [("scratch", int(N), 0) for N in args.scan.split(",")]
     print(f"{args.task}, {args.steps} steps, {'cuda' if torch.cuda.is_available() else 'cpu'}\n")
-    print(f"| task | seed | model | states | {metric} | steps/s before the cut | steps/s after | total seconds |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
-    results: dict[str, list[dict]] = {}
-    for seed in range(args.seeds):
+    print("| task | seed | model | states | metric | steps/s | of them after the cuts | seconds | cutting |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    rows = []
+    for seed in map(int, seeds):
         try:
-            task = {"recall": recall, "text": text, "digits": digits}[args.task](args, seed)
+            task = {"recall": recall, "text": text, "digits": digits, "images": images}[args.task](args, seed)
         except ModuleNotFoundError as error:
             print(f"\nSkipped: {error}.")
             return
-        for name, N in runs:
+        for name, N, n in runs:
             if time.perf_counter() - began < args.budget:
-                results.setdefault(name, []).append(run(args, task, name, N, seed))
-    summary(args, metric, results)
+                rows.append(run(args, task, name, N, n, seed))
+    summary(rows)
 
 
 if __name__ == "__main__":

@@ -81,3 +81,15 @@ def test_an_undone_cut_leaves_no_trace(results):
     assert len(results("rollback", 2, 0)["spectra"]) == 1
     assert results("rollback", 2, 0)["hash"] == results("none", 2, 0)["hash"]
     assert results("rollback", 2, 0)["losses"] == results("none", 2, 0)["losses"]
+
+
+def test_the_script_for_several_gpus_runs_on_cpus():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / "several_gpus.py"), "--tiny", "--models", "mamba"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| mamba |")]
+    assert [row[1] for row in rows] == ["1", "2"]
+    for row in rows:
+        assert row[-3] == "yes"
+        assert max(float(row[-2]), float(row[-1])) < 1e-4  # of other processes, and of the run that goes on

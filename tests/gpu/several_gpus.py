@@ -1,0 +1,207 @@
+"""The callback on several GPUs against one: equal ranks, equal losses, speed, memory, and resuming on the other number.
+
+`python tests/gpu/several_gpus.py` trains Mamba (N=128 to 12) and Mamba-2 (N=128 to 32, by selection) with 2 processes
+(DDP; NCCL on GPUs, gloo on a CPU) and with one on the same global batches, then continues each run's checkpoint on the
+other number of processes, and prints one table. `--tiny` makes it small enough for two CPU cores.
+
+Columns: steps/s before the first and after the last cut, seconds of all cuts, peak memory of a GPU before and after;
+whether all parameters were bit-identical on all processes after each cut; the largest difference of a step's loss from the
+run on one process; and the same for the run that was continued on the other number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoModelForCausalLM,
+    Mamba2Config,
+    MambaConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+import hf_compressm
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.hub import load_tokenizer
+
+PACKAGE = Path(hf_compressm.__file__).parent
+VOCABULARY = 1024
+# Model config, target size, global batch, length of a sequence.
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 256, "num_hidden_layers": 6, "state_size": 128},
+    "mamba2": {"hidden_size": 512, "num_hidden_layers": 4, "state_size": 128, "num_heads": 16, "head_dim": 64},
+}
+TINY: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 8},
+    "mamba2": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 32, "num_heads": 8, "head_dim": 4},
+}
+TARGETS = {"mamba": (12, 3), "mamba2": (32, 16)}  # and of the tiny ones
+STEPS, WINDOW, SAVED = 40, 20, 10  # of 4 cuts, 2 come before the checkpoint
+TINY_STEPS, TINY_WINDOW, TINY_SAVED = 10, 4, 2
+
+
+class Watch(TrainerCallback):
+    """Speed and memory of a run, and a digest of the parameters after each cut. Comes after the callback that cuts."""
+
+    def __init__(self, cuts: CompreSSMCallback) -> None:
+        self.cuts = cuts
+        self.digests: list[str] = []
+        self.times: list[float] = []
+        self.memory = {"before": 0.0, "after": 0.0}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.memory["after" if self.cuts.attempts else "before"] = torch.cuda.max_memory_allocated() / 2**30
+        self.times.append(time.perf_counter())
+        if self.cuts.attempts > len(self.digests):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            digest = hashlib.sha256()
+            for parameter in model.parameters():
+                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            self.digests.append(digest.hexdigest())
+
+
+def train(args: argparse.Namespace) -> None:
+    """One process of a run, which writes its results to a file of its own."""
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    logging.set_verbosity_error()
+    set_seed(0)
+    options = (TINY if args.tiny else SIZES)[args.model] | {"vocab_size": VOCABULARY}
+    if args.model == "mamba2":
+        options |= {"n_groups": 1, "chunk_size": 16 if args.tiny else 256, "expand": 2, "tie_word_embeddings": True}
+    config = MambaConfig(**options) if args.model == "mamba" else Mamba2Config(**options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    steps, window, saved = (TINY_STEPS, TINY_WINDOW, TINY_SAVED) if args.tiny else (STEPS, WINDOW, SAVED)
+    batch, length = (4, 16) if args.tiny else (64 if args.model == "mamba" else 32, 512)
+    text = "".join((PACKAGE / "reference" / name).read_text("utf-8") for name in ("calibration.txt", "evaluation.txt"))
+    ids = torch.tensor(load_tokenizer(PACKAGE / "reference" / "mamba-tiny")(text, verbose=False)["input_ids"])
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    cuts = CompreSSMCallback(
+        CompreSSMConfig(
+            state_size=TARGETS[args.model][args.tiny], start=0, end=window, num_reductions=4, calibration_batches=2
+        )
+    )
+    watch = Watch(cuts)
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        str(args.out.with_suffix("")),
+        max_steps=steps,
+        per_device_train_batch_size=batch // processes,
+        learning_rate=1e-3,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=saved,
+        report_to=[],
+        disable_tqdm=True,
+        **({} if on_gpu or processes == 1 else {"ddp_backend": "gloo"}),
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        callbacks=[cuts, watch],
+    )
+    trainer.train(resume_from_checkpoint=str(args.resume) if args.resume else None)
+    between = [after - before for before, after in zip(watch.times, watch.times[1:], strict=False)]
+    history = trainer.state.log_history
+    first, last = window // 4 - 2, window + (2 if args.tiny else 6)
+    result = {
+        "losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        "sizes": [layer.mixer.ssm_state_size for layer in model.backbone.layers],
+        "digests": watch.digests,
+        "tokens": batch * length,
+        "before": 1 / statistics.median(between[:first] or between),
+        "after": 1 / statistics.median(between[last:] or between),
+        "cut_seconds": sum(entry.get("compressm/cut_seconds", 0.0) for entry in history),
+        "memory": watch.memory,
+    }
+    args.out.with_suffix(f".{rank}").write_text(json.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(processes: int, model: str, out: Path, tiny: bool, resume: Path | None = None) -> dict[str, Any]:
+    """Start a run and return its results."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [__file__, "--train", "--model", model, "--out", str(out)]
+    command += ["--tiny"] * tiny + (["--resume", str(resume)] if resume else [])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    if processes == 1 and torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = "0"
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    print(f"{out.stem}: {time.perf_counter() - begin:.0f} s", flush=True)
+    first, *others = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(processes)]
+    return first | {"equal": all(other["digests"] == first["digests"] for other in others)}
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference of a step's loss, over the steps that both runs made or logged."""
+    return max(abs(loss - other["losses"][step]) for step, loss in one["losses"].items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="mamba,mamba2")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train:
+        train(args)
+        return
+    saved = TINY_SAVED if args.tiny else SAVED
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model in args.models.split(","):
+            runs = {n: launch(n, model, folder / f"{model}-{n}.run", args.tiny) for n in (1, 2)}
+            for n, other in ((1, 2), (2, 1)):
+                checkpoint = folder / f"{model}-{other}" / f"checkpoint-{saved}"
+                again = launch(n, model, folder / f"{model}-{other}-on-{n}.run", args.tiny, checkpoint)
+                runs[other]["continued"] = distance(again, runs[other])
+                assert again["sizes"] == runs[other]["sizes"]
+            for n, run in runs.items():
+                memory = [f"{run['memory'][when]:.2f}" for when in ("before", "after")]
+                cells = [model, str(n), f"{run['sizes'][0]}", f"{run['before']:.2f}", f"{run['after']:.2f}"]
+                cells += [f"{run['cut_seconds']:.2f}", *memory, "yes" if run["equal"] else "NO"]
+                cells += [f"{distance(run, runs[1]):.1e}", f"{run['continued']:.1e}"]
+                rows.append(f"| {' | '.join(cells)} |")
+                assert len(run["digests"]) == 4
+                assert len(set(run["sizes"])) == 1
+    print(
+        "\n| model | processes | states | steps/s | after | cutting, s | GiB | after | ranks equal | loss | continued |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The Triton kernels, in Triton's interpreter, against their twins in float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton has no build for this platform", allow_module_level=True)
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that has the interpreter on")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+TOLERANCE = 2e-6
+"""Of the relative errors: inputs are taken as they are, in either dtype, and all arithmetic is in float32."""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+def test_kernels_in_the_interpreter():
+    """Triton reads the switch when it is first imported, so that these tests need a process of their own."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual.double() - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def random_system(
+    batch: int, length: int, inner: tuple[int, ...], maps: tuple[int, ...], pad: int, dtype: torch.dtype
+):
+    """Inputs, steps, B, C, gates and valid tokens; the first sequence starts with padding."""
+    generator = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, length, *shape, generator=generator)
+
+    valid = torch.ones(batch, length)
+    valid[0, :pad] = 0
+    mask = valid.view(batch, length, *[1] * len(inner))
+    delta = torch.rand(batch, length, inner[0], generator=generator)
+    u, gate = normal(*inner) * mask, normal(*inner) * mask
+    return (*(x.to(dtype) for x in (u, delta, normal(*maps), normal(*maps), gate)), valid)
+
+
+def rates(*shape: int) -> Tensor:
+    return -4 * torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@needs_interpreter
+@dtypes
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "N", "pad"),
+    [(2, 67, 3, 8, 4), (1, 5, 33, 12, 0), (1, 9, 2, 16, 2), (1, 6, 3, 20, 0)],
+)
+def test_gramians(dtype, batch, length, channels, N, pad):
+    from hf_compressm.kernels.mamba import gramians
+    from hf_compressm.kernels.reference import mamba_states, observability_gramian
+
+    u, delta, B, C, _, valid = random_system(batch, length, (channels,), (N,), pad, dtype)
+    A = rates(channels, N)
+    P, Q = gramians(u, delta, A, B, C, valid)
+    u, delta, A, B, C, valid = (x.double() for x in (u, delta, A, B, C, valid))
+    h = torch.cat([part.clone() for _, part in mamba_states(u, delta, A, B)], dim=1)
+    assert_near(P, torch.einsum("bl,bldi,bldj->dij", valid, h, h))
+    assert_near(Q, observability_gramian(delta, A, C, valid))
+
+
+@needs_interpreter
+@dtypes
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "N", "pad"),
+    [(2, 67, 3, 8, 4), (1, 5, 65, 12, 0), (1, 66, 2, 16, 0), (1, 3, 4, 64, 0)],
+)
+def test_output_moments(dtype, batch, length, channels, N, pad):
+    from hf_compressm.kernels.contribution import contribution
+    from hf_compressm.kernels.mamba import CHUNK, chunk_starts, output_gram
+    from hf_compressm.kernels.reference import mamba_states
+
+    u, delta, B, C, gate, _ = random_system(batch, length, (channels,), (N,), pad, dtype)
+    A = rates(channels, N)
+    starts, y = chunk_starts(u, delta, A, B, C, gate)
+    kept = torch.arange(0, N, 2)
+    K, moved = output_gram(u, delta, A[:, kept], B[..., kept], gate, starts[:, :, kept], y)
+    M = contribution(u, delta, A, B, C, gate)
+    u, delta, A, B, C, gate = (x.double() for x in (u, delta, A, B, C, gate))
+    h = torch.cat([part.clone() for _, part in mamba_states(u, delta, A, B)], dim=1)
+    gated = gate[..., None] * h
+    features = gated * C[:, :, None]
+    assert not starts[:, 0].any()
+    if length > CHUNK:
+        assert_near(starts[:, 1], h[:, CHUNK - 1].mT)
+    assert_near(y, features.sum(-1))
+    assert_near(K, gated[..., kept].mT @ gated[..., kept])
+    assert_near(moved, (gated[..., kept] * features.sum(-1, keepdim=True)).sum(2))
+    assert_near(M, torch.einsum("bldi,bldj->ij", features, features)[None])
+
+
+@needs_interpreter
+@dtypes
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "head_dim", "groups", "N", "pad"),
+    [(2, 37, 2, 8, 1, 8, 4), (1, 20, 4, 20, 2, 12, 0), (1, 7, 2, 16, 1, 128, 0), (1, 4, 1, 3, 1, 160, 0)],
+)
+def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
+    from hf_compressm.kernels.contribution import contribution
+    from hf_compressm.kernels.mamba2 import controllability
+    from hf_compressm.kernels.reference import mamba2_states, observability_reach
+
+    x, delta, B, C, gate, valid = random_system(batch, length, (heads, head_dim), (groups, N), pad, dtype)
+    A = rates(heads)
+    P, G = controllability(x, delta, A, B, gate, valid)
+    M = contribution(x, delta, A, B, C, gate)
+    x, delta, A, B, C, gate, valid = (t.double() for t in (x, delta, A, B, C, gate, valid))
+    h = torch.cat([part.clone() for _, part in mamba2_states(x, delta, A, B)], dim=1)
+    gated = (gate[..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
+    features = gated * C[:, :, :, None]
+    assert_near(P, torch.einsum("blgdi,blgdj->gij", gated, gated))
+    assert_near(G, observability_reach(delta, A, valid))
+    assert_near(M, torch.einsum("blgdi,blgdj->gij", features, features))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("limit", [4096, 30])
+@pytest.mark.parametrize("mean_lti", [False, True])
+def test_statistics_are_those_of_the_plain_scan(monkeypatch, limit, mean_lti):
+    from hf_compressm.hankel import gramians
+    from hf_compressm.hankel.gramians import MambaStatistics, MambaSystem
+
+    monkeypatch.setattr(gramians, "MAX_READOUT", limit)
+    channels, N = 5, 6
+    both = []
+    for fused in (True, False):
+        monkeypatch.setattr(gramians.kernels, "fused", lambda x, fused=fused: fused)
+        statistics = MambaStatistics(channels, N, torch.device("cpu"), mean_lti=mean_lti)
+        for length in (20, 3):
+            u, delta, B, C, gate, valid = random_system(2, length, (channels,), (N,), 2, torch.float32)
+            statistics.update(MambaSystem(u, delta, rates(channels, N), B, C, gate, valid))
+        both.append(statistics)
+    (one,), (other,) = both[0].groups, both[1].groups
+    c = other.candidates
+    assert torch.equal(one.candidates, c)
+    assert len(c) == (N if limit == 4096 else 5)
+    for name in ("P", "Q", "tokens", "weight", "decay"):
+        assert_near(getattr(both[0], name), getattr(both[1], name).double())
+    for name in ("output", "contribution", "normal_pairs"):
+        assert_near(getattr(one, name), getattr(other, name))
+    assert_near(one.cross[c], other.cross[c])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mean_lti", [False, True])
+def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
+    from hf_compressm.hankel import gramians
+    from hf_compressm.hankel.gramians import Mamba2Statistics, Mamba2System
+
+    both = []
+    for fused in (True, False):
+        monkeypatch.setattr(gramians.kernels, "fused", lambda x, fused=fused: fused)
+        statistics = Mamba2Statistics(4, 2, 8, torch.device("cpu"), mean_lti=mean_lti)
+        x, delta, B, C, gate, valid = random_system(2, 20, (4, 5), (2, 8), 2, torch.float32)
+        statistics.update(Mamba2System(x, delta, rates(4), B, C, gate, valid))
+        both.append(statistics)
+    for name in ("P", "Q", "tokens", "weight"):
+        assert_near(getattr(both[0], name), getattr(both[1], name).double())
+    for one, other in zip(both[0].groups, both[1].groups, strict=True):
+        assert_near(one.output, other.output)
+        assert_near(one.contribution, other.contribution)
