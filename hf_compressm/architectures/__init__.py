@@ -38,10 +38,11 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
     Raises:
         ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, with an adapter).
     """
-    candidates = {name: module for name, module in model.named_modules() if hasattr(module, "A_log")}
     layers = []
     unknown = {}
-    for name, module in candidates.items():
+    for name, module in model.named_modules():
+        if not _looks_like_a_mixer(module):
+            continue
         adapter = next((adapter for adapter in ADAPTERS if not missing(adapter, module)), None)
         if adapter is None:
             unknown[type(module).__name__] = module
@@ -60,6 +61,11 @@ def missing(adapter: type[MambaLayer] | type[Mamba2Layer], mixer: nn.Module) -> 
     own = {name.partition(".")[0] for name, _ in mixer.named_parameters()}
     own |= {name for name, _ in mixer.named_children()} | {name for name, _ in mixer.named_buffers(recurse=False)}
     return absent + [f"has {name}" for name in sorted(own - adapter.NEEDS - adapter.MAY_HAVE)] or adapter.misfit(mixer)
+
+
+def _looks_like_a_mixer(module: nn.Module) -> bool:
+    """Decays of its own, as all known ones, or computed from the input, as in Mamba-3."""
+    return hasattr(module, "A_log") or all(hasattr(module, name) for name in ("in_proj", "dt_bias", "D", "out_proj"))
 
 
 def _why_not(mixer: nn.Module) -> str:

@@ -77,6 +77,16 @@ def test_lookalikes_are_named(make, message):
         find_layers(make())
 
 
+def test_mamba_3_is_named():
+    """Its decays are computed from the input, and its B and C are normalised and biased."""
+    model = nn.Module()
+    model.mixer = type("Mamba3", (nn.Module,), {})()
+    model.mixer.in_proj = model.mixer.out_proj = nn.Linear(4, 4)
+    model.mixer.dt_bias, model.mixer.D, model.mixer.B_bias = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    with pytest.raises(ValueError, match=r"Mamba3 looks like one, but as a Mamba-2 mixer it lacks A_log.* has B_bias"):
+        find_layers(model)
+
+
 def test_a_mixer_with_something_more_is_not_read_wrong():
     model = tiny_mamba()
     for block in model.backbone.layers:

@@ -33,7 +33,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 MAMBA_1 = ["mamba", "falcon_mamba", "jamba", "zamba"]
 
 
-def configs(hidden: int, heads: int, N1: int, N2: int, vocabulary: int) -> dict[str, Any]:
+def configs(hidden: int, heads: int, N1: int, N2: int, chunk: int, vocabulary: int) -> dict[str, Any]:
     """A config of each type: 4 layers with a state (or 3, and one of attention), 2 groups in the Mamba-2 family."""
     inner = 2 * hidden
     attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": inner}
@@ -43,6 +43,7 @@ def configs(hidden: int, heads: int, N1: int, N2: int, vocabulary: int) -> dict[
         "mamba_n_heads": heads,
         "mamba_d_head": inner // heads,
         "mamba_n_groups": 2,
+        "mamba_chunk_size": chunk,
         **attention,
     }
     three = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
@@ -52,11 +53,18 @@ def configs(hidden: int, heads: int, N1: int, N2: int, vocabulary: int) -> dict[
         "falcon_mamba": {"state_size": N1, "initializer_range": 0.02},
         "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 1, **mamba},
         "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], **mamba},
-        "mamba2": {"state_size": N2, "num_heads": heads, "head_dim": inner // heads, "n_groups": 2},
+        "mamba2": {
+            "state_size": N2,
+            "num_heads": heads,
+            "head_dim": inner // heads,
+            "n_groups": 2,
+            "chunk_size": chunk,
+        },
         "zamba2": {
             "mamba_d_state": N2,
             "mamba_ngroups": 2,
             "n_mamba_heads": heads,
+            "chunk_size": chunk,
             "layers_block_type": one_shared,
             **attention,
         },
@@ -76,7 +84,7 @@ def configs(hidden: int, heads: int, N1: int, N2: int, vocabulary: int) -> dict[
             "mamba_head_dim": inner // heads,
             "n_groups": 2,
             "head_dim": hidden // 4,
-            "chunk_size": 256,
+            "chunk_size": chunk,
             **attention,
         },
     }
@@ -166,7 +174,7 @@ def main() -> None:
     length = 2 * args.length
     valid = valid_stream[: windows * length].view(-1, length).long().to(args.device)
     known = train_stream[: calibration * length].view(-1, length).long().to(args.device)
-    every = configs(**shape, vocabulary=args.vocab_size)
+    every = configs(**shape, chunk=min(256, args.length), vocabulary=args.vocab_size)
     types = args.only.split(",") if args.only else list(every)
     rows = []
     for model_type in types:
