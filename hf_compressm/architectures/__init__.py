@@ -57,7 +57,7 @@ def find_layers(model: nn.Module) -> list[SSMLayer]:
 
 def missing(adapter: type[MambaLayer] | type[Mamba2Layer], mixer: nn.Module) -> list[str]:
     """What an adapter needs and a mixer lacks, and what the mixer has that the adapter would not read."""
-    absent = [f"lacks {name}" for name in adapter.NEEDS if not hasattr(mixer, name)]
+    absent = [f"lacks {name}" for name in sorted(adapter.NEEDS) if not hasattr(mixer, name)]
     own = {name.partition(".")[0] for name, _ in mixer.named_parameters()}
     own |= {name for name, _ in mixer.named_children()} | {name for name, _ in mixer.named_buffers(recurse=False)}
     return absent + [f"has {name}" for name in sorted(own - adapter.NEEDS - adapter.MAY_HAVE)] or adapter.misfit(mixer)
@@ -69,9 +69,8 @@ def _looks_like_a_mixer(module: nn.Module) -> bool:
 
 
 def _why_not(mixer: nn.Module) -> str:
-    best = min((missing(adapter, mixer) for adapter in (MambaLayer, Mamba2Layer)), key=len)
-    family = "Mamba" if best == missing(MambaLayer, mixer) else "Mamba-2"
-    return f"as a {family} mixer it {', '.join(best)}"
+    adapter, family = (MambaLayer, "Mamba") if hasattr(mixer, "x_proj") else (Mamba2Layer, "Mamba-2")
+    return f"as a {family} mixer it {', '.join(missing(adapter, mixer))}"
 
 
 def _check_weights(model: Any, layers: list[SSMLayer]) -> None:

@@ -67,7 +67,7 @@ def small(config_class, **fields):
         ),
         (
             lambda: KimiLinearModel(small(KimiLinearConfig, layer_types=["linear_attention"], n_routed_experts=2)),
-            r"looks like one, but as a Mamba(-2)? mixer it lacks",
+            r"looks like one, but as a Mamba-2 mixer it lacks",
         ),
     ],
     ids=["qwen3_next", "kimi_linear"],
