@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: are they right, how near to the card's limits are they, and what does a cut cost?
 
-    python tests/gpu/triton_kernels.py [--sections correct factor time measure cut]
+    python tests/gpu/gramian_scans.py [--sections correct factor time measure cut]
 
 Each section prints a table of its own; an error in one doesn't stop the others.
 """
