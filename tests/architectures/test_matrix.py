@@ -293,3 +293,16 @@ def test_baselines(full, model_type, selection):
     model = full(model_type)
     compress_(model, CompreSSMConfig(state_size=8, selection=selection, estimator="mean_lti"), tokens(2, 12))
     assert model(tokens()).logits.isfinite().all()
+
+
+def test_buffers_that_depend_on_the_state_size_are_cut_too(full, slim):
+    """Falcon-Mamba's ones, which only the fused kernel reads, and Falcon-H1's multipliers, one vector per layer."""
+    for layer in find_layers(slim("falcon_mamba")):
+        for norm in (layer.mixer.b_layernorm, layer.mixer.c_layernorm):
+            assert torch.equal(norm.weight, torch.ones(layer.state_size))
+    multipliers = full("falcon_h1").config.ssm_multipliers
+    for layer in find_layers(slim("falcon_h1")):
+        counts = [64, 64, 2 * layer.state_size, 2 * layer.state_size, 8]
+        expected = torch.tensor(multipliers).repeat_interleave(torch.tensor(counts))
+        assert torch.equal(layer.mixer.mup_vector.flatten(), expected)
+        assert layer.mixer.groups_time_state_size == 2 * layer.state_size
