@@ -528,7 +528,7 @@ def _cut_parameters(layers: list[SSMLayer]) -> dict[str, Any]:
     return {
         f"{layer.name}.{name}": layer.mixer.get_parameter(name)
         for layer in layers
-        for name in layer.shapes(layer.state_size)
+        for name in layer.changed_by_a_cut()
     }
 
 

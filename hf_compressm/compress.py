@@ -15,15 +15,25 @@ from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers, unprojected_sizes
 from .architectures.mamba import MambaLayer
+from .architectures.normalised import NormalisedMambaLayer
 from .architectures.parameter_cut import ParameterCut
 from .calibration import calibration_batches
 from .config import CompreSSMConfig
 from .evaluation import describe, evaluation_ids, perplexity
 from .hankel.gramians import MAX_READOUT, Mamba2Statistics, MambaStatistics, elimination_order, hankel_spectra
+from .hankel.headwise import HeadwiseStatistics
 from .hankel.ranks import allocate_ranks, allowed_sizes, energy_rank, powers_of_two
 from .hankel.realization import Projection, Selection, project, select, select_each_with_readout
-from .hankel.refit import refit
-from .hub import check_login, load_model, load_tokenizer, project_, publish, set_state_sizes
+from .hub import (
+    check_login,
+    check_state_sizes,
+    load_model,
+    load_tokenizer,
+    project_,
+    publish,
+    set_state_sizes,
+    text_configs,
+)
 from .report import CompressionReport, LayerReport, Perplexity
 from .sensitivity import divergences
 from .training.optimizer import cut_states, set_states_, verify_optimizer
@@ -31,7 +41,7 @@ from .training.reshape import set_data_
 
 logger = logging.get_logger(__name__)
 
-Statistics = MambaStatistics | Mamba2Statistics
+Statistics = MambaStatistics | Mamba2Statistics | HeadwiseStatistics
 # What a ratio measures the layers' sensitivities on, a forward pass for each layer: divergences need few tokens.
 SENSITIVITY_SEQUENCES = 2
 
@@ -195,13 +205,15 @@ def plan_cut(
     sizes = _choose_sizes(
         config, layers, kind, spectra, paths, lambda at: _sensitivities(model, layers, paths, at, predict)
     )
+    check_state_sizes(model, {layer.index: size for layer, size in zip(layers, sizes, strict=True)})
     cuts, kept = {}, {}
     for layer, path, size in zip(layers, paths, sizes, strict=True):
         if size < layer.state_size:
-            if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
-                systems = [layer.read(*read) for read in inputs[layer.index]]
-                path[0][size] = refit(systems, path[0][size], config.refit)
             groups = [group[size] for group in path]
+            if isinstance(layer, MambaLayer) and inputs and size * layer.state_size <= MAX_READOUT:
+                groups = layer.refit(inputs[layer.index], groups, config.refit)
+                for group, fit in zip(path, groups, strict=True):
+                    group[size] = fit
             cuts[layer.index] = layer.cut(groups)
             kept[layer.index] = [group.kept.tolist() for group in groups if hasattr(group, "kept")]
     return CutPlan(_report(model, layers, sizes, spectra, paths, kind), cuts, kept)
@@ -350,8 +362,9 @@ def _realization(config: CompreSSMConfig, layers: list[SSMLayer]) -> str:
     can_project = all(layer.can_project for layer in layers)
     if config.realization == "project" and not can_project:
         raise ValueError(
-            "realization='project' needs Mamba-2 layers: in Mamba-1 each state of a channel decays at its own rate, and a "
-            "projection would not commute with that. Take realization='select'."
+            "realization='project' needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its "
+            "own rate, and a projection would not commute with that; the Mamba-2 mixers of other architectures have no "
+            "projected form here. Take realization='select'."
         )
     if config.realization == "auto":
         return "project" if can_project and not config.uniform and config.selection == "auto" else "select"
@@ -379,7 +392,7 @@ def _check_targets(config: CompreSSMConfig, layers: list[SSMLayer], kind: str) -
 
 
 def _realize(
-    layers: list[SSMLayer], statistics: list[Statistics], config: CompreSSMConfig, kind: str
+    layers: list[SSMLayer], statistics: list[Any], config: CompreSSMConfig, kind: str
 ) -> list[list[dict[int, Any]]]:
     """For each layer and each of its groups, the realization of every size."""
     if kind == "project":
@@ -400,6 +413,10 @@ def _realize(
         fits = select_each_with_readout([moments for _, moments in found])
         for (path, _), fit in zip(found, fits, strict=True):
             path |= fit
+    for layer, layer_paths, entry in zip(layers, paths, statistics, strict=True):
+        if isinstance(layer, NormalisedMambaLayer):
+            for path in layer_paths:
+                path |= {size: layer.realize(entry, selection) for size, selection in path.items()}
     return paths
 
 
@@ -420,6 +437,7 @@ def _order(layer: SSMLayer, statistics: Any, group: int, config: CompreSSMConfig
 
 
 def _weighted_power(statistics: Any, group: int) -> Tensor:
+    statistics = statistics.heads[group] if isinstance(statistics, HeadwiseStatistics) else statistics
     P = statistics.P.diagonal(dim1=-2, dim2=-1).double()
     return P[group] if isinstance(statistics, Mamba2Statistics) else statistics.weight @ P
 
@@ -489,10 +507,10 @@ def _sensitivities(
 
 def sizes_to_choose_from(config: CompreSSMConfig, layer: SSMLayer, kind: str) -> list[int]:
     """Ascending; the last is the layer's present size."""
-    if config.multiple_of is None and layer.can_project:
+    if config.multiple_of is None and layer.pads_states:
         return powers_of_two(layer.state_size, max(16, config.min_state_size))
     step = multiple_of = config.multiple_of or 1
-    if kind == "select" and layer.can_project:
+    if kind == "select" and layer.pads_states:
         while layer.groups * step % 8:  # what the CUDA convolution takes
             step += multiple_of
     return allowed_sizes(layer.state_size, config.min_state_size, step)
@@ -556,6 +574,6 @@ def _apply_to_layer(layer: SSMLayer, new: dict[str, Tensor], size: int) -> None:
 
 def _keep_trained_weights(model: PreTrainedModel) -> None:
     """Switch off the rescaling of `out_proj`: transformers repeats it whenever it loads the saved model."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module.config, "rescale_prenorm_residual", False):
-            module.config.rescale_prenorm_residual = False
+    for config in text_configs(model):
+        if getattr(config, "rescale_prenorm_residual", False):
+            config.rescale_prenorm_residual = False

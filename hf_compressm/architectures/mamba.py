@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..hankel.gramians import MambaStatistics, MambaSystem
 from ..hankel.realization import Selection
-from ..hankel.refit import Refit
+from ..hankel.refit import Refit, refit
 from .parameter_cut import ParameterCut
 
 
@@ -33,6 +33,18 @@ def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor
     return attention_mask.float()
 
 
+def wrong_shapes(mixer: Any, expected: dict[str, list[int | None]]) -> list[str]:
+    """For each tensor of another shape than expected (None: any), a remark."""
+    remarks = []
+    for name, shape in expected.items():
+        tensor = mixer
+        for part in name.split("."):
+            tensor = getattr(tensor, part)
+        if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+            remarks.append(f"has {name} {list(tensor.shape)} for {['any' if n is None else n for n in shape]}")
+    return remarks
+
+
 class MambaLayer:
     """One Mamba-1 mixer of a model.
 
@@ -41,13 +53,43 @@ class MambaLayer:
         mixer: a `MambaMixer`, or a module with its attributes.
     """
 
+    NEEDS = frozenset(
+        [
+            "A_log",
+            "D",
+            "in_proj",
+            "conv1d",
+            "x_proj",
+            "dt_proj",
+            "out_proj",
+            "act",
+            "time_step_rank",
+            "intermediate_size",
+            "ssm_state_size",
+            "layer_idx",
+        ]
+    )
+    """Attributes that are read."""
+    MAY_HAVE: frozenset[str] = frozenset()
+    """Further parameters, buffers and modules that the mixer may have."""
     groups = 1
+    """Sets of states that are chosen on their own, each with its B and C."""
     can_project = False
+    pads_states = False
+    """Whether the kernels work on a power of two of states, whatever their number."""
 
     def __init__(self, name: str, mixer: Any) -> None:
         self.name = name
         self.mixer = mixer
         self.index: int = mixer.layer_idx
+
+    @staticmethod
+    def misfit(mixer: Any) -> list[str]:
+        """What is wrong with the shapes of a mixer that has all the names."""
+        I, N, R = mixer.intermediate_size, mixer.ssm_state_size, mixer.time_step_rank
+        return wrong_shapes(
+            mixer, {"A_log": [I, N], "D": [I], "x_proj.weight": [R + 2 * N, None], "dt_proj.weight": [None, R]}
+        )
 
     @property
     def state_size(self) -> int:
@@ -59,17 +101,18 @@ class MambaLayer:
         """Scanned channels: each has a state of N numbers per sequence."""
         return self.mixer.intermediate_size
 
-    def statistics(self, *, mean_lti: bool) -> MambaStatistics:
+    def statistics(self, *, mean_lti: bool) -> Any:
         """An empty accumulator for `read`'s systems."""
         return MambaStatistics(self.channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
 
-    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> MambaSystem:
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
         """The mixer's selective system on its input [batch, length, hidden]."""
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
         x, z = linear(hidden_states.float() * valid[..., None], mixer.in_proj).chunk(2, dim=-1)
         u = mixer.act(causal_conv(x, mixer.conv1d)) * valid[..., None]
-        step, B, C = linear(u, mixer.x_proj).split([mixer.time_step_rank, self.state_size, self.state_size], dim=-1)
+        sizes = [mixer.time_step_rank, self.state_size, self.state_size]
+        step, B, C = self._normalise(*linear(u, mixer.x_proj).split(sizes, dim=-1))
         return MambaSystem(
             u=u,
             delta=F.softplus(linear(step, mixer.dt_proj)),
@@ -80,6 +123,13 @@ class MambaLayer:
             valid=valid,
         )
 
+    def _normalise(self, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return step, B, C
+
+    def refit(self, inputs: list[tuple[Tensor, Tensor | None]], selections: list[Selection], rounds: int) -> list[Any]:
+        """Fit the selection of each group to the mixer's output on its inputs, as `read` takes them."""
+        return [refit([self.read(*read) for read in inputs], selections[0], rounds)]
+
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C, [1, N]."""
         rows = self.mixer.x_proj.weight.float()[self.mixer.time_step_rank :].norm(dim=1)
@@ -88,7 +138,7 @@ class MambaLayer:
     def check_size(self, size: int) -> None:
         """Every size is good for the Mamba-1 kernels."""
 
-    def cut(self, groups: list[Selection | Refit]) -> dict[str, ParameterCut]:
+    def cut(self, groups: list[Any]) -> dict[str, ParameterCut]:
         """How the mixer's parameters change in a selection; nothing is changed yet."""
         (selection,) = groups
         kept, R, N = selection.kept, self.mixer.time_step_rank, self.state_size
@@ -120,6 +170,10 @@ class MambaLayer:
         if "x_proj.weight" in shapes:
             return (shapes["x_proj.weight"][0] - self.mixer.time_step_rank) // 2
         return None
+
+    def changed_by_a_cut(self) -> list[str]:
+        """The parameters that a selection changes, by name."""
+        return list(self.shapes(self.state_size))
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..hankel.gramians import Mamba2Statistics, Mamba2System
 from ..hankel.realization import Projection
-from .mamba import causal_conv, linear, valid_tokens
+from .mamba import causal_conv, linear, valid_tokens, wrong_shapes
 from .parameter_cut import ParameterCut
 
 PROJECTIONS = ("B_projection", "C_projection")
@@ -24,12 +25,52 @@ class Mamba2Layer:
         mixer: a `Mamba2Mixer`, or a module with its attributes.
     """
 
-    can_project = True
+    NEEDS = frozenset(
+        [
+            "A_log",
+            "D",
+            "dt_bias",
+            "in_proj",
+            "conv1d",
+            "norm",
+            "out_proj",
+            "act",
+            "intermediate_size",
+            "num_heads",
+            "n_groups",
+            "ssm_state_size",
+            "conv_dim",
+            "time_step_limit",
+            "layer_idx",
+        ]
+    )
+    """Attributes that are read."""
+    MAY_HAVE = frozenset({"mup_vector", *PROJECTIONS})
+    """Further parameters, buffers and modules that the mixer may have."""
+    pads_states = True
+    """Whether the kernels work on a power of two of states, whatever their number."""
 
     def __init__(self, name: str, mixer: Any) -> None:
         self.name = name
         self.mixer = mixer
         self.index: int = mixer.layer_idx
+
+    @staticmethod
+    def misfit(mixer: Any) -> list[str]:
+        """What is wrong with the shapes of a mixer that has all the names."""
+        inner, heads = mixer.intermediate_size, mixer.num_heads
+        states = mixer.n_groups * getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
+        conv = inner + 2 * states
+        rows = inner + conv + heads
+        return wrong_shapes(
+            mixer,
+            {"A_log": [heads], "D": [heads], "in_proj.weight": [rows, None], "conv1d.weight": [conv, None, None]},
+        )
+
+    @property
+    def can_project(self) -> bool:
+        """Whether there is a mixer that scans a projected state: for `Mamba2Mixer` there is."""
+        return isinstance(self.mixer, Mamba2Mixer)
 
     @property
     def state_size(self) -> int:
@@ -60,7 +101,10 @@ class Mamba2Layer:
         """The mixer's selective system on its input [batch, length, hidden]."""
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
-        projected = linear(hidden_states.float() * valid[..., None], mixer.in_proj)
+        scale = getattr(mixer, "ssm_in_multiplier", 1.0)
+        projected = linear(hidden_states.float() * valid[..., None] * scale, mixer.in_proj)
+        if hasattr(mixer, "mup_vector"):
+            projected = projected * mixer.mup_vector.float()
         z, xBC, step = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
         xBC = mixer.act(causal_conv(xBC, mixer.conv1d)) * valid[..., None]
         rows = (mixer.conv_dim - mixer.intermediate_size) // 2
@@ -69,10 +113,12 @@ class Mamba2Layer:
         if self.unprojected_state_size is not None:
             B = torch.einsum("blgn,gnr->blgr", B, mixer.B_projection.float())
             C = torch.einsum("blgn,gnr->blgr", C, mixer.C_projection.float())
-        gate = F.silu(z) * valid[..., None] * mixer.norm.weight.float() * mixer.out_proj.weight.float().norm(dim=0)
+        gate = F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0)
+        if hasattr(mixer.norm, "weight"):  # Falcon-H1 can do without
+            gate = gate * mixer.norm.weight.float()
         return Mamba2System(
             x=x.unflatten(-1, (mixer.num_heads, -1)),
-            delta=F.softplus(step + mixer.dt_bias.float()).clamp(*mixer.time_step_limit),
+            delta=F.softplus(step + mixer.dt_bias.float()).clamp(*mixer.time_step_limit or (0.0, None)),
             A=-torch.exp(mixer.A_log.float()),
             B=B,
             C=C,
@@ -140,6 +186,10 @@ class Mamba2Layer:
                 return (shapes[name][0] - 2 * mixer.intermediate_size - mixer.num_heads) // (2 * self.groups)
         return None
 
+    def changed_by_a_cut(self) -> list[str]:
+        """The parameters that a selection changes, by name."""
+        return list(self.shapes(self.state_size))
+
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""
         mixer = self.mixer
@@ -158,6 +208,13 @@ class Mamba2Layer:
         mixer = self.mixer
         mixer.ssm_state_size = size
         if self.unprojected_state_size is None:
+            inner, old = mixer.intermediate_size, (mixer.conv_dim - mixer.intermediate_size) // 2
+            if hasattr(mixer, "mup_vector"):  # one factor for each of z, x, B, C and dt
+                factors = mixer.mup_vector[..., [0, inner, 2 * inner, 2 * inner + old, -1]]
+                counts = [inner, inner, self.groups * size, self.groups * size, mixer.num_heads]
+                repeats = torch.tensor(counts, device=factors.device)
+                mixer.mup_vector = factors.repeat_interleave(repeats, dim=-1)
+                mixer.groups_time_state_size = self.groups * size
             mixer.conv_dim = mixer.intermediate_size + 2 * self.groups * size
             conv = mixer.conv1d
             conv.in_channels = conv.out_channels = conv.groups = mixer.conv_dim

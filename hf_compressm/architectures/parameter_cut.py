@@ -18,7 +18,8 @@ class ParameterCut:
     Args:
         dim: the dimension that is cut.
         index: slices that stay, [new]; or [groups, new] for a parameter [groups, ...] that keeps others in each group.
-        readout: R [r, N]. The last r slices of the new values are R times N of the old ones.
+        readout: R [r, N], or [groups, r, N] along with such an index. The last r slices of the new values are R times N
+            of the old ones.
         readout_start: the first of the N old slices that R combines.
         values: the new values themselves, where they were fitted. Without `index` the parameter is made anew and has
             no old slices.
@@ -41,7 +42,10 @@ class ParameterCut:
         index = self.index.to(old.device)
         if index.dim() == 1:
             return old.index_select(self.dim, index)
-        return old.gather(self.dim, index[:, None, :].expand(-1, old.shape[1], -1))
+        shape = [1] * old.dim()
+        shape[0], shape[self.dim] = index.shape
+        sizes = [index.shape[1] if dim == self.dim else size for dim, size in enumerate(old.shape)]
+        return old.gather(self.dim, index.view(shape).expand(sizes))
 
     def weights(self, old: Tensor) -> Tensor:
         """Cut the parameter's values, or a copy of them such as a moving average."""
@@ -49,7 +53,7 @@ class ParameterCut:
             return self.values.to(old.device)
         new = self.gradient(old)
         if self.readout is not None:
-            r, N = self.readout.shape
+            r, N = self.readout.shape[-2:]
             R = self.readout.to(old.device)
             mixed = R @ old.narrow(self.dim, self.readout_start, N).to(R.dtype)
             new.narrow(self.dim, new.shape[self.dim] - r, r).copy_(mixed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -369,7 +370,15 @@ class Mamba2Statistics:
         self.Q += torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)
 
 
-def hankel_spectra(statistics: Sequence[MambaStatistics | Mamba2Statistics]) -> list[Tensor]:
+class HasGramians(Protocol):
+    """Statistics of a layer of one or several systems."""
+
+    def gramians(self) -> tuple[Tensor, Tensor]: ...
+
+    def spectrum(self, sigma: Tensor) -> Tensor: ...
+
+
+def hankel_spectra(statistics: Sequence[HasGramians]) -> list[Tensor]:
     """The Hankel singular values of many layers, [1 or groups, N] each; layers of one size are factorised together."""
     pairs = [entry.gramians() for entry in statistics]
     spectra: list[Tensor] = [P for P, _ in pairs]

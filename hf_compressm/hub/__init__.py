@@ -1,6 +1,12 @@
 """Load, save and exchange slimmed models. Importing it teaches transformers to build them."""
 
-from .heterogeneous import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
+from .heterogeneous import (
+    check_state_sizes,
+    get_state_sizes,
+    get_unprojected_state_sizes,
+    set_state_sizes,
+    text_configs,
+)
 from .model_card import model_card, write_model_card
 from .modeling_compressm import ProjectedMamba2Mixer, install, project_
 from .pretrained import load_model
@@ -18,6 +24,7 @@ _install_saving()
 __all__ = [
     "ProjectedMamba2Mixer",
     "check_login",
+    "check_state_sizes",
     "export_mamba_ssm",
     "get_state_sizes",
     "get_unprojected_state_sizes",
@@ -30,5 +37,6 @@ __all__ = [
     "project_",
     "publish",
     "set_state_sizes",
+    "text_configs",
     "write_model_card",
 ]

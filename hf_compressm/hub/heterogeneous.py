@@ -5,25 +5,66 @@ A model whose layers all have one unprojected size has a stock config: that size
 `modeling_compressm`).
 """
 
+import copy
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .modeling_compressm import AUTO_MAPS, update_auto_map
+from .modeling_compressm import ARCHITECTURES, update_auto_map
 
-# The size that a config with `per_layer_config` gives for all layers. No layer has it, so all of them are listed, and
-# no reader can take the size of some layers for that of all.
+# The size that a config with `per_layer_config` gives for all layers. No layer has it, so all that have a state are
+# listed, and no reader can take the size of some layers for that of all.
 _NO_SIZE = 0
 
 
-def get_state_sizes(config: PreTrainedConfig, field: str = "state_size") -> list[int]:
-    """The size of the recurrent state of each layer, read from `field` of its config."""
-    return [getattr(layer, field) for layer in config.per_layer_config]
+# Types of layers that have a state, in `config.layer_types`.
+_STATEFUL = ("linear_attention", "hybrid", "mamba")
+
+
+def state_size_field(config: PreTrainedConfig) -> str:
+    """The config attribute that holds the state size.
+
+    Raises:
+        ValueError: if the architecture is unknown and has none of the known names.
+    """
+    if config.model_type in ARCHITECTURES:
+        return ARCHITECTURES[config.model_type].state_size
+    names = sorted({architecture.state_size for architecture in ARCHITECTURES.values()})
+    for name in names:
+        if name in vars(config):
+            return name
+    raise ValueError(
+        f"The config of a {config.model_type} model has no state size: none of {', '.join(names)}. Without one, a slimmed "
+        "model could not be saved."
+    )
+
+
+def text_configs(model_or_config: PreTrainedModel | PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configs that tell the state sizes: a model and the text model inside may each hold a copy."""
+    if isinstance(model_or_config, PreTrainedConfig):
+        return [model_or_config.get_text_config()]
+    models = [module for module in model_or_config.modules() if isinstance(module, PreTrainedModel)]
+    text = model_or_config.config.get_text_config()
+    configs = [text, *(module.config for module in models if module.config.model_type == text.model_type)]
+    return list({id(config): config for config in configs}.values())
+
+
+def get_state_sizes(config: PreTrainedConfig, field: str | None = None) -> list[int]:
+    """The size of the recurrent state of each layer, read from `field` of its config; 0 where a layer has none."""
+    config = config.get_text_config()
+    field = field or state_size_field(config)
+    stateful = _stateful_layers(config)
+    return [getattr(layer, field) if i in stateful else 0 for i, layer in enumerate(config.per_layer_config)]
+
+
+def _stateful_layers(config: PreTrainedConfig) -> list[int]:
+    types = getattr(config, "layer_types", None) or ["hybrid"] * config.num_hidden_layers
+    return [i for i, kind in enumerate(types) if kind in _STATEFUL]
 
 
 def get_unprojected_state_sizes(config: PreTrainedConfig) -> list[int | None]:
     """For each layer the size its B and C are projected from, or None where they are not projected."""
-    return [getattr(layer, "unprojected_state_size", None) for layer in config.per_layer_config]
+    return [getattr(layer, "unprojected_state_size", None) for layer in config.get_text_config().per_layer_config]
 
 
 def set_state_sizes(
@@ -31,29 +72,46 @@ def set_state_sizes(
     sizes: Mapping[int, int],
     projected_from: Mapping[int, int] | None = None,
     *,
-    field: str = "state_size",
+    field: str | None = None,
 ) -> None:
     """Write the state sizes of a slimmed model in its config. In place; the weights are not touched.
 
     Args:
-        model_or_config: the model or its config, slimmed before or not.
-        sizes: the state size of each layer that changes, by layer index. The other layers stay as they are. For a
-            hybrid model, name all of the layers that have a state: the rest do not count.
+        model_or_config: the model or its config, slimmed before or not; if it wraps a text model, that one's.
+        sizes: the state size of each layer that changes, by layer index. The other layers stay as they are.
         projected_from: for each layer of `sizes` that is a `ProjectedMamba2Mixer`, the size that B and C are projected
             from. A layer of `sizes` that is not named here is unprojected.
-        field: the config attribute that holds the state size.
+        field: the config attribute that holds the state size; by default the architecture's.
 
     Raises:
-        ValueError: if a layer or a size is out of range, if `projected_from` names other layers than `sizes` or an
-            architecture other than Mamba-2, or if the layers differ in an architecture that has one size for all.
+        ValueError: if a layer or a size is out of range or a layer has no state, if `projected_from` names other layers
+            than `sizes` or an architecture other than Mamba-2, or if the layers differ in an architecture that has one
+            size for all.
     """
-    config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
-    projected_from = projected_from or {}
+    for config in text_configs(model_or_config):
+        _set_state_sizes(config, sizes, projected_from or {}, field or state_size_field(config))
+
+
+def check_state_sizes(model: PreTrainedModel, sizes: Mapping[int, int]) -> None:
+    """Refuse sizes that `set_state_sizes` would refuse, with nothing changed.
+
+    Raises:
+        ValueError: as `set_state_sizes`.
+    """
+    for config in text_configs(model):
+        _set_state_sizes(copy.deepcopy(config), sizes, {}, state_size_field(config))
+
+
+def _set_state_sizes(
+    config: PreTrainedConfig, sizes: Mapping[int, int], projected_from: Mapping[int, int], field: str
+) -> None:
     _check(config, sizes, projected_from)
 
-    if config.model_type in AUTO_MAPS:
-        now = zip(get_state_sizes(config, field), get_unprojected_state_sizes(config), strict=True)
-        layers = dict(enumerate(now)) | {i: (size, projected_from.get(i)) for i, size in sizes.items()}
+    layers: dict[int, tuple[int, int | None]]
+    if config.model_type in ARCHITECTURES:
+        now = list(zip(get_state_sizes(config, field), get_unprojected_state_sizes(config), strict=True))
+        layers = {i: now[i] for i in _stateful_layers(config)}
+        layers |= {i: (size, projected_from.get(i)) for i, size in sizes.items()}
     else:
         layers = {i: (size, None) for i, size in sizes.items()}
         if len(set(layers.values())) > 1:
@@ -86,6 +144,10 @@ def _check(config: PreTrainedConfig, sizes: Mapping[int, int], projected_from: M
             raise ValueError(f"The model has layers 0 to {config.num_hidden_layers - 1}, `sizes` names layer {layer}.")
         if size < 1:
             raise ValueError(f"A state size is at least 1, `sizes` gives {size} for layer {layer}.")
+        if layer not in _stateful_layers(config):
+            raise ValueError(
+                f"Layer {layer} of this model has no state; those that have are {_stateful_layers(config)}."
+            )
     if projected_from and config.model_type != "mamba2":
         raise ValueError(f"Only Mamba-2 layers can project their state, this is a {config.model_type} model.")
     for layer, N in projected_from.items():

@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 models whose layers have state sizes of their own, or project their state.
+"""Models with Mamba layers whose state sizes differ, or that project their state.
 
 Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`.
 
@@ -6,7 +6,8 @@ This file stands alone: it imports torch and transformers only. hf_compressm imp
 needs it carries a copy, so that `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not
 installed. Importing it teaches transformers three things, once per process (see `install`):
 
-- layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`;
+- layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`, for the architectures of
+  the table below;
 - a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`;
 - the config of such a model names this file in `auto_map` and writes it beside every `config.json`.
 
@@ -16,21 +17,44 @@ wrong.
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.models.mamba import modeling_mamba
-from transformers.models.mamba.configuration_mamba import MambaConfig
 from transformers.models.mamba2 import modeling_mamba2
-from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 
 MODULE_NAME = "modeling_compressm"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names in transformers: what its model classes start with, its mixer class, its config's field of the state size."""
+
+    prefix: str
+    mixer: str
+    state_size: str
+
+
+# By `model_type`.
+ARCHITECTURES = {
+    "mamba": Architecture("Mamba", "MambaMixer", "state_size"),
+    "falcon_mamba": Architecture("FalconMamba", "FalconMambaMixer", "state_size"),
+    "jamba": Architecture("Jamba", "JambaMambaMixer", "mamba_d_state"),
+    "zamba": Architecture("Zamba", "ZambaMambaMixer", "mamba_d_state"),
+    "mamba2": Architecture("Mamba2", "Mamba2Mixer", "state_size"),
+    "zamba2": Architecture("Zamba2", "Zamba2MambaMixer", "mamba_d_state"),
+    "bamba": Architecture("Bamba", "BambaMixer", "mamba_d_state"),
+    "granitemoehybrid": Architecture("GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", "mamba_d_state"),
+    "falcon_h1": Architecture("FalconH1", "FalconH1Mixer", "mamba_d_state"),
+    "nemotron_h": Architecture("NemotronH", "NemotronHMamba2Mixer", "ssm_state_size"),
+}
 
 # Read once: the copy a model carries is the code it ran with, even if the file on disk changes later.
 SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -207,81 +231,102 @@ def project_(mixer: modeling_mamba2.Mamba2Mixer, B_projection: torch.Tensor, C_p
         setattr(mixer, name, nn.Parameter(values))
 
 
-class _WrittenWithConfig:
-    """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
-    would name this file even in the checkpoint of a model that has become stock again."""
+class _Stock:
+    """What sets the classes that `auto_map` names apart from stock ones, from which they do not differ."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        pass
+        """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
+        would name this file even in the checkpoint of a model that has become stock again."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Else transformers would leave out what it does to the weights of stock classes, such as joining experts."""
+        return False
 
 
-# What `auto_map` points at. The stock names, since `architectures` is taken from the name of the class.
-class MambaModel(_WrittenWithConfig, modeling_mamba.MambaModel):
-    pass
+# What `auto_map` points at: the stock names, since `architectures` is taken from the name of the class. Each is made when
+# it is asked for, so that no other architecture's module is imported.
+AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
 
-class MambaForCausalLM(_WrittenWithConfig, modeling_mamba.MambaForCausalLM):
-    pass
+def __getattr__(name: str) -> type:
+    for model_type, architecture in ARCHITECTURES.items():
+        if name in [architecture.prefix + suffix for suffix in AUTO_CLASSES.values()]:
+            stock = getattr(_stock_module(model_type), name)
+            made = type(name, (_Stock, stock), {"__module__": __name__})
+            globals()[name] = made
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Mamba2Model(_WrittenWithConfig, modeling_mamba2.Mamba2Model):
-    pass
+def _stock_module(model_type: str) -> Any:
+    return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
-class Mamba2ForCausalLM(_WrittenWithConfig, modeling_mamba2.Mamba2ForCausalLM):
-    pass
-
-
-AUTO_MAPS = {
-    "mamba": {
-        "AutoModel": f"{MODULE_NAME}.MambaModel",
-        "AutoModelForCausalLM": f"{MODULE_NAME}.MambaForCausalLM",
-    },
-    "mamba2": {
-        "AutoModel": f"{MODULE_NAME}.Mamba2Model",
-        "AutoModelForCausalLM": f"{MODULE_NAME}.Mamba2ForCausalLM",
-    },
-}
+def is_slimmed(config: Any) -> bool:
+    """Whether stock transformers can't build a model, or its text model, from this config."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    return any(
+        isinstance(part, PreTrainedConfig) and part.is_heterogeneous and part.model_type in ARCHITECTURES
+        for part in parts
+    )
 
 
 def update_auto_map(config: PreTrainedConfig) -> None:
     """Name this file in `config.auto_map` if the model needs it, take its name out if it does not. In place."""
     entries = getattr(config, "auto_map", None) or {}
     auto_map = {key: name for key, name in entries.items() if MODULE_NAME not in str(name)}
-    if config.is_heterogeneous:
-        auto_map |= AUTO_MAPS[config.model_type]
+    if config.is_heterogeneous and config.model_type in ARCHITECTURES:
+        prefix = ARCHITECTURES[config.model_type].prefix
+        auto_map |= {key: f"{MODULE_NAME}.{prefix}{suffix}" for key, suffix in AUTO_CLASSES.items()}
+    if auto_map == entries:
+        return
     if auto_map:
         config.auto_map = auto_map
-    elif entries:
+    else:
         del config.auto_map
 
 
 def install() -> None:
     """Teach transformers to build and save these models. Does nothing the second time, from whichever copy of this
     file."""
-    for mixer_class in (modeling_mamba.MambaMixer, modeling_mamba2.Mamba2Mixer):
-        _wrap_once(mixer_class, "__init__", _build_from_layer_config)
-    for config_class in (MambaConfig, Mamba2Config):
-        _wrap_once(config_class, "to_json_file", _write_source_beside)
+    _wrap_once(PreTrainedModel, "__init__", _prepare_mixer)
+    _wrap_once(PreTrainedConfig, "to_json_file", _write_source_beside)
 
 
-def _wrap_once(cls: type, name: str, wrap: Callable[[Callable], Callable]) -> None:
-    method = getattr(cls, name)
-    if not hasattr(method, "_compressm"):
-        wrapper = functools.wraps(method)(wrap(method))
+def _wrap_once(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    stock = getattr(owner, name)
+    if not hasattr(stock, "_compressm"):
+        wrapper = functools.wraps(stock)(wrap(stock))
         vars(wrapper)["_compressm"] = True
-        setattr(cls, name, wrapper)
+        setattr(owner, name, wrapper)
+
+
+def _prepare_mixer(stock_init: Callable) -> Callable:
+    # A model's first statement, before it builds its layers. Only the module of its own architecture is touched.
+    def init_model(self, config: Any, *args, **kwargs):
+        if is_slimmed(config) and config.model_type in ARCHITECTURES:
+            module = _stock_module(config.model_type)
+            mixer_class = getattr(module, ARCHITECTURES[config.model_type].mixer)
+            _wrap_once(mixer_class, "__init__", _build_from_layer_config)
+            if hasattr(module, "compute_mup_vector"):
+                _wrap_once(module, "compute_mup_vector", _of_first_layer)
+                _wrap_once(module.FalconH1PreTrainedModel, "_init_weights", _init_mup_vectors)
+        stock_init(self, config, *args, **kwargs)
+
+    return init_model
 
 
 def _build_from_layer_config(stock_init: Callable) -> Callable:
     def init_from_layer_config(self, config: Any, layer_idx: int, *args, **kwargs):
         if config.is_heterogeneous:
             config = config.per_layer_config[layer_idx]
-        N, r = getattr(config, "unprojected_state_size", None), config.state_size
+        N = getattr(config, "unprojected_state_size", None)
         if N is None:
             stock_init(self, config, layer_idx, *args, **kwargs)
         else:
+            r = config.state_size
             config = copy.copy(config)
             config.state_size = N
             stock_init(self, config, layer_idx, *args, **kwargs)
@@ -291,12 +336,34 @@ def _build_from_layer_config(stock_init: Callable) -> Callable:
     return init_from_layer_config
 
 
+# Falcon-H1 computes one vector of multipliers, of a length that depends on the state size, and copies it to all layers:
+# as it builds them, and again as it initialises its own weights, which it has none of. Each layer gets its own instead
+# when the layer is initialised, which happens in each way to load a model.
+def _of_first_layer(compute_mup_vector: Callable) -> Callable:
+    def compute_first_mup_vector(config: Any):
+        return compute_mup_vector(config.per_layer_config[0])
+
+    return compute_first_mup_vector
+
+
+def _init_mup_vectors(stock_init_weights: Callable) -> Callable:
+    def init_weights(self, module: Any):
+        if self.config.is_heterogeneous and hasattr(module, "layers"):
+            return
+        stock_init_weights(self, module)
+        if self.config.is_heterogeneous and hasattr(module, "mup_vector"):
+            old, config = module.mup_vector, self.config.per_layer_config[module.layer_idx]
+            module.mup_vector = _stock_module("falcon_h1").compute_mup_vector(config).to(old.device, old.dtype)
+
+    return init_weights
+
+
 def _write_source_beside(stock_to_json_file: Callable) -> Callable:
     # Every way to save a model or its config ends here, after the point where uploads note which files were there.
     def to_json_file(self, json_file_path, *args, **kwargs):
         update_auto_map(self)
         stock_to_json_file(self, json_file_path, *args, **kwargs)
-        if self.is_heterogeneous:
+        if is_slimmed(self):
             (Path(json_file_path).parent / f"{MODULE_NAME}.py").write_text(SOURCE, encoding="utf-8")
 
     return to_json_file

@@ -43,7 +43,7 @@ def sum_statistics_(statistics: list[Any]) -> None:
     """Add up the statistics of each layer over the processes. In place; all of them are sums over tokens."""
     if not several_processes():
         return
-    for entry in statistics:
+    for entry in [part for layer in statistics for part in getattr(layer, "heads", [layer])]:
         for owner in [entry, *entry.groups]:
             for name, value in vars(owner).items():
                 if isinstance(value, Tensor) and value.is_floating_point():

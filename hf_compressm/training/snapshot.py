@@ -22,7 +22,7 @@ class Snapshot:
     def __init__(self, model: PreTrainedModel, layers: list[SSMLayer], optimizer: torch.optim.Optimizer) -> None:
         self.model, self.layers, self.optimizer = model, layers, optimizer
         self.sizes = {layer.index: layer.state_size for layer in layers}
-        parameters = [layer.mixer.get_parameter(name) for layer in layers for name in layer.shapes(layer.state_size)]
+        parameters = [layer.mixer.get_parameter(name) for layer in layers for name in layer.changed_by_a_cut()]
         self.parameters = [(parameter, parameter.data) for parameter in parameters]
         self.states: list[tuple[Any, Any]] = [
             (p, dict(optimizer.state[p])) for p in parameters if p in optimizer.state

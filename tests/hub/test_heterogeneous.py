@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BambaConfig, JambaConfig
+from transformers import AutoModelForCausalLM, BambaConfig, BertConfig, JambaConfig, PreTrainedConfig
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from hf_compressm.hub import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
@@ -79,13 +79,34 @@ def test_mamba_cannot_project():
 
 
 @pytest.mark.parametrize("config_class", [JambaConfig, BambaConfig])
-def test_other_architectures_take_one_size(config_class):
-    config = config_class(num_hidden_layers=4)
-    set_state_sizes(config, {0: 4, 2: 4}, field="mamba_d_state")
-    assert config.mamba_d_state == 4
-    assert get_state_sizes(config, field="mamba_d_state") == [4] * 4
+def test_a_hybrid_lists_the_layers_that_have_a_state(config_class):
+    attention = {"attn_layer_offset": 1, "attn_layer_period": 4} if config_class is JambaConfig else {}
+    config = config_class(num_hidden_layers=4, attn_layer_indices=[1], mamba_d_state=8, **attention)
+    set_state_sizes(config, {2: 3})
+    assert get_state_sizes(config) == [8, 0, 3, 8]
+    assert config.to_dict()["per_layer_config"].keys() == {"0", "2", "3"}
+    with pytest.raises(ValueError, match="Layer 1 of this model has no state"):
+        set_state_sizes(config, {1: 4})
+    set_state_sizes(config, {0: 3, 3: 3})
+    assert config.mamba_d_state == 3
+    assert not config.is_heterogeneous
+
+
+class NewConfig(PreTrainedConfig):
+    model_type = "new_ssm"
+    state_size: int = 8
+    num_hidden_layers: int = 4
+
+
+def test_other_architectures_take_one_size():
+    config = NewConfig()
+    config.state_size = 8
+    set_state_sizes(config, dict.fromkeys(range(4), 4))
+    assert get_state_sizes(config) == [4] * 4
     with pytest.raises(ValueError, match="uniform=True"):
-        set_state_sizes(config, {0: 4, 2: 3}, field="mamba_d_state")
+        set_state_sizes(config, {0: 4, 1: 4, 2: 4, 3: 3})
+    with pytest.raises(ValueError, match="has no state size"):
+        set_state_sizes(BertConfig(), {0: 4})
 
 
 def test_the_weights_of_a_twice_cut_model_load(tmp_path):

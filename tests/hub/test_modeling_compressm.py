@@ -201,5 +201,15 @@ def test_the_file_stands_alone():
     tree = ast.parse(Path(modeling_compressm.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    allowed = {"copy", "functools", "collections", "pathlib", "typing", "torch", "transformers"}
+    allowed = {
+        "copy",
+        "dataclasses",
+        "functools",
+        "importlib",
+        "collections",
+        "pathlib",
+        "typing",
+        "torch",
+        "transformers",
+    }
     assert {name.split(".")[0] for name in imported} <= allowed

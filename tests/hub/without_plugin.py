@@ -4,6 +4,7 @@ Usage: python without_plugin.py FOLDER, with one checkpoint in each subfolder of
 and saves each checkpoint that loads again, in FOLDER/saved_again.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ class _Blocked:
 sys.meta_path.insert(0, _Blocked())
 
 import torch  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, Mamba2ForCausalLM, MambaForCausalLM  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 logging.set_verbosity_error()
@@ -26,7 +28,7 @@ logging.set_verbosity_error()
 
 def stock(path: Path) -> dict:
     """What transformers alone makes of a checkpoint, through the Auto classes and without."""
-    model_class = Mamba2ForCausalLM if "mamba2" in path.name else MambaForCausalLM
+    model_class = getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
     results = {}
     for load in (AutoModelForCausalLM.from_pretrained, model_class.from_pretrained):
         try:

@@ -1,0 +1,194 @@
+"""Every supported architecture, trained for a few hundred steps on real text and then halved without fine-tuning.
+
+`python tests/gpu/architectures.py FOLDER --vocab-size V`, with the `train.npy` and `valid.npy` that
+`train_reference_models.py` writes, prints a row of a markdown table for each model type: perplexity of the full model, and
+after a cut to half of the states by our default, by greedy selection and by a random one (mean of three). The last column
+is how far the loss of our cut in training mode is from that in evaluation mode: fused kernels read weights and buffers of
+their own. All Mamba-2 models scan the same shapes, so that kernels are tuned once in a process: with `--only`, run the
+Mamba-1 and the Mamba-2 types side by side. `--tiny` rehearses on a CPU.
+"""
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from hf_compressm import CompreSSMConfig
+from hf_compressm.architectures import find_layers
+from hf_compressm.calibration import calibration_batches
+from hf_compressm.compress import apply_cut_, measure, plan_cut
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "greedy": {"selection": "greedy", "realization": "select"},
+    "random": {"selection": "random", "realization": "select"},
+}
+MAMBA_1 = ["mamba", "falcon_mamba", "jamba", "zamba"]
+
+
+def configs(hidden: int, heads: int, N1: int, N2: int, chunk: int, vocabulary: int) -> dict[str, Any]:
+    """A config of each type: 4 layers with a state (or 3, and one of attention), 2 groups in the Mamba-2 family."""
+    inner = 2 * hidden
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": inner}
+    mamba = {"mamba_d_state": N1, **attention}
+    bamba = {
+        "mamba_d_state": N2,
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": chunk,
+        **attention,
+    }
+    three = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+    one_shared = ["linear_attention", "hybrid", "linear_attention", "linear_attention"]
+    fields: dict[str, dict[str, Any]] = {
+        "mamba": {"state_size": N1},
+        "falcon_mamba": {"state_size": N1, "initializer_range": 0.02},
+        "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 1, **mamba},
+        "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], **mamba},
+        "mamba2": {
+            "state_size": N2,
+            "num_heads": heads,
+            "head_dim": inner // heads,
+            "n_groups": 2,
+            "chunk_size": chunk,
+        },
+        "zamba2": {
+            "mamba_d_state": N2,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": heads,
+            "chunk_size": chunk,
+            "layers_block_type": one_shared,
+            **attention,
+        },
+        "bamba": {"attn_layer_indices": [2], **bamba},
+        "granitemoehybrid": {
+            "layer_types": three,
+            "num_local_experts": 0,
+            "shared_intermediate_size": inner,
+            **bamba,
+        },
+        "falcon_h1": {"mamba_d_ssm": inner, "ssm_multipliers": [1.0, 1.0, 0.7, 1.4, 1.0], **bamba},
+        "nemotron_h": {
+            "layers_block_type": [*three, "mlp"],
+            "num_hidden_layers": 5,
+            "ssm_state_size": N2,
+            "mamba_num_heads": heads,
+            "mamba_head_dim": inner // heads,
+            "n_groups": 2,
+            "head_dim": hidden // 4,
+            "chunk_size": chunk,
+            **attention,
+        },
+    }
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": 4,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return {name: AutoConfig.for_model(name, **common | own) for name, own in fields.items()}
+
+
+def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        starts = torch.randint(0, len(stream) - args.length, (args.batch,), generator=generator)
+        ids = torch.stack([stream[i : i + args.length] for i in starts.tolist()]).long().to(model.device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == args.steps - 1:
+            print(f"  {model.config.model_type} step {step} loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    losses = [float(model(input_ids=ids, labels=ids, use_cache=False).loss) * len(ids) for ids in windows.split(8)]
+    return sum(losses) / len(windows)
+
+
+def row(model: PreTrainedModel, calibration: torch.Tensor, windows: torch.Tensor) -> str:
+    """Measured once, cut in each way from the same statistics."""
+    layers = find_layers(model)
+    inputs: dict = {}
+    statistics = measure(model, layers, calibration_batches(calibration, model), inputs=inputs)
+    N = layers[0].state_size
+    cells = [model.config.model_type, f"{N} to {N // 2}", f"{math.exp(mean_loss(model, windows)):.3f}"]
+    for name, options in SELECTIONS.items():
+        losses = []
+        for seed in range(3 if name == "random" else 1):
+            slim = copy.deepcopy(model)
+            config = CompreSSMConfig(state_size=N // 2, seed=seed, **options)
+            plan = plan_cut(slim, find_layers(slim), statistics, config, inputs if name == "ours" else None)
+            report = apply_cut_(slim, find_layers(slim), plan)
+            losses.append(math.exp(mean_loss(slim, windows)))
+            if name == "ours":
+                kind = report.realization
+                fused = mean_loss(slim.train(), windows[:8]) - mean_loss(slim.eval(), windows[:8])
+        cells.append(f"{sum(losses) / len(losses):.3f}" + (f" ({kind})" if name == "ours" else ""))
+    return f"| {' | '.join([*cells, f'{fused:+.1e}'])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--only", default="", help="model types, apart by commas")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--tiny", action="store_true", help="small models and few steps, for a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    shape = {"hidden": args.hidden, "heads": 8, "N1": 16, "N2": 64}
+    windows, calibration = 64, 8
+    if args.tiny:
+        shape = {"hidden": 32, "heads": 8, "N1": 16, "N2": 16}
+        args.steps, args.batch, args.length = min(args.steps, 5), 4, 32
+        windows, calibration = 4, 4
+    train_stream, valid_stream = (
+        torch.from_numpy(np.load(args.folder / f"{split}.npy").astype(np.int32)) for split in ("train", "valid")
+    )
+    length = 2 * args.length
+    valid = valid_stream[: windows * length].view(-1, length).long().to(args.device)
+    known = train_stream[: calibration * length].view(-1, length).long().to(args.device)
+    every = configs(**shape, chunk=min(256, args.length), vocabulary=args.vocab_size)
+    types = args.only.split(",") if args.only else list(every)
+    rows = []
+    for model_type in types:
+        begin = time.perf_counter()
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(every[model_type], dtype=torch.float32).to(args.device)
+        train(model, train_stream, args)
+        trained = time.perf_counter() - begin
+        rows.append(row(model, known, valid))
+        print(rows[-1], f"training {trained:.0f} s, all {time.perf_counter() - begin:.0f} s", flush=True)
+    print("\n| model type | states | full | ours | greedy | random | training - evaluation |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
