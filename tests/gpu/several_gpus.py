@@ -12,6 +12,7 @@ run on one process; and the same for the run that was continued on the other num
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,8 @@ class Watch(TrainerCallback):
             self.digests.append(digest.hexdigest())
 
 
-def train(args: argparse.Namespace) -> None:
-    """One process of a run, which writes its results to a file of its own."""
-    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """One process of a run; its results."""
     logging.set_verbosity_error()
     set_seed(0)
     options = (TINY if args.tiny else SIZES)[args.model] | {"vocab_size": VOCABULARY}
@@ -126,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     between = [after - before for before, after in zip(watch.times, watch.times[1:], strict=False)]
     history = trainer.state.log_history
     first, last = window // 4 - 2, window + (2 if args.tiny else 6)
-    result = {
+    return {
         "losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
         "sizes": [layer.mixer.ssm_state_size for layer in model.backbone.layers],
         "digests": watch.digests,
@@ -136,13 +137,22 @@ def train(args: argparse.Namespace) -> None:
         "cut_seconds": sum(entry.get("compressm/cut_seconds", 0.0) for entry in history),
         "memory": watch.memory,
     }
-    args.out.with_suffix(f".{rank}").write_text(json.dumps(result))
+
+
+def train_and_leave(args: argparse.Namespace) -> None:
+    """One process of a run, which writes its results to a file of its own."""
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    args.out.with_suffix(f".{rank}").write_text(json.dumps(train(args, processes)))
+    # DDP's reducer must go before the process group: gloo's threads want the interpreter's lock, and it would hold that.
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def launch(processes: int, model: str, out: Path, tiny: bool, resume: Path | None = None) -> dict[str, Any]:
-    """Start a run and return its results."""
+def launch(
+    processes: int, model: str, out: Path, tiny: bool, gpu: int = 0, resume: Path | None = None
+) -> dict[str, Any]:
+    """Start a run, one process on the GPU of this number, and return its results."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -150,7 +160,7 @@ def launch(processes: int, model: str, out: Path, tiny: bool, resume: Path | Non
     command += ["--tiny"] * tiny + (["--resume", str(resume)] if resume else [])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     if processes == 1 and torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = "0"
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     begin = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -175,32 +185,48 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
-        train(args)
+        train_and_leave(args)
         return
-    saved = TINY_SAVED if args.tiny else SAVED
-    rows = []
+    saved, models = TINY_SAVED if args.tiny else SAVED, args.models.split(",")
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for model in args.models.split(","):
-            runs = {n: launch(n, model, folder / f"{model}-{n}.run", args.tiny) for n in (1, 2)}
-            for n, other in ((1, 2), (2, 1)):
-                checkpoint = folder / f"{model}-{other}" / f"checkpoint-{saved}"
-                again = launch(n, model, folder / f"{model}-{other}-on-{n}.run", args.tiny, checkpoint)
-                runs[other]["continued"] = distance(again, runs[other])
-                assert again["sizes"] == runs[other]["sizes"]
-            for n, run in runs.items():
-                memory = [f"{run['memory'][when]:.2f}" for when in ("before", "after")]
-                cells = [model, str(n), f"{run['sizes'][0]}", f"{run['before']:.2f}", f"{run['after']:.2f}"]
-                cells += [f"{run['cut_seconds']:.2f}", *memory, "yes" if run["equal"] else "NO"]
-                cells += [f"{distance(run, runs[1]):.1e}", f"{run['continued']:.1e}"]
-                rows.append(f"| {' | '.join(cells)} |")
-                assert len(run["digests"]) == 4
-                assert len(set(run["sizes"])) == 1
+
+        def run(processes: int, gpu: int, model: str) -> None:
+            runs[model, processes] = launch(processes, model, folder / f"{model}-{processes}.run", args.tiny, gpu)
+
+        def go_on(processes: int, gpu: int, model: str) -> None:
+            """On this number of processes, from the checkpoint of the other."""
+            other = runs[model, 3 - processes]
+            out = folder / f"{model}-{3 - processes}-on-{processes}.run"
+            checkpoint = folder / f"{model}-{3 - processes}" / f"checkpoint-{saved}"
+            again = launch(processes, model, out, args.tiny, gpu, checkpoint)
+            assert again["sizes"] == other["sizes"]
+            other["continued"] = distance(again, other)
+
+        for stage in (run, go_on):
+            # One process of each model side by side, a GPU for each; those of two processes one after the other.
+            with ThreadPoolExecutor(len(models) if torch.cuda.device_count() >= len(models) else 1) as pool:
+                list(pool.map(stage, [1] * len(models), range(len(models)), models))
+            for model in models:
+                stage(2, 0, model)
+            print_table(runs)
+
+
+def print_table(runs: dict[tuple[str, int], dict[str, Any]]) -> None:
     print(
         "\n| model | processes | states | steps/s | after | cutting, s | GiB | after | ranks equal | loss | continued |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(rows), flush=True)
+    for (model, processes), run in sorted(runs.items()):
+        assert len(run["digests"]) == 4
+        assert len(set(run["sizes"])) == 1
+        memory = [f"{run['memory'][when]:.2f}" for when in ("before", "after")]
+        cells = [model, str(processes), f"{run['sizes'][0]}", f"{run['before']:.2f}", f"{run['after']:.2f}"]
+        cells += [f"{run['cut_seconds']:.2f}", *memory, "yes" if run["equal"] else "NO"]
+        cells += [f"{distance(run, runs[model, 1]):.1e}"]
+        cells += [f"{run['continued']:.1e}" if "continued" in run else "-"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

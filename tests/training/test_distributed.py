@@ -88,7 +88,7 @@ def test_the_script_for_several_gpus_runs_on_cpus():
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "several_gpus.py"), "--tiny", "--models", "mamba"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-4000:]
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| mamba |")]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| mamba |")][-2:]
     assert [row[1] for row in rows] == ["1", "2"]
     for row in rows:
         assert row[-3] == "yes"
