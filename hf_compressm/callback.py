@@ -237,7 +237,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # A tolerance of 0 still measures the spectra; nothing is cut.
         measured = config or CompreSSMConfig(tolerance=0, realization="select", estimator=self.config.estimator)
         plan: CutPlan = decide(lambda: self._gate(plan_cut(model, layers, statistics, measured), step).cpu())
-        entry = self._history_entry(step, layers, statistics)
+        entry = self._history_entry(step, plan, layers, statistics)
         undone = False
         if plan.cuts:
             undone = self._cut(model, layers, plan, optimizer)
@@ -366,13 +366,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return decide(lambda: float(metrics[self._metric_name]))
 
     # What is recorded and logged.
-    def _history_entry(self, step: int, layers: list[SSMLayer], statistics: list[Any]) -> dict[str, Any]:
+    def _history_entry(
+        self, step: int, plan: CutPlan, layers: list[SSMLayer], statistics: list[Any]
+    ) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "step": step,
-            "hankel_singular_values": {
-                layer.index: stats.hankel_singular_values().tolist()
-                for layer, stats in zip(layers, statistics, strict=True)
-            },
+            "hankel_singular_values": {row.index: row.hankel_singular_values for row in plan.report.layers},
             "contributions": {
                 layer.index: [moments.contribution.diagonal().tolist() for moments in stats.groups]
                 for layer, stats in zip(layers, statistics, strict=True)

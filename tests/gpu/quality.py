@@ -6,6 +6,7 @@
 
 import argparse
 import copy
+import functools
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import hf_compressm
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.calibration import calibration_batches
-from hf_compressm.compress import apply_cut_, measure, plan_cut
+from hf_compressm.compress import SENSITIVITY_SEQUENCES, apply_cut_, measure, plan_cut
 
 TEXT = Path(hf_compressm.__file__).parent / "reference" / "evaluation.txt"
 LENGTH = 512
@@ -27,6 +28,10 @@ BASELINES = ["greedy", "ghost", "lti_modal", "magnitude", "random"]
 def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
     losses = [float(model(batch, labels=batch, use_cache=False).loss) * len(batch) for batch in windows.split(8)]
     return math.exp(sum(losses) / len(windows))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits
 
 
 def cuts(N: int, mamba2: bool) -> list[tuple[str, dict]]:
@@ -74,7 +79,9 @@ def main() -> None:
                 model = copy.deepcopy(full)
                 layers, config = find_layers(model), CompreSSMConfig(**options, seed=seed)
                 fits = config.selection == "auto" and config.refit
-                plan = plan_cut(model, layers, statistics, config, inputs if fits else None)
+                some = batches[0]["input_ids"][:SENSITIVITY_SEQUENCES].to(args.device)
+                predict = functools.partial(logits, model, some)
+                plan = plan_cut(model, layers, statistics, config, inputs if fits else None, predict)
                 report = apply_cut_(model, layers, plan)
                 values.append(perplexity(model, windows))
             value = sum(values) / len(values)
