@@ -1,4 +1,4 @@
-"""Triton scan for the contribution Gram M of Mamba-1 and Mamba-2.
+"""Triton scan for the contribution Gram M of Mamba-1.
 
 | here | paper | meaning |
 |---|---|---|
@@ -7,7 +7,7 @@
 | `M` | M | sum over tokens and channels of w (C_i h_i) (C_j h_j) |
 
 M is the Gram of the features g C_n h_n over tokens and channels, so one matrix product per token adds to it and K_t
-is not needed. A Mamba-2 layer is scanned as a Mamba-1 layer whose channels share their head's step and decay.
+is not needed.
 """
 
 from __future__ import annotations
@@ -31,50 +31,37 @@ def _contribution_kernel(
     tiles,
     M,
     length,
-    groups,
     channels,
-    heads,
-    head_dim,
     N,
-    SCALAR: tl.constexpr,
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile (i, j) of M from one block of a group's channels and one row of the batch."""
+    """One tile (i, j) of M from one block of channels and one row of the batch."""
     block, tile, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    group_channels = channels // groups
-    blocks = tl.cdiv(group_channels, CHANNELS)
-    group = block // blocks
-    within = (block % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    in_d = within < group_channels
-    d = group * group_channels + within
-    head = d // head_dim
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    in_d = d < channels
     i = tl.load(tiles + 2 * tile) * TILE + tl.arange(0, TILE)
     j = tl.load(tiles + 2 * tile + 1) * TILE + tl.arange(0, TILE)
     in_i, in_j = i < N, j < N
-    if SCALAR:
-        A_i = tl.load(A + head, mask=in_d, other=0.0)[None, :] * LOG2_E
-        A_j = A_i
-    else:
-        A_i = tl.load(A + d[None, :] * N + i[:, None], mask=in_i[:, None] & in_d[None, :], other=0.0) * LOG2_E
-        A_j = tl.load(A + d[None, :] * N + j[:, None], mask=in_j[:, None] & in_d[None, :], other=0.0) * LOG2_E
+    A_i = tl.load(A + d[None, :] * N + i[:, None], mask=in_i[:, None] & in_d[None, :], other=0.0) * LOG2_E
+    A_j = tl.load(A + d[None, :] * N + j[:, None], mask=in_j[:, None] & in_d[None, :], other=0.0) * LOG2_E
     h_i = tl.zeros([TILE, CHANNELS], tl.float32)
     h_j = tl.zeros([TILE, CHANNELS], tl.float32)
     total = tl.zeros([TILE, TILE], tl.float32)
     token = row.to(tl.int64) * length
     end = token + length
-    next_step = tl.load(delta + token * heads + head, mask=in_d, other=0.0).to(tl.float32)
+    next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     for _ in range(length):
         step, drive, g = next_step, next_step * next_u, next_g
         # Read ahead: the load's latency hides behind this token's arithmetic.
-        more = within < tl.where(token + 1 < end, group_channels, 0)
-        next_step = tl.load(delta + (token + 1) * heads + head, mask=more, other=0.0).to(tl.float32)
+        more = d < tl.where(token + 1 < end, channels, 0)
+        next_step = tl.load(delta + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)
         next_u = tl.load(u + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)
         next_g = tl.load(gate + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)
-        maps = (token * groups + group) * N
+        maps = token * N
         B_i = tl.load(B + maps + i, mask=in_i, other=0.0).to(tl.float32)
         B_j = tl.load(B + maps + j, mask=in_j, other=0.0).to(tl.float32)
         C_i = tl.load(C + maps + i, mask=in_i, other=0.0).to(tl.float32)
@@ -91,41 +78,35 @@ def _contribution_kernel(
 
 
 def contribution(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate: Tensor) -> Tensor:
-    """The contribution Gram of each group of channels that shares B and C.
+    """The contribution Gram of a layer.
 
     Args:
-        u, gate: inputs and gates, [batch, length, channels], or [batch, length, heads, head_dim] (Mamba-2).
-        delta: step sizes, [batch, length, channels] or [batch, length, heads].
-        A: continuous-time dynamics, [channels, N] or [heads].
-        B, C: input and output maps, [batch, length, N] or [batch, length, groups, N].
+        u, gate: inputs and gates, [batch, length, channels].
+        delta: step sizes, [batch, length, channels].
+        A: continuous-time dynamics, [channels, N].
+        B, C: input and output maps, [batch, length, N].
 
     Returns:
-        M, [groups, N, N], float64.
+        M, [N, N], float64.
     """
-    batch, length, heads = delta.shape
-    scalar = A.dim() == 1
-    groups, N = (B.shape[2], B.shape[3]) if scalar else (1, B.shape[2])
-    channels = u[0, 0].numel()
+    batch, length, channels = u.shape
+    N = B.shape[2]
     tile, lanes = min(64, max(16, triton.next_power_of_2(N))), 32
-    blocks = groups * triton.cdiv(channels // groups, lanes)
+    blocks = triton.cdiv(channels, lanes)
     count = triton.cdiv(N, tile)
     tiles = torch.tril_indices(count, count, device=u.device).T.contiguous().int()
-    parts = u.new_zeros(batch, groups, blocks // groups, N, N, dtype=torch.float32)
+    parts = u.new_zeros(batch, blocks, N, N, dtype=torch.float32)
     _contribution_kernel[(blocks, len(tiles), batch)](
         *(x.contiguous() for x in (u, delta, A, B, C, gate)),
         tiles,
         parts,
         length,
-        groups,
         channels,
-        heads,
-        channels // heads,
         N,
-        SCALAR=scalar,
         TILE=tile,
         CHANNELS=lanes,
         PRECISION=PRECISION,
         num_warps={16: 1, 32: 4, 64: 8}[tile],
     )
-    M = parts.sum((0, 2), dtype=torch.float64)
+    M = parts.sum((0, 1), dtype=torch.float64)
     return M.tril() + M.tril(-1).mT
