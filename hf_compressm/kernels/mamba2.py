@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contribution import pairs_of_blocks, split
 from .mamba import CHUNK, LOG2_E, PRECISION
 
 SPAN = 4
@@ -236,15 +237,6 @@ def _starts_kernel(
 
 
 @triton.jit
-def _split(values, OPERAND: tl.constexpr):
-    """Two bfloat16 numbers whose sum is good to 2^-17: a float32 number for the tensor cores' fastest products."""
-    # Rounded as an integer: back and forth through bfloat16 takes the slow unit for single conversions.
-    bits = (values.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
-    high = bits.to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16).to(OPERAND), (values - high).to(tl.bfloat16).to(OPERAND)
-
-
-@triton.jit
 def _contribution_kernel(
     x,
     delta,
@@ -265,10 +257,9 @@ def _contribution_kernel(
     TILE: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """Half of M + (its transpose's other half) over a span of chunks of one head and one row of the batch.
+    """M over a span of chunks of one head and one row of the batch, not yet symmetric, for a pair of blocks of states.
 
-    The states of a tile are those of two blocks of half its width, so that M is covered by pairs of blocks. Tiles are
-    [states, tokens]: the products' rows, which the warps share out, are then the longer side.
+    Tiles are [states, tokens]: the products' rows, which the warps share out, are then the longer side.
     """
     chunks = tl.cdiv(length, CHUNK)
     spans = tl.cdiv(chunks, SPAN)
@@ -292,7 +283,7 @@ def _contribution_kernel(
         steps = tl.load(delta + tokens * heads + head, mask=in_t, other=0.0).to(tl.float32)
         inside = in_n[:, None] & in_t[None, :]
         outputs = tl.load(C + maps, mask=inside, other=0.0).to(tl.float32)
-        B_high, B_low = _split(tl.load(B + maps, mask=inside, other=0.0).to(tl.float32), OPERAND)
+        B_high, B_low = split(tl.load(B + maps, mask=inside, other=0.0).to(tl.float32), OPERAND)
         passed = tl.cumsum(steps * rate, 0)
         # From s, down, to t. Masked before exp2: a difference that looks ahead is positive and might overflow.
         between = tl.where(s[:, None] <= s[None, :], passed[None, :] - passed[:, None], -float("inf"))
@@ -308,14 +299,14 @@ def _contribution_kernel(
             next_x = tl.load(x + channels + p + 1, mask=more, other=0.0).to(tl.float32)
             next_g = tl.load(gate + channels + p + 1, mask=more, other=0.0).to(tl.float32)
             next_state = tl.load(state + (p + 1) * N, mask=n < tl.where(p + 1 < head_dim, N, 0), other=0.0)
-            high, low = _split(decay * drive[:, None] * g[None, :], OPERAND)
+            high, low = split(decay * drive[:, None] * g[None, :], OPERAND)
             h = start[:, None] * (since_start * g)[None, :]
             h = tl.dot(B_high, high, h)
             h = tl.dot(B_low, high, h)
             h = tl.dot(B_high, low, h)
             # f f^T = high high^T + high low^T + low high^T + what is too small; of the middle two, which are each
             # other's transposes, only the first is computed, twice: M is made symmetric in the end.
-            high, low = _split(h * outputs, OPERAND)
+            high, low = split(h * outputs, OPERAND)
             total = tl.dot(high, tl.trans(high), total)
             total = tl.dot(high, tl.trans(low + low), total)
     pair = ((part * heads + head) * N + n[:, None]) * N + n[None, :]
@@ -356,8 +347,7 @@ def contribution(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate
         PRECISION=PRECISION,
         num_warps=4,
     )
-    blocks = max(2, triton.cdiv(N, tile // 2))
-    pairs = torch.triu_indices(blocks, blocks, 1, device=x.device).T.contiguous().int()
+    pairs = pairs_of_blocks(N, tile, x.device)
     spans = triton.cdiv(chunks, SPAN)
     parts = x.new_empty(batch * spans, groups, heads // groups, N, N, dtype=torch.float32)
     _contribution_kernel[(heads, batch * spans, len(pairs))](

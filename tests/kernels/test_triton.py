@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 TOLERANCE = 2e-6
 """Of the relative errors: inputs are taken as they are, in either dtype, and all arithmetic is in float32."""
 SPLIT_TOLERANCE = 3e-5
-"""Of Mamba-2's contribution Gram, from products of numbers split into two bfloat16 ones, which the interpreter cuts off
+"""Of the contribution Gram, from products of numbers split into two bfloat16 ones, which the interpreter cuts off
 and a GPU rounds."""
 
 
@@ -87,7 +87,7 @@ def test_gramians(dtype, batch, length, channels, N, pad):
 @dtypes
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "N", "pad"),
-    [(2, 67, 3, 8, 4), (1, 5, 65, 12, 0), (1, 66, 2, 16, 0), (1, 3, 4, 64, 0)],
+    [(2, 67, 3, 8, 4), (1, 5, 65, 12, 0), (1, 66, 2, 16, 0), (1, 3, 4, 64, 0), (1, 4, 3, 160, 0)],
 )
 def test_output_moments(dtype, batch, length, channels, N, pad):
     from hf_compressm.kernels.contribution import contribution
@@ -110,7 +110,7 @@ def test_output_moments(dtype, batch, length, channels, N, pad):
     assert_near(y, features.sum(-1))
     assert_near(K, gated[..., kept].mT @ gated[..., kept])
     assert_near(moved, (gated[..., kept] * features.sum(-1, keepdim=True)).sum(2))
-    assert_near(M, torch.einsum("bldi,bldj->ij", features, features))
+    assert_near(M, torch.einsum("bldi,bldj->ij", features, features), SPLIT_TOLERANCE)
 
 
 @needs_interpreter
@@ -169,8 +169,9 @@ def test_statistics_are_those_of_the_plain_scan(monkeypatch, limit, mean_lti):
     assert len(c) == (N if limit == 4096 else 5)
     for name in ("P", "Q", "tokens", "weight", "decay"):
         assert_near(getattr(both[0], name), getattr(both[1], name).double())
-    for name in ("output", "contribution", "normal_pairs"):
+    for name in ("output", "normal_pairs"):
         assert_near(getattr(one, name), getattr(other, name))
+    assert_near(one.contribution, other.contribution, SPLIT_TOLERANCE)
     assert_near(one.cross[c], other.cross[c])
 
 
