@@ -226,7 +226,7 @@ class MambaStatistics:
         if not len(moments.candidates):
             first = slice(0, FIRST_TOKENS)
             moments.choose_candidates(
-                contribution(u[:, first], delta[:, first], A, B[:, first], C[:, first], gate[:, first])[0]
+                contribution(u[:, first], delta[:, first], A, B[:, first], C[:, first], gate[:, first])
             )
         every, kept = len(moments.candidates) == size, moments.candidates
         rows = max(1, WORKING_SET // (u.shape[1] * size**2))
@@ -240,7 +240,7 @@ class MambaStatistics:
             else:
                 starts, y = chunk_starts(inputs, steps, A, B[some], outputs, gates)
                 K, moved = output_gram(inputs, steps, A[:, kept], B[some][..., kept], gates, starts[:, :, kept], y)
-                M = contribution(inputs, steps, A, B[some], outputs, gates)[0]
+                M = contribution(inputs, steps, A, B[some], outputs, gates)
                 moments.add(outputs.flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
 
     def _update_by_chunks(self, system: MambaSystem) -> None:
@@ -306,8 +306,7 @@ class Mamba2Statistics:
 
     def _update_fused(self, system: Mamba2System) -> None:
         """The scans as kernels."""
-        from ..kernels.contribution import contribution
-        from ..kernels.mamba2 import controllability
+        from ..kernels.mamba2 import contribution, controllability
 
         x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
         if not self.mean_lti:

@@ -1,4 +1,4 @@
-"""Triton scan for the contribution Gram M of Mamba-1 and Mamba-2.
+"""Triton scan for the contribution Gram M of Mamba-1.
 
 | here | paper | meaning |
 |---|---|---|
@@ -6,8 +6,8 @@
 | `h` | h_t | state, h_t = exp(Delta_t A) h_{t-1} + Delta_t u_t B_t |
 | `M` | M | sum over tokens and channels of w (C_i h_i) (C_j h_j) |
 
-M is the Gram of the features g C_n h_n over tokens and channels, so one matrix product per token adds to it and K_t
-is not needed. A Mamba-2 layer is scanned as a Mamba-1 layer whose channels share their head's step and decay.
+M is the Gram of the features f_n = g C_n h_n over tokens and channels, so one matrix product per token adds to it and
+K_t is not needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mamba import LOG2_E, PRECISION
+from .mamba import LOG2_E
+
+
+@triton.jit
+def split(values, OPERAND: tl.constexpr):
+    """Two bfloat16 numbers whose sum is good to 2^-17: a float32 number for the tensor cores' fastest products."""
+    # Rounded as an integer: back and forth through bfloat16 takes the slow unit for single conversions.
+    bits = (values.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+    high = bits.to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16).to(OPERAND), (values - high).to(tl.bfloat16).to(OPERAND)
 
 
 @triton.jit
@@ -28,104 +37,93 @@ def _contribution_kernel(
     B,
     C,
     gate,
-    tiles,
+    pairs,
     M,
     length,
-    groups,
     channels,
-    heads,
-    head_dim,
     N,
-    SCALAR: tl.constexpr,
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    """One tile (i, j) of M from one block of a group's channels and one row of the batch."""
-    block, tile, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    group_channels = channels // groups
-    blocks = tl.cdiv(group_channels, CHANNELS)
-    group = block // blocks
-    within = (block % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    in_d = within < group_channels
-    d = group * group_channels + within
-    head = d // head_dim
-    i = tl.load(tiles + 2 * tile) * TILE + tl.arange(0, TILE)
-    j = tl.load(tiles + 2 * tile + 1) * TILE + tl.arange(0, TILE)
-    in_i, in_j = i < N, j < N
-    if SCALAR:
-        A_i = tl.load(A + head, mask=in_d, other=0.0)[None, :] * LOG2_E
-        A_j = A_i
-    else:
-        A_i = tl.load(A + d[None, :] * N + i[:, None], mask=in_i[:, None] & in_d[None, :], other=0.0) * LOG2_E
-        A_j = tl.load(A + d[None, :] * N + j[:, None], mask=in_j[:, None] & in_d[None, :], other=0.0) * LOG2_E
-    h_i = tl.zeros([TILE, CHANNELS], tl.float32)
-    h_j = tl.zeros([TILE, CHANNELS], tl.float32)
+    """M of one block of channels and one row of the batch, not yet symmetric, for a pair of blocks of states."""
+    block, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    lane = tl.arange(0, TILE)
+    first, second = tl.load(pairs + 2 * tl.program_id(1)), tl.load(pairs + 2 * tl.program_id(1) + 1)
+    n = tl.where(lane < TILE // 2, first * (TILE // 2) + lane, (second - 1) * (TILE // 2) + lane)
+    in_d, in_n = d < channels, n < N
+    rates = tl.load(A + d[None, :] * N + n[:, None], mask=in_n[:, None] & in_d[None, :], other=0.0) * LOG2_E
+    h = tl.zeros([TILE, CHANNELS], tl.float32)
     total = tl.zeros([TILE, TILE], tl.float32)
-    token = row.to(tl.int64) * length
+    token = row * length
     end = token + length
-    next_step = tl.load(delta + token * heads + head, mask=in_d, other=0.0).to(tl.float32)
+    next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+    next_B = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
+    next_C = tl.load(C + token * N + n, mask=in_n, other=0.0).to(tl.float32)
     for _ in range(length):
-        step, drive, g = next_step, next_step * next_u, next_g
+        step, drive, g, inputs, outputs = next_step, next_step * next_u, next_g, next_B, next_C
         # Read ahead: the load's latency hides behind this token's arithmetic.
-        more = within < tl.where(token + 1 < end, group_channels, 0)
-        next_step = tl.load(delta + (token + 1) * heads + head, mask=more, other=0.0).to(tl.float32)
-        next_u = tl.load(u + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)
-        next_g = tl.load(gate + (token + 1) * channels + d, mask=more, other=0.0).to(tl.float32)
-        maps = (token * groups + group) * N
-        B_i = tl.load(B + maps + i, mask=in_i, other=0.0).to(tl.float32)
-        B_j = tl.load(B + maps + j, mask=in_j, other=0.0).to(tl.float32)
-        C_i = tl.load(C + maps + i, mask=in_i, other=0.0).to(tl.float32)
-        C_j = tl.load(C + maps + j, mask=in_j, other=0.0).to(tl.float32)
-        h_i = tl.exp2(A_i * step[None, :]) * h_i + drive[None, :] * B_i[:, None]
-        h_j = tl.exp2(A_j * step[None, :]) * h_j + drive[None, :] * B_j[:, None]
-        features_i = h_i * (C_i[:, None] * g[None, :])
-        features_j = h_j * (C_j[:, None] * g[None, :])
-        total += tl.dot(features_i, tl.trans(features_j), input_precision=PRECISION)
         token += 1
-    part = row.to(tl.int64) * tl.num_programs(0) + block
-    place = M + (part * N + i[:, None]) * N + j[None, :]
-    tl.store(place, total, mask=in_i[:, None] & in_j[None, :])
+        more_d = d < tl.where(token < end, channels, 0)
+        more_n = n < tl.where(token < end, N, 0)
+        next_step = tl.load(delta + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_u = tl.load(u + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_g = tl.load(gate + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_B = tl.load(B + token * N + n, mask=more_n, other=0.0).to(tl.float32)
+        next_C = tl.load(C + token * N + n, mask=more_n, other=0.0).to(tl.float32)
+        h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
+        high, low = split(h * (outputs[:, None] * g[None, :]), OPERAND)
+        # f f^T = high high^T + high low^T + low high^T + what is too small; of the middle two, which are each other's
+        # transposes, only the first is computed, twice: M is made symmetric in the end.
+        total = tl.dot(high, tl.trans(high), total)
+        total = tl.dot(high, tl.trans(low + low), total)
+    part = row * tl.num_programs(0) + block
+    tl.store(M + (part * N + n[:, None]) * N + n[None, :], total, mask=in_n[:, None] & in_n[None, :])
+
+
+def pairs_of_blocks(N: int, tile: int, device: torch.device) -> Tensor:
+    """The pairs of blocks of tile / 2 states that cover all pairs of N states, [pairs, 2], int32.
+
+    A tile of M belongs to the states of two blocks, the first's and the second's, so that all tiles are on M's
+    diagonal and need no second set of states.
+    """
+    blocks = max(2, triton.cdiv(N, tile // 2))
+    return torch.triu_indices(blocks, blocks, 1, device=device).T.contiguous().int()
 
 
 def contribution(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate: Tensor) -> Tensor:
-    """The contribution Gram of each group of channels that shares B and C.
+    """The contribution Gram of a layer, with a relative error of about 1e-5.
 
     Args:
-        u, gate: inputs and gates, [batch, length, channels], or [batch, length, heads, head_dim] (Mamba-2).
-        delta: step sizes, [batch, length, channels] or [batch, length, heads].
-        A: continuous-time dynamics, [channels, N] or [heads].
-        B, C: input and output maps, [batch, length, N] or [batch, length, groups, N].
+        u, gate: inputs and gates, [batch, length, channels].
+        delta: step sizes, [batch, length, channels].
+        A: continuous-time dynamics, [channels, N].
+        B, C: input and output maps, [batch, length, N].
 
     Returns:
-        M, [groups, N, N], float64.
+        M, [N, N], float64.
     """
-    batch, length, heads = delta.shape
-    scalar = A.dim() == 1
-    groups, N = (B.shape[2], B.shape[3]) if scalar else (1, B.shape[2])
-    channels = u[0, 0].numel()
-    tile, lanes = min(64, max(16, triton.next_power_of_2(N))), 32
-    blocks = groups * triton.cdiv(channels // groups, lanes)
-    count = triton.cdiv(N, tile)
-    tiles = torch.tril_indices(count, count, device=u.device).T.contiguous().int()
-    parts = u.new_zeros(batch, groups, blocks // groups, N, N, dtype=torch.float32)
-    _contribution_kernel[(blocks, len(tiles), batch)](
+    batch, length, channels = u.shape
+    N = B.shape[2]
+    tile, lanes = min(128, max(16, triton.next_power_of_2(N))), 32
+    blocks = triton.cdiv(channels, lanes)
+    pairs = pairs_of_blocks(N, tile, u.device)
+    parts = u.new_empty(batch, blocks, N, N, dtype=torch.float32)
+    _contribution_kernel[(blocks, len(pairs), batch)](
         *(x.contiguous() for x in (u, delta, A, B, C, gate)),
-        tiles,
+        pairs,
         parts,
         length,
-        groups,
         channels,
-        heads,
-        channels // heads,
         N,
-        SCALAR=scalar,
         TILE=tile,
         CHANNELS=lanes,
-        PRECISION=PRECISION,
-        num_warps={16: 1, 32: 4, 64: 8}[tile],
+        # The interpreter has no bfloat16 products; it makes the same ones of the same numbers in float32.
+        OPERAND=tl.bfloat16 if u.is_cuda else tl.float32,
+        num_warps={16: 1, 32: 4, 64: 4, 128: 8}[tile],
     )
-    M = parts.sum((0, 2), dtype=torch.float64)
-    return M.tril() + M.tril(-1).mT
+    M = parts.sum((0, 1), dtype=torch.float64)
+    return (M + M.mT) / 2

@@ -27,6 +27,7 @@ from hf_compressm.hankel.gramians import Mamba2Statistics, Mamba2System, MambaSt
 from hf_compressm.hankel.realization import select_each_with_readout
 from hf_compressm.kernels.contribution import contribution
 from hf_compressm.kernels.mamba import chunk_starts, gramians, output_gram
+from hf_compressm.kernels.mamba2 import contribution as contribution2
 from hf_compressm.kernels.mamba2 import controllability
 from hf_compressm.kernels.reference import mamba2_states, mamba_states, observability_gramian, observability_reach
 
@@ -78,7 +79,7 @@ def section_correct() -> None:
             r = double(s)
             P, Q = gramians(s.u, s.delta, s.A, s.B, s.C, s.valid)
             starts, y = chunk_starts(s.u, s.delta, s.A, s.B, s.C, s.gate)
-            M = contribution(s.u, s.delta, s.A, s.B, s.C, s.gate)[0]
+            M = contribution(s.u, s.delta, s.A, s.B, s.C, s.gate)
             keep = torch.arange(min(N, 64), device="cuda")
             K, moved = output_gram(s.u, s.delta, s.A[:, keep], s.B[..., keep], s.gate, starts[:, :, keep], y)
             h = torch.cat([part.clone() for _, part in mamba_states(r.u, r.delta, r.A, r.B)], 1)
@@ -102,7 +103,7 @@ def section_correct() -> None:
             s = mamba2_system(2, 135, 4, 64, 2 if N < 128 else 1, N, dtype, 5)
             r = double(s)
             P, G = controllability(s.x, s.delta, s.A, s.B, s.gate, s.valid)
-            M = contribution(s.x, s.delta, s.A, s.B, s.C, s.gate)
+            M = contribution2(s.x, s.delta, s.A, s.B, s.C, s.gate)
             P_ref, M_ref = torch.zeros_like(P), torch.zeros_like(M)
             for t, h in mamba2_states(r.x, r.delta, r.A, r.B):
                 gated = (r.gate[:, t, ..., None] * h).unflatten(2, (r.B.shape[2], -1)).flatten(3, 4)
@@ -286,7 +287,7 @@ def section_time() -> None:
         )
         row(
             label + "contribution",
-            lambda s=s: contribution(s.x, s.delta, s.A, s.B, s.C, s.gate),
+            lambda s=s: contribution2(s.x, s.delta, s.A, s.B, s.C, s.gate),
             8 * tokens * inner,
             matrix=tokens * inner * N * (N + 1),
         )
@@ -338,7 +339,7 @@ WORKLOADS = [
 
 
 def section_measure() -> None:
-    """Measuring all layers, against the model's forward pass and training step."""
+    """Measuring all layers, against the model's forward pass and training step; all under autocast, as in training."""
     for kind, size, hidden, count, shape, batches in WORKLOADS:
         try:
             model = model_of(kind, size, hidden, count)
@@ -349,16 +350,14 @@ def section_measure() -> None:
             train_step(model, optimizer, ids)
             step = wall(lambda m=model, o=optimizer, i=ids: train_step(m, o, i), 3)
             model.eval()
-            with torch.no_grad():
-                model.base_model(input_ids=ids, use_cache=False)
-                forward = wall(lambda m=model, i=ids: m.base_model(input_ids=i, use_cache=False), 2)
             layers = find_layers(model)
             data = [{"input_ids": ids}] * batches
-            measure(model, layers, data[:1])
-            with torch.no_grad():
-                whole = wall(lambda m=model, la=layers, d=data: measure(m, la, d))
             hidden_states = torch.randn(*shape, hidden, device="cuda")
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                model.base_model(input_ids=ids, use_cache=False)
+                forward = wall(lambda m=model, i=ids: m.base_model(input_ids=i, use_cache=False), 2)
+                measure(model, layers, data[:1])
+                whole = wall(lambda m=model, la=layers, d=data: measure(m, la, d))
                 read = wall(lambda la=layers, x=hidden_states: la[0].read(x, None), 3)
                 system = layers[0].read(hidden_states, None)
                 entry = layers[0].statistics(mean_lti=False)
@@ -369,15 +368,7 @@ def section_measure() -> None:
                 f"measure {whole:.1f} ms = {whole / step:.2f} steps; per layer and batch: read {read:.2f}, "
                 f"update {update:.2f} ms"
             )
-            from torch.profiler import ProfilerActivity, profile
-
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-                measure(model, layers, data[:1])
-                torch.cuda.synchronize()
-            print(
-                profiler.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60)[:6000]
-            )
-            del model, optimizer, entry, system, profiler
+            del model, optimizer, entry, system
         except Exception:
             traceback.print_exc()
         torch.cuda.empty_cache()

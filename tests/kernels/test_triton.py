@@ -20,6 +20,9 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the proc
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TOLERANCE = 2e-6
 """Of the relative errors: inputs are taken as they are, in either dtype, and all arithmetic is in float32."""
+SPLIT_TOLERANCE = 3e-5
+"""Of the contribution Gram, from products of numbers split into two bfloat16 ones, which the interpreter cuts off
+and a GPU rounds."""
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
@@ -84,7 +87,7 @@ def test_gramians(dtype, batch, length, channels, N, pad):
 @dtypes
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "N", "pad"),
-    [(2, 67, 3, 8, 4), (1, 5, 65, 12, 0), (1, 66, 2, 16, 0), (1, 3, 4, 64, 0)],
+    [(2, 67, 3, 8, 4), (1, 5, 65, 12, 0), (1, 66, 2, 16, 0), (1, 3, 4, 64, 0), (1, 4, 3, 160, 0)],
 )
 def test_output_moments(dtype, batch, length, channels, N, pad):
     from hf_compressm.kernels.contribution import contribution
@@ -107,18 +110,26 @@ def test_output_moments(dtype, batch, length, channels, N, pad):
     assert_near(y, features.sum(-1))
     assert_near(K, gated[..., kept].mT @ gated[..., kept])
     assert_near(moved, (gated[..., kept] * features.sum(-1, keepdim=True)).sum(2))
-    assert_near(M, torch.einsum("bldi,bldj->ij", features, features)[None])
+    assert_near(M, torch.einsum("bldi,bldj->ij", features, features), SPLIT_TOLERANCE)
 
 
 @needs_interpreter
 @dtypes
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "head_dim", "groups", "N", "pad"),
-    [(2, 37, 2, 8, 1, 8, 4), (1, 20, 4, 20, 2, 12, 0), (1, 7, 2, 16, 1, 128, 0), (1, 4, 1, 3, 1, 160, 0)],
+    [
+        (2, 37, 2, 8, 1, 8, 4),
+        (1, 20, 4, 20, 2, 12, 0),
+        (1, 7, 2, 16, 1, 128, 0),
+        (1, 4, 1, 3, 1, 160, 0),
+        (1, 1, 2, 4, 2, 16, 0),
+        (2, 67, 2, 3, 2, 64, 3),
+        (1, 67, 2, 2, 1, 128, 65),
+        (2, 325, 2, 2, 2, 12, 4),
+    ],
 )
 def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
-    from hf_compressm.kernels.contribution import contribution
-    from hf_compressm.kernels.mamba2 import controllability
+    from hf_compressm.kernels.mamba2 import contribution, controllability
     from hf_compressm.kernels.reference import mamba2_states, observability_reach
 
     x, delta, B, C, gate, valid = random_system(batch, length, (heads, head_dim), (groups, N), pad, dtype)
@@ -131,7 +142,8 @@ def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
     features = gated * C[:, :, :, None]
     assert_near(P, torch.einsum("blgdi,blgdj->gij", gated, gated))
     assert_near(G, observability_reach(delta, A, valid))
-    assert_near(M, torch.einsum("blgdi,blgdj->gij", features, features))
+    assert_near(M, torch.einsum("blgdi,blgdj->gij", features, features), SPLIT_TOLERANCE)
+    assert torch.equal(M, M.mT)
 
 
 @needs_interpreter
@@ -157,8 +169,9 @@ def test_statistics_are_those_of_the_plain_scan(monkeypatch, limit, mean_lti):
     assert len(c) == (N if limit == 4096 else 5)
     for name in ("P", "Q", "tokens", "weight", "decay"):
         assert_near(getattr(both[0], name), getattr(both[1], name).double())
-    for name in ("output", "contribution", "normal_pairs"):
+    for name in ("output", "normal_pairs"):
         assert_near(getattr(one, name), getattr(other, name))
+    assert_near(one.contribution, other.contribution, SPLIT_TOLERANCE)
     assert_near(one.cross[c], other.cross[c])
 
 
@@ -179,4 +192,4 @@ def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
         assert_near(getattr(both[0], name), getattr(both[1], name).double())
     for one, other in zip(both[0].groups, both[1].groups, strict=True):
         assert_near(one.output, other.output)
-        assert_near(one.contribution, other.contribution)
+        assert_near(one.contribution, other.contribution, SPLIT_TOLERANCE)
