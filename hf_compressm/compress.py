@@ -333,7 +333,9 @@ def observing(
         def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             read = (hidden_states, kwargs.get("attention_mask"))
-            entry.update(layer.read(*read))
+            system = layer.read(*read)
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                entry.update(system)
             if inputs is not None:
                 inputs.setdefault(layer.index, []).append(read)
 

@@ -73,8 +73,8 @@ class HeadwiseMambaLayer(MambaLayer):
         systems = []
         for head, (u_h, gate_h) in enumerate(zip(u.chunk(self.groups, -1), gate.chunk(self.groups, -1), strict=True)):
             u_h, gate_h = u_h.contiguous(), gate_h.contiguous()
-            step, B, C = F.linear(u_h, mixer.x_proj_weight[head].float()).split(sizes, dim=-1)
-            delta = F.linear(step, mixer.dt_proj_weight[head].float(), mixer.dt_proj_bias[head].float())
+            step, B, C = F.linear(u_h, mixer.x_proj_weight[head].float()).float().split(sizes, dim=-1)
+            delta = F.linear(step, mixer.dt_proj_weight[head].float(), mixer.dt_proj_bias[head].float()).float()
             A = -torch.exp(mixer.A_log[head].float())
             systems.append(MambaSystem(u_h, F.softplus(delta), A, B, C, gate_h, valid))
         return systems

@@ -15,15 +15,15 @@ from .parameter_cut import ParameterCut
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """A mixer's depthwise causal convolution in float32, [batch, length, channels] in and out."""
+    """A mixer's depthwise causal convolution, [batch, length, channels] in and float32 out."""
     bias = None if conv.bias is None else conv.bias.float()
     out = F.conv1d(x.mT, conv.weight.float(), bias, padding=conv.kernel_size[0] - 1, groups=conv.groups)
-    return out[..., : x.shape[1]].mT
+    return out[..., : x.shape[1]].mT.float()
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A linear layer in float32."""
-    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    """A linear layer in float32, or in autocast's precision, as the model itself computes it; float32 comes out."""
+    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float()).float()
 
 
 def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
