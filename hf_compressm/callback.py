@@ -21,9 +21,11 @@ from transformers.utils import logging
 
 from .architectures import SSMLayer, find_layers
 from .calibration import calibration_batches
-from .compress import CutPlan, apply_cut_, evaluating, observing, plan_cut
+from .compress import apply_cut_
 from .config import CompreSSMConfig
 from .figures import plot_history
+from .measuring import evaluating, observing
+from .planning import CutPlan, plan_cut
 from .training.checkpoints import ReshapeOnLoad
 from .training.distributed import (
     decide,

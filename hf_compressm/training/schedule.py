@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..architectures import SSMLayer
-from ..compress import sizes_to_choose_from
 from ..config import CompreSSMConfig
+from ..planning import check_targets, sizes_to_choose_from
 
 
 def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
@@ -73,21 +73,7 @@ def check_target(config: CompreSSMConfig, layers: list[SSMLayer]) -> None:
         ValueError: if a size is not below that of its layer or not good for it, or a ratio is too small.
     """
     if config.state_size is not None:
-        for layer in layers:
-            size = _target(config.state_size, layer.index)
-            if size is not None and size >= layer.state_size:
-                raise ValueError(
-                    f"Layer {layer.index} has {layer.state_size} states, so it can't be cut to {size}: ask for fewer, or "
-                    "leave the layer out of {layer: size}."
-                )
-            if size is not None and not getattr(layer, "unprojected_state_size", None):
-                layer.check_size(size)
-        indices = {layer.index for layer in layers}
-        if isinstance(config.state_size, Mapping) and not set(config.state_size) <= indices:
-            raise ValueError(
-                f"state_size names layers {sorted(set(config.state_size) - indices)}; the SSM layers are "
-                f"{sorted(indices)}."
-            )
+        check_targets(config, layers, "select")
     elif config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
         least = sum(sizes_to_choose_from(config, layer, "select")[0] for layer in layers)

@@ -208,7 +208,9 @@ def test_a_trainer_run_with_a_cut_and_its_checkpoints(full, model_type, tmp_path
 
 
 def test_rollback_restores_the_model_exactly(full, model_type, tmp_path):
-    from hf_compressm.compress import apply_cut_, measure, plan_cut
+    from hf_compressm.compress import apply_cut_
+    from hf_compressm.measuring import measure
+    from hf_compressm.planning import plan_cut
     from hf_compressm.training.snapshot import Snapshot
 
     model = full(model_type).eval()
@@ -274,7 +276,8 @@ def test_lora_on_a_slimmed_model(slim, model_type, tmp_path):
 
 def test_index_sets_differ_between_groups(full, model_type):
     model = full(model_type)
-    from hf_compressm.compress import measure, plan_cut
+    from hf_compressm.measuring import measure
+    from hf_compressm.planning import plan_cut
 
     layers = find_layers(model)
     statistics = measure(model, layers, [{"input_ids": tokens(4, 24)}])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from hf_compressm.architectures import find_layers
 from hf_compressm.cli import app
+from hf_compressm.compress import cut_to_first_states_
+from tests.architectures.models import TYPES, build, tokens
 from tests.conftest import tiny_mamba, tiny_mamba2
 
 FAST = [
@@ -60,3 +64,12 @@ def test_refusals(tmp_path):
     assert result.exit_code == 1
     assert "can't be cut to 4" in result.stderr
     assert run(tiny_mamba(4), tmp_path, "--dtype", "int8").exit_code == 1
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_every_architecture_can_be_timed(model_type):
+    model = build(model_type)
+    cut_to_first_states_(model, 8)
+    assert {layer.state_size for layer in find_layers(model)} == {8}
+    assert model(tokens()).logits.isfinite().all()

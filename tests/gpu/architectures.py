@@ -23,7 +23,9 @@ from transformers.utils import logging
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.calibration import calibration_batches
-from hf_compressm.compress import apply_cut_, measure, plan_cut
+from hf_compressm.compress import apply_cut_
+from hf_compressm.measuring import measure
+from hf_compressm.planning import plan_cut
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "ours": {},

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
-from hf_compressm.compress import _realize, apply_cut_, measure, plan_cut
+from hf_compressm.compress import apply_cut_
 from hf_compressm.hankel import gramians as statistics
 from hf_compressm.hankel.gramians import Mamba2Statistics, Mamba2System, MambaStatistics, MambaSystem
 from hf_compressm.hankel.realization import select_each_with_readout
@@ -30,6 +30,8 @@ from hf_compressm.kernels.mamba import chunk_starts, gramians, output_gram
 from hf_compressm.kernels.mamba2 import contribution as contribution2
 from hf_compressm.kernels.mamba2 import controllability
 from hf_compressm.kernels.reference import mamba2_states, mamba_states, observability_gramian, observability_reach
+from hf_compressm.measuring import measure
+from hf_compressm.planning import plan_cut, realize
 
 BEGIN = time.perf_counter()
 
@@ -401,7 +403,7 @@ def one_cut(kind: str, size: int, hidden: int, count: int, shape: tuple[int, int
         phase("(spectra)", lambda: statistics.hankel_spectra(stats))
         phase(
             "(realize one by one)",
-            lambda: _realize(layers, stats, config, "select"),
+            lambda: realize(layers, stats, config, "select"),
         )
         if kind == "mamba":
             phase("(read-outs side by side)", lambda: select_each_with_readout([entry.groups[0] for entry in stats]))

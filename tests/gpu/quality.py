@@ -17,7 +17,9 @@ import hf_compressm
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
 from hf_compressm.calibration import calibration_batches
-from hf_compressm.compress import SENSITIVITY_SEQUENCES, apply_cut_, measure, plan_cut
+from hf_compressm.compress import SENSITIVITY_SEQUENCES, apply_cut_
+from hf_compressm.measuring import measure
+from hf_compressm.planning import plan_cut
 
 TEXT = Path(hf_compressm.__file__).parent / "reference" / "evaluation.txt"
 LENGTH = 512

@@ -40,7 +40,6 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.architectures import find_layers
 
 REFERENCE = Path(hf_compressm.__file__).parent / "reference" / "mamba-tiny"
-VOCABULARY = 512  # of recall: the keys are the lower half, the values the upper
 SHADES = 17  # of a pixel of the digits: the tokens after them are the classes
 # Learning rate, batch, training sequences, hidden size, layers.
 DEFAULTS = {
@@ -82,12 +81,12 @@ def recall(args: argparse.Namespace, seed: int) -> Task:
 
     def rows(count: int, seed: int) -> Rows:
         generator = torch.Generator().manual_seed(seed)
-        half, context = VOCABULARY // 2, 2 * args.pairs
+        half, context = args.vocabulary // 2, 2 * args.pairs
         input_ids = torch.empty(count, args.length, dtype=torch.int16)
         labels = torch.full((count, args.length), -100, dtype=torch.int16)
         for ids, targets in zip(input_ids.split(10_000), labels.split(10_000), strict=True):
             keys = torch.rand(len(ids), half, generator=generator).topk(args.pairs).indices
-            values = torch.randint(half, VOCABULARY, keys.shape, generator=generator)
+            values = torch.randint(half, args.vocabulary, keys.shape, generator=generator)
             asked = torch.randint(args.pairs, (len(ids), args.length - context), generator=generator)
             ids[:, :context:2], ids[:, 1:context:2] = keys.short(), values.short()
             ids[:, context:] = keys.gather(1, asked).short()
@@ -96,7 +95,9 @@ def recall(args: argparse.Namespace, seed: int) -> Task:
         return Rows(input_ids, labels)
 
     def config(N: int) -> MambaConfig:
-        return MambaConfig(vocab_size=VOCABULARY, hidden_size=args.hidden, num_hidden_layers=args.layers, state_size=N)
+        return MambaConfig(
+            vocab_size=args.vocabulary, hidden_size=args.hidden, num_hidden_layers=args.layers, state_size=N
+        )
 
     return Task(rows(args.train_size, 1000 + seed), rows(2000, 999), config)
 
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--train-size", type=int, help="sequences (recall), windows of 256 tokens at most (text)")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=512, help="recall: half of it keys, half of it values")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=Path)

@@ -207,7 +207,7 @@ def lora():
     ("make", "config", "arguments", "message"),
     [
         (tiny_mamba, {"state_size": 9}, {}, "can't be cut to 9"),
-        (tiny_mamba, {"state_size": {5: 2}}, {}, "names layers"),
+        (tiny_mamba, {"state_size": {5: 2}}, {}, "names layer 5"),
         (tiny_mamba2, {"state_size": 9}, {}, "multiple of 8"),
         (tiny_mamba, {"end": 50}, {}, "lower end"),
         (tiny_mamba, {"end": 1, "num_reductions": 3}, {}, "num_reductions"),

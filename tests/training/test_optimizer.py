@@ -13,7 +13,9 @@ from transformers.optimization import Adafactor
 
 from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.architectures import find_layers
-from hf_compressm.compress import apply_cut_, measure, plan_cut
+from hf_compressm.compress import apply_cut_
+from hf_compressm.measuring import measure
+from hf_compressm.planning import plan_cut
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 
 KEPT = [1, 4, 6]
