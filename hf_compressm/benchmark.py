@@ -6,6 +6,7 @@ the first states: nothing is downloaded but the config.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import statistics
@@ -61,7 +62,7 @@ def build(config: Any, device: torch.device, size: int | None = None, realizatio
         ValueError: if it has no SSM layer, or its layers can't have this size.
     """
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)  # a cut changes its own
     if size is not None:
         cut_to_first_states_(model, size, realization)
     return model.to(device)

@@ -59,6 +59,12 @@ def test_an_eighth_by_default_and_the_slow_path_is_said(tmp_path):
     assert "slow path" in result.stderr
 
 
+def test_sizes_in_any_order(tmp_path):
+    result = run(tiny_mamba(8), tmp_path, "--state-size", "2", "--state-size", "4", "--json")
+    assert result.exit_code == 0, result.output
+    assert [column["state size"] for column in json.loads(result.stdout)["results"]] == [8, 2, 4]
+
+
 def test_refusals(tmp_path):
     result = run(tiny_mamba(4), tmp_path, "--state-size", "4")
     assert result.exit_code == 1
