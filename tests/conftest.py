@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import Cache, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 VOCABULARY = 61
 
@@ -35,6 +37,11 @@ def tiny_mamba2(state_size: int = 16, layers: int = 2, groups: int = 1, seed: in
     model = Mamba2ForCausalLM(config).eval()
     _enliven(model)
     return model
+
+
+def cache_of(output: Any) -> dict[str, Cache]:
+    """The cache by its name, which is another one from transformers 5.24 on."""
+    return {name: value for name, value in output.items() if isinstance(value, Cache)}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from hf_compressm.architectures import find_layers
 from hf_compressm.hub import get_state_sizes, get_unprojected_state_sizes, modeling_compressm
 from tests import hub
 from tests.architectures.models import MAMBA_1, STATE_SIZE_FIELD, TYPES, N, build, tokens
+from tests.conftest import cache_of
 from tests.training.conftest import losses, make_trainer
 
 CODE = "modeling_compressm.py"
@@ -106,7 +107,7 @@ def test_generation_with_and_without_cache_agrees(slim, model_type):
     pieces = [step.logits]
     for i in range(7, 12):
         position = {} if model_type in ("mamba", "falcon_mamba", "mamba2") else {"position_ids": torch.full((2, 1), i)}
-        step = model(input_ids[:, i : i + 1], cache=step.cache, use_cache=True, **position)
+        step = model(input_ids[:, i : i + 1], **cache_of(step), use_cache=True, **position)
         pieces.append(step.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), logits, atol=2e-5, rtol=1e-4)
     mask = torch.ones_like(input_ids)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoModelForCausalLM, Cache, Mamba2Model
+from transformers import AutoModel, AutoModelForCausalLM, Mamba2Model
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from hf_compressm.hub import ProjectedMamba2Mixer, install, modeling_compressm, project_
+from tests.conftest import cache_of
 from tests.hub.models import (
     LAYERS,
     NOT_UNIFORM,
@@ -41,11 +42,6 @@ def test_a_change_of_basis_changes_nothing():
     change_basis_(model)
     assert all(isinstance(mixer, ProjectedMamba2Mixer) for mixer in mixers(model))
     torch.testing.assert_close(model(tokens()).logits, stock, atol=1e-5, rtol=1e-4)
-
-
-def cache_of(output) -> dict[str, Cache]:
-    """The cache by its name, which is another one from transformers 5.24 on."""
-    return {name: value for name, value in output.items() if isinstance(value, Cache)}
 
 
 @given(
