@@ -7,29 +7,21 @@
 import argparse
 import copy
 import functools
-import math
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import hf_compressm
 from hf_compressm import CompreSSMConfig
 from hf_compressm.architectures import find_layers
-from hf_compressm.calibration import calibration_batches
+from hf_compressm.calibration import LENGTH, calibration_batches, windows
 from hf_compressm.compress import SENSITIVITY_SEQUENCES, apply_cut_
+from hf_compressm.evaluation import TEXT, perplexity
 from hf_compressm.measuring import measure
 from hf_compressm.planning import plan_cut
 
-TEXT = Path(hf_compressm.__file__).parent / "reference" / "evaluation.txt"
-LENGTH = 512
+ALL = 10**6  # sequences: more than the text has
 BASELINES = ["greedy", "ghost", "lti_modal", "magnitude", "random"]
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
-    losses = [float(model(batch, labels=batch, use_cache=False).loss) * len(batch) for batch in windows.split(8)]
-    return math.exp(sum(losses) / len(windows))
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -63,15 +55,14 @@ def main() -> None:
     args = parser.parse_args()
     for folder in args.folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = torch.tensor(tokenizer(TEXT.read_text(encoding="utf-8"), verbose=False)["input_ids"])
-        windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH).to(args.device)
+        ids = windows(TEXT.read_text(encoding="utf-8"), tokenizer, ALL, LENGTH)
         full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-        base = perplexity(full, windows)
+        base = perplexity(full, ids)
         N = full.config.state_size
         inputs: dict = {}
         batches = calibration_batches(None, full, tokenizer)
         statistics = measure(full, find_layers(full), batches, inputs=inputs)
-        print(f"\n{folder.name}: N={N}, {windows.numel():,} tokens, perplexity {base:.3f}", flush=True)
+        print(f"\n{folder.name}: N={N}, {ids.numel():,} tokens, perplexity {base:.3f}", flush=True)
         print("| model | cut | states, mean | perplexity | change |\n|---|---|---|---|---|", flush=True)
         for name, options in cuts(N, full.config.model_type == "mamba2"):
             if args.only not in name:
@@ -85,7 +76,7 @@ def main() -> None:
                 predict = functools.partial(logits, model, some)
                 plan = plan_cut(model, layers, statistics, config, inputs if fits else None, predict)
                 report = apply_cut_(model, layers, plan)
-                values.append(perplexity(model, windows))
+                values.append(perplexity(model, ids))
             value = sum(values) / len(values)
             mean = sum(report.sizes.values()) / len(report.sizes)
             change = 100 * (value / base - 1)
