@@ -48,6 +48,8 @@ logger = logging.get_logger(__name__)
 
 # Beside the checkpoint's other files, one for each process: the batches that the next attempt measures.
 BATCHES_NAME = "compressm_batches_{rank}.pt"
+MEASURED_TOKENS = 2**14
+"""Of each recorded batch and process: Gramians gain nothing from more, and cost time in proportion."""
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -86,7 +88,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     `rollback` evaluates right before and right after a cut, on `metric_for_best_model` (default: the loss): two
     evaluations a cut, and no training step is lost.
 
-    Under DDP (`torchrun`) statistics are summed over the processes, process 0 decides, and all stay bit-identical.
+    Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
+    that make up 16,384 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
+    bit-identical.
 
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
     `realization="project"` after the training. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
@@ -307,7 +311,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def _run(self, model: Any, layers: list[SSMLayer], batches: list[Batch], statistics: list[Any]) -> list[Any]:
-        with observing(layers, statistics), evaluating(model):
+        max_tokens = MEASURED_TOKENS if self.calibration_data is None else None
+        with observing(layers, statistics, max_tokens=max_tokens), evaluating(model):
             for args, kwargs in batches:
                 model(*args, **kwargs)
         return statistics

@@ -48,14 +48,22 @@ def measure(
 
 @contextmanager
 def observing(
-    layers: list[SSMLayer], statistics: list[Statistics], inputs: MixerInputs | None = None
+    layers: list[SSMLayer],
+    statistics: list[Statistics],
+    inputs: MixerInputs | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[None]:
-    """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given."""
+    """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given.
+
+    Of a batch of more than `max_tokens` tokens, only the first sequences are taken, and one at least.
+    """
 
     def observe(layer: SSMLayer, entry: Any) -> Any:
         def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            read = (hidden_states, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            rows = None if max_tokens is None else max(1, max_tokens // hidden_states.shape[1])
+            read = (hidden_states[:rows], None if mask is None else mask[:rows])
             system = layer.read(*read)
             with torch.autocast(hidden_states.device.type, enabled=False):
                 entry.update(system)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from transformers import Cache, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 VOCABULARY = 61
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """The models are so tiny that more threads only wait for each other.
+
+    Not by torch.set_num_threads: afterwards the threaded LAPACK of torch 2.13 inverts matrices wrongly.
+    """
+    with threadpool_limits(1):
+        yield
 
 
 def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0) -> MambaForCausalLM:

@@ -23,11 +23,15 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHUNK = 64
 """Tokens from one stored state to the next."""
+PROGRAMS = 2**14
+"""Enough programs of one warp to fill a card several times over."""
 PRECISION = "tf32x3"
 """Of the matrix products: three tf32 ones that together are good to float32's rounding."""
 
 
-@triton.jit
+# A known multiple of 16 channels would let the stores at the end choose a layout of four channels to a thread, and the
+# loop pay for it: with one channel to a thread, rows and columns of a tile meet without moving between threads.
+@triton.jit(do_not_specialize=["channels"])
 def _gramians_kernel(
     u,
     delta,
@@ -42,39 +46,47 @@ def _gramians_kernel(
     length,
     channels,
     N,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """One tile of the pairs (i, j) of some channels' P and Q, over every so many rows of the batch."""
     split, splits = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    i = tl.load(tiles + 2 * tl.program_id(1)) * TILE + tl.arange(0, TILE)
-    j = tl.load(tiles + 2 * tl.program_id(1) + 1) * TILE + tl.arange(0, TILE)
+    i = tl.load(tiles + 2 * tl.program_id(1)) * ROWS + tl.arange(0, ROWS)
+    j = tl.load(tiles + 2 * tl.program_id(1) + 1) * COLUMNS + tl.arange(0, COLUMNS)
     in_d, in_i, in_j = d < channels, i < N, j < N
-    A_i = tl.load(A + d[None, :] * N + i[:, None], mask=in_i[:, None] & in_d[None, :], other=0.0) * LOG2_E
-    A_j = tl.load(A + d[None, :] * N + j[:, None], mask=in_j[:, None] & in_d[None, :], other=0.0) * LOG2_E
-    sum_P = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
-    sum_Q = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
+    A_i = tl.load(A + i[:, None] * channels + d[None, :], mask=in_i[:, None] & in_d[None, :], other=0.0) * LOG2_E
+    A_j = tl.load(A + j[:, None] * channels + d[None, :], mask=in_j[:, None] & in_d[None, :], other=0.0) * LOG2_E
+    sum_P = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
+    sum_Q = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
     for turn in range(tl.cdiv(batch - split, splits)):
-        h_i = tl.zeros([TILE, CHANNELS], tl.float32)
-        h_j = tl.zeros([TILE, CHANNELS], tl.float32)
-        G = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
+        h_i = tl.zeros([ROWS, CHANNELS], tl.float32)
+        h_j = tl.zeros([COLUMNS, CHANNELS], tl.float32)
+        G = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
         token = (split + turn * splits) * length
         end = token + length
         next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
         next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+        next_B_i = tl.load(B + token * N + i, mask=in_i, other=0.0).to(tl.float32)
+        next_B_j = tl.load(B + token * N + j, mask=in_j, other=0.0).to(tl.float32)
+        next_C_i = tl.load(C + token * N + i, mask=in_i, other=0.0).to(tl.float32)
+        next_C_j = tl.load(C + token * N + j, mask=in_j, other=0.0).to(tl.float32)
+        next_counts = tl.load(valid + token)
         for _ in range(length):
-            step, drive = next_step, next_step * next_u
-            # Read ahead: the load's latency hides behind this token's arithmetic.
-            ahead = (token + 1) * channels + d
-            more = d < tl.where(token + 1 < end, channels, 0)
-            next_step = tl.load(delta + ahead, mask=more, other=0.0).to(tl.float32)
-            next_u = tl.load(u + ahead, mask=more, other=0.0).to(tl.float32)
-            counts = tl.load(valid + token)
-            B_i = tl.load(B + token * N + i, mask=in_i, other=0.0).to(tl.float32)
-            B_j = tl.load(B + token * N + j, mask=in_j, other=0.0).to(tl.float32)
-            C_i = tl.load(C + token * N + i, mask=in_i, other=0.0).to(tl.float32) * counts
-            C_j = tl.load(C + token * N + j, mask=in_j, other=0.0).to(tl.float32)
+            step, drive, counts = next_step, next_step * next_u, next_counts
+            B_i, B_j, C_i, C_j = next_B_i, next_B_j, next_C_i * counts, next_C_j
+            # Read ahead: the loads' latency hides behind this token's arithmetic.
+            token += 1
+            more_d = d < tl.where(token < end, channels, 0)
+            more_i, more_j = i < tl.where(token < end, N, 0), j < tl.where(token < end, N, 0)
+            next_step = tl.load(delta + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
+            next_u = tl.load(u + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
+            next_B_i = tl.load(B + token * N + i, mask=more_i, other=0.0).to(tl.float32)
+            next_B_j = tl.load(B + token * N + j, mask=more_j, other=0.0).to(tl.float32)
+            next_C_i = tl.load(C + token * N + i, mask=more_i, other=0.0).to(tl.float32)
+            next_C_j = tl.load(C + token * N + j, mask=more_j, other=0.0).to(tl.float32)
+            next_counts = tl.load(valid + token, mask=token < end, other=0.0)
             decay_i = tl.exp2(A_i * step[None, :])
             decay_j = tl.exp2(A_j * step[None, :])
             h_i = decay_i * h_i + drive[None, :] * B_i[:, None]
@@ -82,7 +94,6 @@ def _gramians_kernel(
             sum_P += (h_i * counts)[:, None, :] * h_j[None, :, :]
             G = (decay_i[:, None, :] * decay_j[None, :, :]) * G + counts
             sum_Q += (C_i[:, None, None] * C_j[None, :, None]) * G
-            token += 1
     pair = (i[:, None, None] * N + j[None, :, None]) * channels + d[None, None, :]
     pair += split * N * N * channels
     mask = in_i[:, None, None] & in_j[None, :, None] & in_d[None, None, :]
@@ -108,32 +119,34 @@ def _starts_kernel(
     STATES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The states before each chunk of one row of the batch, and the gated output if `OUTPUT`, for some channels."""
+    """Some states before each chunk, for some channels and one row of the batch; all, and the gated output, if `OUTPUT`."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, STATES)
+    n = tl.program_id(2) * STATES + tl.arange(0, STATES)
     in_d, in_n = d < channels, n < N
     inside = in_n[:, None] & in_d[None, :]
-    rates = tl.load(A + d[None, :] * N + n[:, None], mask=inside, other=0.0) * LOG2_E
+    rates = tl.load(A + n[:, None] * channels + d[None, :], mask=inside, other=0.0) * LOG2_E
     h = tl.zeros([STATES, CHANNELS], tl.float32)
     row = tl.program_id(1).to(tl.int64)
     token = row * length
     end = token + length
     next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
     next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+    next_B = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
     for t in range(length):
         if t % CHUNK == 0:
             chunk = row * tl.cdiv(length, CHUNK) + t // CHUNK
             tl.store(starts + (chunk * N + n[:, None]) * channels + d[None, :], h, mask=inside)
-        step, drive = next_step, next_step * next_u
-        ahead = (token + 1) * channels + d
-        more = d < tl.where(token + 1 < end, channels, 0)
-        next_step = tl.load(delta + ahead, mask=more, other=0.0).to(tl.float32)
-        next_u = tl.load(u + ahead, mask=more, other=0.0).to(tl.float32)
-        inputs = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
-        h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
+        step, drive, inputs = next_step, next_step * next_u, next_B
+        ahead = token + 1
+        more_d, more_n = d < tl.where(ahead < end, channels, 0), n < tl.where(ahead < end, N, 0)
+        next_step = tl.load(delta + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_u = tl.load(u + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_B = tl.load(B + ahead * N + n, mask=more_n, other=0.0).to(tl.float32)
         if OUTPUT:
             outputs = tl.load(C + token * N + n, mask=in_n, other=0.0).to(tl.float32)
             g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+        h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
+        if OUTPUT:
             tl.store(y + token * channels + d, tl.sum(h * outputs[:, None], 0) * g, mask=in_d)
         token += 1
 
@@ -170,12 +183,20 @@ def _output_gram_kernel(
     first = (position % chunks) * CHUNK
     last = tl.minimum(first + CHUNK, length)
     row = position // chunks
-    for t in range(first, last):
-        token = row * length + t
-        step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-        drive = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32) * step
-        g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-        inputs = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
+    token = row * length + first
+    end = row * length + last
+    next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+    next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+    next_g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+    next_B = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
+    for _ in range(first, last):
+        step, drive, g, inputs = next_step, next_step * next_u, next_g, next_B
+        ahead = token + 1
+        more_d, more_n = d < tl.where(ahead < end, channels, 0), n < tl.where(ahead < end, N, 0)
+        next_step = tl.load(delta + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_u = tl.load(u + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_g = tl.load(gate + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
+        next_B = tl.load(B + ahead * N + n, mask=more_n, other=0.0).to(tl.float32)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         gated = h * g[None, :]
         part = tl.dot(gated, tl.trans(gated), input_precision=PRECISION)
@@ -184,6 +205,7 @@ def _output_gram_kernel(
         if OUTPUT:
             output = tl.load(y + token * channels + d, mask=in_d, other=0.0)
             tl.atomic_add(moved + token * N + n, tl.sum(gated * output[None, :], 1), mask=in_n, sem="relaxed")
+        token = ahead
 
 
 def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,17 +222,18 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
     """
     batch, length, channels = u.shape
     N = A.shape[1]
-    tile = min(16, triton.next_power_of_2(N))
-    lanes = 32
-    count = triton.cdiv(N, tile)
-    tiles = torch.tril_indices(count, count, device=u.device).T.contiguous().int()
-    # A channel's [N, N] is halved by symmetry only in whole tiles. Rows of the batch run side by side until the card
-    # is full, each split with its own sums: they are added in a fixed order.
+    # One warp a program, whose threads each hold one channel's tile: as large as the registers allow.
+    rows, columns, lanes = min(4, triton.next_power_of_2(N)), 4 if N <= 16 else 8, 32
+    tiles = torch.cartesian_prod(*(torch.arange(triton.cdiv(N, size), device=u.device) for size in (rows, columns)))
+    needed = tiles[:, 0] * rows + rows > tiles[:, 1] * columns  # some of its pairs have j <= i
+    tiles = tiles[needed].int()
+    # Rows of the batch run side by side until the card is full, each split with its own sums: they are added in a fixed
+    # order.
     blocks = triton.cdiv(channels, lanes) * len(tiles)
-    splits = min(batch, max(1, triton.cdiv(1024, blocks)))
+    splits = min(batch, max(1, triton.cdiv(PROGRAMS, blocks)))
     P, Q = u.new_empty(2, splits, N, N, channels, dtype=torch.float32).unbind(0)
     _gramians_kernel[(triton.cdiv(channels, lanes), len(tiles), splits)](
-        *(x.contiguous() for x in (u, delta, A, B, C, valid)),
+        *(x.contiguous() for x in (u, delta, A.T, B, C, valid)),
         tiles,
         P,
         Q,
@@ -218,18 +241,19 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
         length,
         channels,
         N,
-        TILE=tile,
+        ROWS=rows,
+        COLUMNS=columns,
         CHANNELS=lanes,
-        num_warps=max(1, tile // 2),
+        num_warps=1,
     )
-    return _whole(P, tile), _whole(Q, tile)
+    return _whole(P), _whole(Q)
 
 
-def _whole(parts: Tensor, tile: int) -> Tensor:
-    """Add splits up, and fill what lies above the diagonal tiles: [splits, N, N, channels] to [channels, N, N]."""
+def _whole(parts: Tensor) -> Tensor:
+    """Add splits up, and fill what lies above the diagonal: [splits, N, N, channels] to [channels, N, N]."""
     total = parts.sum(0) if len(parts) > 1 else parts[0]
-    block = torch.arange(total.shape[0], device=total.device) // tile
-    below = (block[:, None] >= block)[..., None]
+    n = torch.arange(total.shape[0], device=total.device)
+    below = (n[:, None] >= n)[..., None]
     return torch.where(below, total, total.transpose(0, 1)).permute(2, 0, 1).contiguous()
 
 
@@ -250,10 +274,11 @@ def chunk_starts(
     N = A.shape[1]
     starts = u.new_empty(batch, triton.cdiv(length, CHUNK), N, channels, dtype=torch.float32)
     y = u.new_empty(u.shape if C is not None else 0, dtype=torch.float32)
-    states = triton.next_power_of_2(N)
+    # Only the output needs all states at once; without it, the more programs the better they hide the loads' latency.
+    states = triton.next_power_of_2(N) if C is not None else 4
     lanes = 32 if states < 256 else 16
-    _starts_kernel[(triton.cdiv(channels, lanes), batch)](
-        *(x.contiguous() for x in (u, delta, A, B)),
+    _starts_kernel[(triton.cdiv(channels, lanes), batch, triton.cdiv(N, states))](
+        *(x.contiguous() for x in (u, delta, A.T, B)),
         B if C is None else C.contiguous(),
         u if gate is None else gate.contiguous(),
         starts,

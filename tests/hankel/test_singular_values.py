@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_compressm.hankel.gramians import BATCHED, MambaStatistics, hankel_spectra
 from hf_compressm.hankel.singular_values import cross_factor, gramian_factor, hankel_singular_values
 from hf_compressm.hankel.systems import DiagonalSystem
 
@@ -144,3 +145,20 @@ def test_the_gramian_that_is_not_finite_is_named(value):
         hankel_singular_values(bad, good)
     with pytest.raises(ValueError, match="observability Gramian Q has entries that are not finite"):
         hankel_singular_values(good, bad)
+
+
+def test_large_gramians_on_threads():
+    """What `hankel_spectra` does with many channels of a large state, of which one sees nothing."""
+    n, channels = BATCHED + 8, 5
+    layer = MambaStatistics(channels, n, torch.device("cpu"))
+    layer.tokens += 1
+    layer.weight += torch.arange(channels)
+    layer.P = random_gramian(n, seed=1, batch=(channels,))
+    layer.Q = random_gramian(n, rank=3, seed=2, batch=(channels,))
+    layer.P[2] = 0
+    (spectrum,) = hankel_spectra([layer])
+    expected = layer.spectrum(hankel_singular_values(layer.P, layer.Q))
+    torch.testing.assert_close(spectrum, expected, rtol=1e-6, atol=1e-7 * float(expected.max()))
+    layer.Q[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="observability"):
+        hankel_spectra([layer])

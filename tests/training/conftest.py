@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from tests.conftest import VOCABULARY
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dataset(size: int = 48, length: int = 12, seed: int = 3) -> list[dict[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, hankel_singular_values
 from hf_compressm.training.trajectory import rank_correlation
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
@@ -83,6 +83,22 @@ def test_the_cut_is_that_of_compress_on_the_last_training_batches(tmp_path):
             compress_(mine, CompreSSMConfig(state_size=3, refit=0), batch, optimizer=optimizer)
     assert sizes(model) == sizes(mine) == [3, 3]
     torch.testing.assert_close(list(losses(trainer).values()), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_of_large_batches_the_first_sequences_are_measured(tmp_path, monkeypatch):
+    data, model = dataset(), tiny_mamba()
+    length = len(data[0]["input_ids"])
+    monkeypatch.setattr("hf_compressm.callback.MEASURED_TOKENS", 2 * length + 1)
+    callback = CompreSSMCallback(CompreSSMConfig(tolerance=0, start=0, end=1, num_reductions=1))
+    seen = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    make_trainer(
+        tmp_path, model, callbacks=[callback], max_steps=2, learning_rate=0, per_device_train_batch_size=4
+    ).train()
+    measured = callback.history[0]["hankel_singular_values"]
+    expected = hankel_singular_values(tiny_mamba(), seen[0][:2])
+    for layer in expected.layers:
+        assert measured[layer.index][0] == pytest.approx(layer.hankel_singular_values[0], rel=1e-4)
 
 
 def test_small_reductions_are_skipped(tmp_path):

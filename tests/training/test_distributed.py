@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.training.ddp_run import run
 
@@ -29,12 +28,9 @@ def results(tmp_path_factory):
     command = [*torchrun, str(ROOT / "tests" / "training" / "ddp_run.py"), str(folder), ",".join(VARIANTS), "2"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name in ("plain", "mamba2", "accumulation", "large", "none"):
         result = run(folder / "one" / name, name, 1, 0)
         (folder / f"{name}-1-0.json").write_text(json.dumps(result))
-    torch.set_num_threads(threads)
 
     def read(name: str, world: int, rank: int) -> dict:
         return json.loads((folder / f"{name}-{world}-{rank}.json").read_text())
