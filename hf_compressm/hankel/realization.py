@@ -94,9 +94,7 @@ def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Se
     target = torch.stack([entry.cross[entry.candidates].flatten() for entry in moments])
     energy = torch.stack([entry.contribution.sum() for entry in moments])
     scale = normal.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
-    identity = torch.eye(scale.shape[1], dtype=normal.dtype, device=normal.device)
-    # The ridge keeps the matrix positive definite: no need to wait for the solver's verdict.
-    inverse = torch.linalg.inv_ex(normal * scale[:, :, None] * scale[:, None] + ridge * identity).inverse
+    inverse = _ridge_inverse(normal * scale[:, :, None] * scale[:, None], ridge)
     target = target * scale
     solution = (inverse @ target[..., None])[..., 0]
     layer, state = torch.arange(layers, device=kept.device)[:, None], torch.arange(N, device=kept.device)
@@ -126,6 +124,18 @@ def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Se
         }
         for index, error in enumerate(errors)
     ]
+
+
+def _ridge_inverse(normal: Tensor, ridge: float) -> Tensor:
+    """(normal + ridge I)^-1 of symmetric matrices with a diagonal of ones, [layers, n, n].
+
+    Their entries are sums of float32 numbers, whose rounding can make the smallest eigenvalues negative. The ridge is
+    raised tenfold until it is twice as large as that.
+    """
+    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    while ridge < 0.1 and torch.linalg.cholesky_ex(normal + ridge / 2 * identity).info.any():
+        ridge *= 10
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal + ridge * identity).L)
 
 
 def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:

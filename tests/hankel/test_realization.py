@@ -81,6 +81,20 @@ def test_all_states_lose_nothing(data, moments):
     assert select(moments, torch.arange(N))[N].error == 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_float32_grams_does_not_break_the_fit(seed):
+    """States and output maps of rank 2: in all other directions the normal matrix is nothing but rounding."""
+    size = 40
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(20, 8, 2, generator=generator) @ torch.randn(2, size, generator=generator)
+    C = torch.randn(20, 2, generator=generator) @ torch.randn(2, size, generator=generator)
+    moments = ReadoutMoments(size, torch.device("cpu"), readout=True)
+    moments.update(h.mT @ h, C)
+    path = select_with_readout(moments)
+    assert max(float(selection.readout.abs().max()) for selection in path.values()) < 100
+    assert lost((h.double(), C.double()), path[2].kept, path[2].readout) < 1e-4
+
+
 def test_candidates_limit_the_fit_when_there_are_many_states(monkeypatch, data):
     monkeypatch.setattr("hf_compressm.hankel.gramians.MAX_READOUT", 3 * N)
     h, C = data
