@@ -48,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 # Beside the checkpoint's other files, one for each process: the batches that the next attempt measures.
 BATCHES_NAME = "compressm_batches_{rank}.pt"
-MEASURED_TOKENS = 2**14
+MEASURED_TOKENS = 2**15
 """Of each recorded batch and process: Gramians gain nothing from more, and cost time in proportion."""
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -89,7 +89,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     evaluations a cut, and no training step is lost.
 
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
-    that make up 16,384 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
+    that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
     bit-identical.
 
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with

@@ -15,6 +15,8 @@ read neighbouring channels.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -119,9 +121,9 @@ def _starts_kernel(
     STATES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Some states before each chunk, for some channels and one row of the batch; all, and the gated output, if `OUTPUT`."""
+    """The states before each chunk of one row of the batch, and the gated output if `OUTPUT`, for some channels."""
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.program_id(2) * STATES + tl.arange(0, STATES)
+    n = tl.arange(0, STATES)
     in_d, in_n = d < channels, n < N
     inside = in_n[:, None] & in_d[None, :]
     rates = tl.load(A + n[:, None] * channels + d[None, :], mask=inside, other=0.0) * LOG2_E
@@ -224,9 +226,7 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
     N = A.shape[1]
     # One warp a program, whose threads each hold one channel's tile: as large as the registers allow.
     rows, columns, lanes = min(4, triton.next_power_of_2(N)), 4 if N <= 16 else 8, 32
-    tiles = torch.cartesian_prod(*(torch.arange(triton.cdiv(N, size), device=u.device) for size in (rows, columns)))
-    needed = tiles[:, 0] * rows + rows > tiles[:, 1] * columns  # some of its pairs have j <= i
-    tiles = tiles[needed].int()
+    tiles = _lower_tiles(N, rows, columns, u.device)
     # Rows of the batch run side by side until the card is full, each split with its own sums: they are added in a fixed
     # order.
     blocks = triton.cdiv(channels, lanes) * len(tiles)
@@ -247,6 +247,18 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
         num_warps=1,
     )
     return _whole(P), _whole(Q)
+
+
+@lru_cache
+def _lower_tiles(N: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Where the tiles of an [N, N] matrix stand that have a pair (i, j) with j <= i, [tiles, 2], int32."""
+    places = [
+        (i, j)
+        for i in range(triton.cdiv(N, rows))
+        for j in range(triton.cdiv(N, columns))
+        if (i + 1) * rows > j * columns
+    ]
+    return torch.tensor(places, dtype=torch.int32, device=device)
 
 
 def _whole(parts: Tensor) -> Tensor:
@@ -274,10 +286,9 @@ def chunk_starts(
     N = A.shape[1]
     starts = u.new_empty(batch, triton.cdiv(length, CHUNK), N, channels, dtype=torch.float32)
     y = u.new_empty(u.shape if C is not None else 0, dtype=torch.float32)
-    # Only the output needs all states at once; without it, the more programs the better they hide the loads' latency.
-    states = triton.next_power_of_2(N) if C is not None else 4
+    states = triton.next_power_of_2(N)
     lanes = 32 if states < 256 else 16
-    _starts_kernel[(triton.cdiv(channels, lanes), batch, triton.cdiv(N, states))](
+    _starts_kernel[(triton.cdiv(channels, lanes), batch)](
         *(x.contiguous() for x in (u, delta, A.T, B)),
         B if C is None else C.contiguous(),
         u if gate is None else gate.contiguous(),

@@ -94,7 +94,9 @@ def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
     batch, length = (4, 16) if args.tiny else (64 if args.model == "mamba" else 32, 512)
     text = "".join((PACKAGE / "reference" / name).read_text("utf-8") for name in ("calibration.txt", "evaluation.txt"))
     ids = torch.tensor(load_tokenizer(PACKAGE / "reference" / "mamba-tiny")(text, verbose=False)["input_ids"])
-    rows = ids[: len(ids) // length * length].view(-1, length)
+    # Whole global batches: the last, smaller one of an epoch would be another on another number of processes.
+    count = len(ids) // length // batch * batch
+    rows = ids[: count * length].view(-1, length)
     cuts = CompreSSMCallback(
         CompreSSMConfig(
             state_size=TARGETS[args.model][args.tiny], start=0, end=window, num_reductions=4, calibration_batches=2
