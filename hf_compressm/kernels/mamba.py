@@ -48,24 +48,23 @@ def _gramians_kernel(
     length,
     channels,
     N,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """One tile of the pairs (i, j) of some channels' P and Q, over every so many rows of the batch."""
     split, splits = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    i = tl.load(tiles + 2 * tl.program_id(1)) * ROWS + tl.arange(0, ROWS)
-    j = tl.load(tiles + 2 * tl.program_id(1) + 1) * COLUMNS + tl.arange(0, COLUMNS)
+    i = tl.load(tiles + 2 * tl.program_id(1)) * TILE + tl.arange(0, TILE)
+    j = tl.load(tiles + 2 * tl.program_id(1) + 1) * TILE + tl.arange(0, TILE)
     in_d, in_i, in_j = d < channels, i < N, j < N
     A_i = tl.load(A + i[:, None] * channels + d[None, :], mask=in_i[:, None] & in_d[None, :], other=0.0) * LOG2_E
     A_j = tl.load(A + j[:, None] * channels + d[None, :], mask=in_j[:, None] & in_d[None, :], other=0.0) * LOG2_E
-    sum_P = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
-    sum_Q = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
+    sum_P = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
+    sum_Q = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
     for turn in range(tl.cdiv(batch - split, splits)):
-        h_i = tl.zeros([ROWS, CHANNELS], tl.float32)
-        h_j = tl.zeros([COLUMNS, CHANNELS], tl.float32)
-        G = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
+        h_i = tl.zeros([TILE, CHANNELS], tl.float32)
+        h_j = tl.zeros([TILE, CHANNELS], tl.float32)
+        G = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
         token = (split + turn * splits) * length
         end = token + length
         next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
@@ -224,9 +223,9 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
     """
     batch, length, channels = u.shape
     N = A.shape[1]
-    # One warp a program, whose threads each hold one channel's tile: as large as the registers allow.
-    rows, columns, lanes = min(4, triton.next_power_of_2(N)), 4 if N <= 16 else 8, 32
-    tiles = _lower_tiles(N, rows, columns, u.device)
+    # One warp a program, one channel a thread. Larger tiles share more work and leave too few warps to hide latencies.
+    tile, lanes = 4, 32
+    tiles = _lower_tiles(N, tile, u.device)
     # Rows of the batch run side by side until the card is full, each split with its own sums: they are added in a fixed
     # order.
     blocks = triton.cdiv(channels, lanes) * len(tiles)
@@ -241,24 +240,19 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
         length,
         channels,
         N,
-        ROWS=rows,
-        COLUMNS=columns,
+        TILE=tile,
         CHANNELS=lanes,
         num_warps=1,
+        maxnreg=128,
     )
     return _whole(P), _whole(Q)
 
 
 @lru_cache
-def _lower_tiles(N: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Where the tiles of an [N, N] matrix stand that have a pair (i, j) with j <= i, [tiles, 2], int32."""
-    places = [
-        (i, j)
-        for i in range(triton.cdiv(N, rows))
-        for j in range(triton.cdiv(N, columns))
-        if (i + 1) * rows > j * columns
-    ]
-    return torch.tensor(places, dtype=torch.int32, device=device)
+def _lower_tiles(N: int, tile: int, device: torch.device) -> Tensor:
+    """Where the tiles of an [N, N] matrix on and below the diagonal stand, [tiles, 2], int32."""
+    count = triton.cdiv(N, tile)
+    return torch.tril_indices(count, count, device=device).T.contiguous().int()
 
 
 def _whole(parts: Tensor) -> Tensor:
