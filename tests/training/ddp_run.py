@@ -11,9 +11,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.hankel import gramians
+from hf_compressm.training.distributed import find_ddp
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
 
@@ -25,8 +28,23 @@ VARIANTS = {
     "bucket_view": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
     "resume": {"save_strategy": "steps", "save_steps": 2},
     "large": {},  # 8 states count as too many to fit all: 5 candidates are chosen
+    "comm_hook": {},
+    "static_graph": {"ddp_static_graph": True},
     "rollback": {"metric_for_best_model": "badness", "greater_is_better": False},
 }
+
+
+class CountingHook(TrainerCallback):
+    """Reduces gradients as DDP itself does, in a communication hook of the user's."""
+
+    calls = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        find_ddp(self.trainer.model_wrapped).register_comm_hook(None, self.reduce)
+
+    def reduce(self, state, bucket):
+        self.calls += 1
+        return allreduce_hook(None, bucket)
 
 
 def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | None = None) -> dict:
@@ -42,6 +60,10 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
     callback = CompreSSMCallback(config)
     callbacks = [] if variant == "none" else [callback]
     trainer = make_trainer(out, model, callbacks=callbacks, **settings, **VARIANTS[variant])
+    hook = CountingHook()
+    if variant == "comm_hook":
+        hook.trainer = trainer
+        trainer.add_callback(hook)
     with patch.object(gramians, "MAX_READOUT", 40 if variant == "large" else gramians.MAX_READOUT):
         trainer.train(resume_from_checkpoint=checkpoint)
     digest = hashlib.sha256()
@@ -55,6 +77,7 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
         "losses": losses(trainer),
         "sizes": sizes(model),
         "hash": digest.hexdigest(),
+        "hook_calls": hook.calls,
         "spectra": [entry["hankel_singular_values"] for entry in callback.history],
     }
 

@@ -14,7 +14,18 @@ from tests.training.ddp_run import run
 
 pytestmark = pytest.mark.distributed
 
-VARIANTS = ["plain", "mamba2", "accumulation", "bucket_view", "large", "resume", "rollback", "none"]
+VARIANTS = [
+    "plain",
+    "mamba2",
+    "accumulation",
+    "bucket_view",
+    "large",
+    "resume",
+    "rollback",
+    "comm_hook",
+    "static_graph",
+    "none",
+]
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,8 +74,15 @@ def test_the_comparison_tells_a_cut_from_none(results):
     assert distance(results("plain", 2, 0), results("none", 1, 0)) > 1e-3
 
 
-def test_bucket_settings_change_nothing(results):
-    assert distance(results("plain", 2, 0), results("bucket_view", 2, 0)) < 1e-4
+@pytest.mark.parametrize("name", ["bucket_view", "static_graph"])
+def test_ddp_settings_change_nothing(results, name):
+    assert distance(results("plain", 2, 0), results(name, 2, 0)) < 1e-4
+
+
+def test_a_communication_hook_goes_on_after_a_cut(results):
+    with_hook = results("comm_hook", 2, 0)
+    assert with_hook["hook_calls"] >= len(with_hook["losses"])
+    assert distance(results("plain", 2, 0), with_hook) < 1e-4
 
 
 def test_a_resumed_run_is_the_whole_run(results):

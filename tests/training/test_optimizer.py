@@ -19,6 +19,24 @@ from hf_compressm.planning import plan_cut
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 
 KEPT = [1, 4, 6]
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al., Symbolic discovery of optimization algorithms (arXiv 2302.06675): one that torch does not have."""
+
+    def __init__(self, params, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                first, second = group["betas"]
+                p.sub_(group["lr"] * m.lerp(p.grad, 1 - first).sign())
+                m.lerp_(p.grad, 1 - second)
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
@@ -28,6 +46,7 @@ OPTIMIZERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "lion": lambda p: Lion(p, lr=1e-3),
 }
 
 
@@ -92,6 +111,28 @@ def test_a_cut_run_is_the_run_of_a_small_model_with_the_sliced_state(monkeypatch
     assert train(model, optimizer, batches(4, seed=1)) == train(small, other, batches(4, seed=1))
     for (key, one), two in zip(model.state_dict().items(), small.state_dict().values(), strict=True):
         assert torch.equal(one, two), key
+
+
+def test_a_gradient_scaler_goes_on_as_if_there_were_none():
+    """Its factor is a power of two, so that scaling rounds nothing."""
+    runs = []
+    for enabled in (False, True):
+        model = tiny_mamba().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1, enabled=enabled)
+        losses = []
+        for step, ids in enumerate(batches(5)):
+            loss = model(input_ids=ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if step == 2:
+                compress_(model, CompreSSMConfig(state_size=3, refit=0), batches(1)[0], optimizer=optimizer)
+        runs.append(losses)
+        assert not enabled or scaler.get_scale() == 2.0**13
+    assert runs[0] == runs[1]
 
 
 def test_mamba2_moments_follow_rows_and_channels():
