@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration import LENGTH, check_batches, windows
+from .measuring import evaluating
 
 # Enough tokens for a perplexity that holds to a percent, few enough for a CPU.
 SEQUENCES = 8
@@ -48,11 +49,9 @@ def perplexity(model: PreTrainedModel, ids: Tensor, advance: Callable[[int], Any
     """
     check_batches([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], model)
     losses = []
-    training = model.training
-    model.eval()
-    for batch in ids.to(model.device).split(BATCH):
-        losses += [float(model(batch, labels=batch, use_cache=False).loss)] * len(batch)
-        advance(len(batch))
-    model.train(training)
+    with evaluating(model):
+        for batch in ids.to(model.device).split(BATCH):
+            losses += [float(model(batch, labels=batch, use_cache=False).loss)] * len(batch)
+            advance(len(batch))
     mean = sum(losses) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf

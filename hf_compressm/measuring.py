@@ -82,6 +82,7 @@ def observing(
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode it was in."""
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.reference import mamba2_states, mamba_states, observability_gramian, observability_reach
-from .singular_values import hankel_singular_values
+from .singular_values import check_finite, hankel_singular_values
 from .systems import lti_gramian
 
 # The least-squares read-out's normal matrix has (candidates * N)^2 entries.
@@ -410,9 +410,8 @@ def _on_threads(P: Tensor, Q: Tensor) -> Tensor:
         balanced = L.swapaxes(1, 2) @ Q.cpu().numpy() @ L
         return np.sqrt(np.linalg.eigvalsh(balanced).clip(0))[:, ::-1]
 
-    for name, gramians in (("controllability Gramian P", P), ("observability Gramian Q", Q)):
-        if not torch.isfinite(gramians).all():
-            raise ValueError(f"the {name} has entries that are not finite")
+    check_finite(P, "controllability Gramian P")
+    check_finite(Q, "observability Gramian Q")
     workers = min(os.cpu_count() or 1, len(P))
     # LAPACK's own threads would only get into the way of these.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:

@@ -18,6 +18,12 @@ from torch import Tensor
 from .systems import double
 
 
+def check_finite(P: Tensor, name: str) -> None:
+    """Refuse a Gramian that has a NaN or an infinity with a ValueError that names it."""
+    if not torch.isfinite(P).all():
+        raise ValueError(f"the {name} has entries that are not finite")
+
+
 def gramian_factor(P: Tensor, name: str = "Gramian") -> Tensor:
     """Return L with L L^H = P, from an eigendecomposition with its negative eigenvalues set to zero.
 
@@ -31,8 +37,7 @@ def gramian_factor(P: Tensor, name: str = "Gramian") -> Tensor:
     Raises:
         ValueError: `P` has a NaN or an infinity.
     """
-    if not torch.isfinite(P).all():
-        raise ValueError(f"the {name} has entries that are not finite")
+    check_finite(P, name)
     P = double(P)
     eigenvalues, eigenvectors = torch.linalg.eigh((P + P.mH) / 2)
     return eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)

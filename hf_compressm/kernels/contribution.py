@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mamba import LOG2_E
+from .mamba import LOG2_E, load_row
 
 
 @triton.jit
@@ -58,22 +58,20 @@ def _contribution_kernel(
     total = tl.zeros([TILE, TILE], tl.float32)
     token = row * length
     end = token + length
-    next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_B = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
-    next_C = tl.load(C + token * N + n, mask=in_n, other=0.0).to(tl.float32)
+    next_step = load_row(delta, token, end, d, channels)
+    next_u = load_row(u, token, end, d, channels)
+    next_g = load_row(gate, token, end, d, channels)
+    next_B = load_row(B, token, end, n, N)
+    next_C = load_row(C, token, end, n, N)
     for _ in range(length):
         step, drive, g, inputs, outputs = next_step, next_step * next_u, next_g, next_B, next_C
         # Read ahead: the load's latency hides behind this token's arithmetic.
         token += 1
-        more_d = d < tl.where(token < end, channels, 0)
-        more_n = n < tl.where(token < end, N, 0)
-        next_step = tl.load(delta + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_u = tl.load(u + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_g = tl.load(gate + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_B = tl.load(B + token * N + n, mask=more_n, other=0.0).to(tl.float32)
-        next_C = tl.load(C + token * N + n, mask=more_n, other=0.0).to(tl.float32)
+        next_step = load_row(delta, token, end, d, channels)
+        next_u = load_row(u, token, end, d, channels)
+        next_g = load_row(gate, token, end, d, channels)
+        next_B = load_row(B, token, end, n, N)
+        next_C = load_row(C, token, end, n, N)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         high, low = split(h * (outputs[:, None] * g[None, :]), OPERAND)
         # f f^T = high high^T + high low^T + low high^T + what is too small; of the middle two, which are each other's

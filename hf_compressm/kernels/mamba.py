@@ -31,6 +31,12 @@ PRECISION = "tf32x3"
 """Of the matrix products: three tf32 ones that together are good to float32's rounding."""
 
 
+@triton.jit
+def load_row(x, token, end, n, size):
+    """Numbers n of row `token` of x [tokens, size], in float32; zeros from row `end` on, and where n is too large."""
+    return tl.load(x + token * size + n, mask=n < tl.where(token < end, size, 0), other=0.0).to(tl.float32)
+
+
 # A known multiple of 16 channels would let the stores at the end choose a layout of four channels to a thread, and the
 # loop pay for it: with one channel to a thread, rows and columns of a tile meet without moving between threads.
 @triton.jit(do_not_specialize=["channels"])
@@ -67,26 +73,24 @@ def _gramians_kernel(
         G = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
         token = (split + turn * splits) * length
         end = token + length
-        next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-        next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-        next_B_i = tl.load(B + token * N + i, mask=in_i, other=0.0).to(tl.float32)
-        next_B_j = tl.load(B + token * N + j, mask=in_j, other=0.0).to(tl.float32)
-        next_C_i = tl.load(C + token * N + i, mask=in_i, other=0.0).to(tl.float32)
-        next_C_j = tl.load(C + token * N + j, mask=in_j, other=0.0).to(tl.float32)
+        next_step = load_row(delta, token, end, d, channels)
+        next_u = load_row(u, token, end, d, channels)
+        next_B_i = load_row(B, token, end, i, N)
+        next_B_j = load_row(B, token, end, j, N)
+        next_C_i = load_row(C, token, end, i, N)
+        next_C_j = load_row(C, token, end, j, N)
         next_counts = tl.load(valid + token)
         for _ in range(length):
             step, drive, counts = next_step, next_step * next_u, next_counts
             B_i, B_j, C_i, C_j = next_B_i, next_B_j, next_C_i * counts, next_C_j
             # Read ahead: the loads' latency hides behind this token's arithmetic.
             token += 1
-            more_d = d < tl.where(token < end, channels, 0)
-            more_i, more_j = i < tl.where(token < end, N, 0), j < tl.where(token < end, N, 0)
-            next_step = tl.load(delta + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
-            next_u = tl.load(u + token * channels + d, mask=more_d, other=0.0).to(tl.float32)
-            next_B_i = tl.load(B + token * N + i, mask=more_i, other=0.0).to(tl.float32)
-            next_B_j = tl.load(B + token * N + j, mask=more_j, other=0.0).to(tl.float32)
-            next_C_i = tl.load(C + token * N + i, mask=more_i, other=0.0).to(tl.float32)
-            next_C_j = tl.load(C + token * N + j, mask=more_j, other=0.0).to(tl.float32)
+            next_step = load_row(delta, token, end, d, channels)
+            next_u = load_row(u, token, end, d, channels)
+            next_B_i = load_row(B, token, end, i, N)
+            next_B_j = load_row(B, token, end, j, N)
+            next_C_i = load_row(C, token, end, i, N)
+            next_C_j = load_row(C, token, end, j, N)
             next_counts = tl.load(valid + token, mask=token < end, other=0.0)
             decay_i = tl.exp2(A_i * step[None, :])
             decay_j = tl.exp2(A_j * step[None, :])
@@ -130,24 +134,22 @@ def _starts_kernel(
     row = tl.program_id(1).to(tl.int64)
     token = row * length
     end = token + length
-    next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_B = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
+    next_step = load_row(delta, token, end, d, channels)
+    next_u = load_row(u, token, end, d, channels)
+    next_B = load_row(B, token, end, n, N)
     for t in range(length):
         if t % CHUNK == 0:
             chunk = row * tl.cdiv(length, CHUNK) + t // CHUNK
             tl.store(starts + (chunk * N + n[:, None]) * channels + d[None, :], h, mask=inside)
         step, drive, inputs = next_step, next_step * next_u, next_B
         ahead = token + 1
-        more_d, more_n = d < tl.where(ahead < end, channels, 0), n < tl.where(ahead < end, N, 0)
-        next_step = tl.load(delta + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_u = tl.load(u + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_B = tl.load(B + ahead * N + n, mask=more_n, other=0.0).to(tl.float32)
-        if OUTPUT:
-            outputs = tl.load(C + token * N + n, mask=in_n, other=0.0).to(tl.float32)
-            g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
+        next_step = load_row(delta, ahead, end, d, channels)
+        next_u = load_row(u, ahead, end, d, channels)
+        next_B = load_row(B, ahead, end, n, N)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         if OUTPUT:
+            outputs = load_row(C, token, end, n, N)
+            g = load_row(gate, token, end, d, channels)
             tl.store(y + token * channels + d, tl.sum(h * outputs[:, None], 0) * g, mask=in_d)
         token += 1
 
@@ -186,25 +188,24 @@ def _output_gram_kernel(
     row = position // chunks
     token = row * length + first
     end = row * length + last
-    next_step = tl.load(delta + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_u = tl.load(u + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_g = tl.load(gate + token * channels + d, mask=in_d, other=0.0).to(tl.float32)
-    next_B = tl.load(B + token * N + n, mask=in_n, other=0.0).to(tl.float32)
+    next_step = load_row(delta, token, end, d, channels)
+    next_u = load_row(u, token, end, d, channels)
+    next_g = load_row(gate, token, end, d, channels)
+    next_B = load_row(B, token, end, n, N)
     for _ in range(first, last):
         step, drive, g, inputs = next_step, next_step * next_u, next_g, next_B
         ahead = token + 1
-        more_d, more_n = d < tl.where(ahead < end, channels, 0), n < tl.where(ahead < end, N, 0)
-        next_step = tl.load(delta + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_u = tl.load(u + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_g = tl.load(gate + ahead * channels + d, mask=more_d, other=0.0).to(tl.float32)
-        next_B = tl.load(B + ahead * N + n, mask=more_n, other=0.0).to(tl.float32)
+        next_step = load_row(delta, ahead, end, d, channels)
+        next_u = load_row(u, ahead, end, d, channels)
+        next_g = load_row(gate, ahead, end, d, channels)
+        next_B = load_row(B, ahead, end, n, N)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         gated = h * g[None, :]
         part = tl.dot(gated, tl.trans(gated), input_precision=PRECISION)
         pair = (token * N + n[:, None]) * N + n[None, :]
         tl.atomic_add(K + pair, part, mask=in_n[:, None] & in_n[None, :], sem="relaxed")
         if OUTPUT:
-            output = tl.load(y + token * channels + d, mask=in_d, other=0.0)
+            output = load_row(y, token, end, d, channels)
             tl.atomic_add(moved + token * N + n, tl.sum(gated * output[None, :], 1), mask=in_n, sem="relaxed")
         token = ahead
 

@@ -4,8 +4,7 @@
 with the same steps and data order in transformers' `Trainer`, and ends with a table of mean ± std over the seeds. The tasks:
 
 - recall: multi-query associative recall (Zoology, arXiv 2312.04927), where the size of the state is what limits.
-  `--scan 1,2,4,8,16` shows that: accuracy from scratch against N, nothing else. One layer is enough: its
-  convolution brings a key and its value together.
+  `--scan 1,2,4,8,16` shows that: accuracy from scratch against N, nothing else.
 - text: the architecture of mamba-tiny from scratch on `--tokens FOLDER`, with uint16 ids in train.npy and valid.npy.
 - digits: scikit-learn's load_digits as sequences of 64 pixels, then the class.
 - images: Fashion-MNIST as sequences of 784 pixels, then the class; `--images FILE.npz` holds x_train, y_train, x_test and
