@@ -78,9 +78,10 @@ def benchmark(
 ) -> Iterator[tuple[str, float]]:
     """Time a model at one state size (None: its own); yields each row's name and value as soon as it is known.
 
-    Rows: the (largest) state size; tokens/s of a training step (forward, backward, AdamW), of a prefill, and of decoding at each batch; bytes of
-    recurrent state per sequence; on a GPU the largest batch that decodes in its memory, and its tokens/s. Where the memory
-    does not hold a row's batch, its value is NaN.
+    Rows: the (largest) state size; tokens/s of a training step (forward, backward, AdamW), of a prefill, and of decoding at
+    each batch; bytes of recurrent state per sequence. On a GPU also tokens/s of decoding as a CUDA graph, for models
+    whose cache allows one, and the largest batch that decodes in its memory, with its tokens/s. Where the memory does not
+    hold a row's batch, its value is NaN.
     """
     model = build(config, device, size, realization)
     yield "state size", float(max(layer.state_size for layer in find_layers(model)))
@@ -99,9 +100,12 @@ def benchmark(
         f"prefill, {work.prefill_batch} x {work.length}",
         _or_nan(lambda: prompt.numel() / _seconds(lambda: model(prompt, use_cache=True), device, work.repeats)),
     )
-    yield "state bytes per sequence", _state_bytes(model, tokens(1, 1))
-    for batch in work.decode_batches:
-        yield f"decoding, batch {batch}", _or_nan(lambda b=batch: _decoding(model, tokens(b, 1), work))  # type: ignore[misc]
+    (cache,) = _cache(model(tokens(1, 1), use_cache=True)).values()
+    yield "state bytes per sequence", _state_bytes(model, cache)
+    for graph in (False, True) if device.type == "cuda" and cache.is_compileable else (False,):
+        for batch in work.decode_batches:
+            row = f"decoding, batch {batch}" + ", CUDA graph" * graph
+            yield row, _or_nan(lambda b=batch, g=graph: _decoding(model, tokens(b, 1), work, g))  # type: ignore[misc]
     if device.type == "cuda":
         largest, speed = _largest_batch(model, tokens, work)
         yield "largest batch that decodes", largest
@@ -154,16 +158,28 @@ def _cache(output: Any) -> dict[str, Cache]:
     return {name: value for name, value in output.items() if isinstance(value, Cache)}
 
 
-def _state_bytes(model: nn.Module, ids: torch.Tensor) -> float:
-    """Of the SSM layers' recurrent states, as the cache holds them."""
-    (cache,) = _cache(model(ids, use_cache=True)).values()
+def _state_bytes(model: nn.Module, cache: Cache) -> float:
+    """Of the SSM layers' recurrent states, as the cache of one sequence holds them."""
     states: list[Any] = [cache.get_recurrent_state(layer.index) for layer in find_layers(model)]
     return float(sum(state.numel() * state.element_size() for state in states))
 
 
-def _decoding(model: nn.Module, ids: torch.Tensor, work: Workload) -> float:
+def _decoding(model: nn.Module, ids: torch.Tensor, work: Workload, graph: bool = False) -> float:
     cache = _cache(model(ids, use_cache=True))
-    return len(ids) / _seconds(lambda: model(ids, use_cache=True, **cache), ids.device, 2 * work.repeats)
+
+    def step() -> None:
+        model(ids, use_cache=True, **cache)
+
+    return len(ids) / _seconds(_captured(step) if graph else step, ids.device, 2 * work.repeats)
+
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph: the time of its kernels, without that of Python to launch them."""
+    step()  # kernels that tune themselves do so before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _largest_batch(

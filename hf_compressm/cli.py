@@ -457,7 +457,7 @@ def benchmark(
     if missing:
         _note(
             f"[yellow]On the slow path: transformers scans in plain torch without {' and '.join(missing)}.[/yellow] These "
-            "figures say nothing of the fast one; on a CUDA GPU, install hf_compressm\\[kernels]."
+            "figures say nothing of the fast one; on a CUDA GPU, install hf_compressm\\[cuda]."
         )
 
 

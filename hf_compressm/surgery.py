@@ -21,7 +21,7 @@ def new_data(layer: SSMLayer, cuts: dict[str, ParameterCut]) -> dict[str, Tensor
 
 
 def cut_mixer_(layer: SSMLayer, new: dict[str, Tensor], size: int) -> None:
-    if "B_projection" in new:
+    if "BC_projection" in new:
         project_(layer.mixer, **new)
         return
     for name, data in new.items():

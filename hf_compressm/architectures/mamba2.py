@@ -14,7 +14,7 @@ from ..hankel.realization import Projection
 from .mamba import causal_conv, linear, valid_tokens, wrong_shapes
 from .parameter_cut import ParameterCut
 
-PROJECTIONS = ("B_projection", "C_projection")
+PROJECTION = "BC_projection"
 
 
 class Mamba2Layer:
@@ -45,7 +45,7 @@ class Mamba2Layer:
         ]
     )
     """Attributes that are read."""
-    MAY_HAVE = frozenset({"mup_vector", *PROJECTIONS})
+    MAY_HAVE = frozenset({"mup_vector", PROJECTION})
     """Further parameters, buffers and modules that the mixer may have."""
     pads_states = True
     """Whether the kernels work on a power of two of states, whatever their number."""
@@ -107,12 +107,11 @@ class Mamba2Layer:
             projected = projected * mixer.mup_vector.float()
         z, xBC, step = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
         xBC = mixer.act(causal_conv(xBC, mixer.conv1d)) * valid[..., None]
-        rows = (mixer.conv_dim - mixer.intermediate_size) // 2
-        x, B, C = xBC.split([mixer.intermediate_size, rows, rows], dim=-1)
-        B, C = B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+        x, BC = xBC.tensor_split([mixer.intermediate_size], dim=-1)
+        BC = BC.unflatten(-1, (2 * self.groups, -1))
         if self.unprojected_state_size is not None:
-            B = torch.einsum("blgn,gnr->blgr", B, mixer.B_projection.float())
-            C = torch.einsum("blgn,gnr->blgr", C, mixer.C_projection.float())
+            BC = torch.einsum("blgn,gnr->blgr", BC, mixer.BC_projection.float())
+        B, C = BC.chunk(2, dim=2)
         gate = F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0)
         if hasattr(mixer.norm, "weight"):  # Falcon-H1 can do without
             gate = gate * mixer.norm.weight.float()
@@ -151,13 +150,13 @@ class Mamba2Layer:
         """How the mixer's parameters change, given a selection or projection of each group; nothing changes yet."""
         mixer = self.mixer
         if isinstance(groups[0], Projection):
-            maps = {name: torch.stack([getattr(group, name) for group in groups]) for name in PROJECTIONS}
+            maps = torch.stack([*(group.B_projection for group in groups), *(group.C_projection for group in groups)])
             if self.unprojected_state_size is not None:
-                maps = {name: getattr(mixer, name).detach().double() @ new for name, new in maps.items()}
-            return {name: ParameterCut(values=new) for name, new in maps.items()}
+                maps = mixer.BC_projection.detach().double() @ maps
+            return {PROJECTION: ParameterCut(values=maps)}
         kept = torch.stack([group.kept for group in groups])
         if self.unprojected_state_size is not None:
-            return {name: ParameterCut(dim=2, index=kept) for name in PROJECTIONS}
+            return {PROJECTION: ParameterCut(dim=2, index=kept.repeat(2, 1))}
         inner, size = mixer.intermediate_size, self.groups * self.state_size
         x = torch.arange(inner, device=kept.device)
         states = (torch.arange(self.groups, device=kept.device)[:, None] * self.state_size + kept).flatten()
@@ -173,9 +172,8 @@ class Mamba2Layer:
     def size_of(self, shapes: dict[str, torch.Size]) -> int | None:
         """The state size that a checkpoint's tensors have, from those of its shapes that tell it."""
         mixer = self.mixer
-        for name in PROJECTIONS:
-            if name in shapes:
-                return shapes[name][2]
+        if PROJECTION in shapes:
+            return shapes[PROJECTION][2]
         if self.unprojected_state_size is not None:
             return None
         for name in ("conv1d.weight", "conv1d.bias"):
@@ -194,7 +192,7 @@ class Mamba2Layer:
         """The shapes at a state size of the parameters that depend on it."""
         mixer = self.mixer
         if self.unprojected_state_size is not None:
-            return {name: torch.Size([self.groups, self.unprojected_state_size, size]) for name in PROJECTIONS}
+            return {PROJECTION: torch.Size([2 * self.groups, self.unprojected_state_size, size])}
         conv = mixer.intermediate_size + 2 * self.groups * size
         rows = {"in_proj": mixer.intermediate_size + conv + mixer.num_heads, "conv1d": conv}
         return {

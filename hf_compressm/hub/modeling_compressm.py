@@ -68,25 +68,23 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
     They stand after the convolution and SiLU, which do not commute with a map and so keep their N rows.
 
     Attributes:
-        B_projection, C_projection: trainable parameters, each [G, N, r].
+        BC_projection: trainable parameter [2 G, N, r], the groups' maps of B, then those of C.
         ssm_state_size: r, the size of the recurrent state in scan and cache.
         unprojected_state_size: N, the rows per group that `in_proj` and `conv1d` keep for each of B and C.
 
     Built by `project_`, or by `from_pretrained` and `from_config` for layers whose config says so.
     """
 
-    B_projection: nn.Parameter
-    C_projection: nn.Parameter
+    BC_projection: nn.Parameter
     unprojected_state_size: int
 
     @torch.no_grad()
     def init_mamba2_weights(self):
         """Initialise as the stock mixer does; the projections start by selecting the first r states."""
         super().init_mamba2_weights()
-        for projection in (self.B_projection, self.C_projection):
-            _, N, r = projection.shape
-            identity = torch.eye(N, r, dtype=projection.dtype, device=projection.device)
-            init.copy_(projection, identity.expand_as(projection))
+        projection = self.BC_projection
+        identity = torch.eye(*projection.shape[1:], dtype=projection.dtype, device=projection.device)
+        init.copy_(projection, identity.expand_as(projection))
 
     # `Mamba2Mixer.forward` of transformers 5.24 line by line, without the fused training path (whose kernel reads B
     # and C straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
@@ -149,10 +147,9 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         hidden_states_B_C = modeling_mamba2.apply_mask_to_padding_states(
             hidden_states_B_C.transpose(1, 2), attention_mask
         )
-        rows = self.n_groups * self.unprojected_state_size
-        hidden_states, B, C = hidden_states_B_C.split([self.intermediate_size, rows, rows], dim=-1)
-        B = self._project(B, self.B_projection)
-        C = self._project(C, self.C_projection)
+        hidden_states, B_C = hidden_states_B_C.tensor_split([self.intermediate_size], dim=-1)
+        B_C = B_C.unflatten(-1, (2 * self.n_groups, self.unprojected_state_size))
+        B, C = torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
 
         if recurrent_state is not None and seq_len == 1:  # Recurrent form
             scan_output = modeling_mamba2.mamba2_selective_state_update(
@@ -194,41 +191,34 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         # 4. Final linear projection
         return self.out_proj(scan_output.to(dtype))
 
-    def _project(self, states: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-        """Map [batch, length, G * N] by [G, N, r] to [batch, length, G, r]."""
-        states = states.unflatten(-1, (self.n_groups, self.unprojected_state_size))
-        return torch.einsum("blgn,gnr->blgr", states, projection.to(states.dtype))
 
+def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) -> None:
+    """Make a Mamba-2 mixer, stock or projected, scan the state that B and C are projected to. In place.
 
-def project_(mixer: modeling_mamba2.Mamba2Mixer, B_projection: torch.Tensor, C_projection: torch.Tensor) -> None:
-    """Make a Mamba-2 mixer, stock or projected, scan the state that two maps project to. In place.
-
-    The maps are copied to new trainable parameters; those of a mixer that was projected before are dropped, so compose
+    The maps are copied to a new trainable parameter; those of a mixer that was projected before are dropped, so compose
     them first if the new maps act on the projected state. Tell the config with `set_state_sizes`.
 
     Args:
         mixer: stock (N = `ssm_state_size`) or projected (N = `unprojected_state_size`).
-        B_projection, C_projection: [G, N, r] each.
+        BC_projection: [2 G, N, r], the groups' maps of B, then those of C.
 
     Raises:
-        ValueError: if a map does not have that shape.
+        ValueError: if it does not have that shape.
     """
     N: int = getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
-    r: int = B_projection.shape[-1]
-    for name, projection in (("B_projection", B_projection), ("C_projection", C_projection)):
-        if projection.shape != (mixer.n_groups, N, r):
-            raise ValueError(
-                f"{name} of layer {mixer.layer_idx} must be [n_groups, state size, projected size] = "
-                f"[{mixer.n_groups}, {N}, {r}], got {list(projection.shape)}."
-            )
+    expected = (2 * mixer.n_groups, N)
+    if BC_projection.dim() != 3 or BC_projection.shape[:2] != expected:
+        raise ValueError(
+            f"BC_projection of layer {mixer.layer_idx} must be [2 * n_groups, state size, projected size] = "
+            f"[{expected[0]}, {N}, r], got {list(BC_projection.shape)}."
+        )
     mixer.__class__ = ProjectedMamba2Mixer
     assert isinstance(mixer, ProjectedMamba2Mixer)
     mixer.unprojected_state_size = N
-    mixer.ssm_state_size = r
+    mixer.ssm_state_size = BC_projection.shape[-1]
     like = mixer.conv1d.weight
-    for name, projection in (("B_projection", B_projection), ("C_projection", C_projection)):
-        values = torch.empty(projection.shape, dtype=like.dtype, device=like.device).copy_(projection.detach())
-        setattr(mixer, name, nn.Parameter(values))
+    values = torch.empty(BC_projection.shape, dtype=like.dtype, device=like.device).copy_(BC_projection.detach())
+    mixer.BC_projection = nn.Parameter(values)
 
 
 class _Stock:
@@ -330,8 +320,7 @@ def _build_from_layer_config(stock_init: Callable) -> Callable:
             config = copy.copy(config)
             config.state_size = N
             stock_init(self, config, layer_idx, *args, **kwargs)
-            identity = torch.eye(N, r).expand(self.n_groups, -1, -1)
-            project_(self, identity, identity)
+            project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
 
     return init_from_layer_config
 

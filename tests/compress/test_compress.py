@@ -106,7 +106,7 @@ def test_projection_at_full_rank_is_exact(token_ids):
     batch = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     for layer, entry in zip(layers, measure(model, layers, [batch]), strict=True):
         cut = project(entry.groups[0], entry.P[0])[layer.state_size]
-        project_(layer.mixer, cut.B_projection[None], cut.C_projection[None])
+        project_(layer.mixer, torch.stack([cut.B_projection, cut.C_projection]))
     torch.testing.assert_close(logits(model, token_ids), expected, rtol=1e-3, atol=1e-3)
 
 

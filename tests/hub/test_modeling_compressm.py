@@ -33,7 +33,7 @@ def change_basis_(model, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for mixer in mixers(model):
         T = torch.eye(STATE_SIZE) + 0.1 * torch.randn(mixer.n_groups, STATE_SIZE, STATE_SIZE, generator=generator)
-        project_(mixer, torch.linalg.inv(T).mT, T)
+        project_(mixer, torch.cat([torch.linalg.inv(T).mT, T]))
 
 
 def test_a_change_of_basis_changes_nothing():
@@ -57,8 +57,7 @@ def test_the_identity_is_the_stock_mixer_bit_for_bit(batch, length, padding, ste
     model = build(mamba2_config(num_hidden_layers=1, use_bias=bias, use_conv_bias=not bias))
     twin = build(mamba2_config(num_hidden_layers=1, use_bias=bias, use_conv_bias=not bias))
     for mixer in mixers(twin):
-        identity = torch.eye(STATE_SIZE).expand(mixer.n_groups, -1, -1)
-        project_(mixer, identity, identity)
+        project_(mixer, torch.eye(STATE_SIZE).expand(2 * mixer.n_groups, -1, -1))
     input_ids = tokens(batch, length + 9)
     mask = torch.ones_like(input_ids)
     mask[0, : min(padding, length - 1)] = 0
@@ -80,8 +79,7 @@ def test_training_agrees_with_the_stock_mixer_and_trains_the_projections():
         each.train()
         each(tokens(), labels=tokens()).loss.backward()
     for mixer, projected in zip(mixers(model), mixers(twin), strict=True):
-        assert projected.B_projection.grad.abs().min() > 0
-        assert projected.C_projection.grad.abs().min() > 0
+        assert projected.BC_projection.grad.abs().min() > 0
         torch.testing.assert_close(projected.in_proj.weight.grad, mixer.in_proj.weight.grad, atol=1e-4, rtol=1e-3)
 
 
@@ -92,7 +90,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         if checkpointing:
             model.activation_checkpointing_enable()
         model(tokens(), labels=tokens()).loss.backward()
-        grads.append([mixer.B_projection.grad for mixer in mixers(model)])
+        grads.append([mixer.BC_projection.grad for mixer in mixers(model)])
     torch.testing.assert_close(*grads)
 
 
@@ -128,26 +126,24 @@ def test_projecting_twice_replaces_the_maps():
     model = build(mamba2_config())
     change_basis_(model)
     for mixer in mixers(model):
-        project_(mixer, mixer.B_projection[..., :3], mixer.C_projection[..., :3])
-        assert mixer.B_projection.shape == (2, STATE_SIZE, 3)
+        project_(mixer, mixer.BC_projection[..., :3])
+        assert mixer.BC_projection.shape == (4, STATE_SIZE, 3)
         assert (mixer.ssm_state_size, mixer.unprojected_state_size) == (3, STATE_SIZE)
-        assert mixer.B_projection.data_ptr() != mixer.C_projection.data_ptr()
     assert model(tokens()).logits.isfinite().all()
 
 
 def test_projecting_follows_the_dtype_of_the_mixer():
     model = build(mamba2_config()).to(torch.bfloat16)
-    identity = torch.eye(STATE_SIZE, dtype=torch.float64).expand(2, -1, -1)
-    project_(mixers(model)[0], identity, identity)
-    assert mixers(model)[0].B_projection.dtype == torch.bfloat16
+    project_(mixers(model)[0], torch.eye(STATE_SIZE, dtype=torch.float64).expand(4, -1, -1))
+    assert mixers(model)[0].BC_projection.dtype == torch.bfloat16
     assert model(tokens()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(1, STATE_SIZE, 3), (2, 3, STATE_SIZE), (2, STATE_SIZE, 4)])
+@pytest.mark.parametrize("shape", [(2, STATE_SIZE, 3), (4, 3, STATE_SIZE), (4, STATE_SIZE)])
 def test_a_projection_of_the_wrong_shape_is_refused(shape):
     mixer = mixers(build(mamba2_config()))[0]
-    with pytest.raises(ValueError, match="C_projection of layer 0"):
-        project_(mixer, torch.ones(2, STATE_SIZE, 3), torch.ones(shape))
+    with pytest.raises(ValueError, match="BC_projection of layer 0"):
+        project_(mixer, torch.ones(shape))
     assert type(mixer) is Mamba2Mixer
 
 
