@@ -339,8 +339,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         ddp = find_ddp(self.trainer.model_wrapped)
         if ddp is not None:
             rebuild_reducer_(ddp)
-        if sys.modules.get("torch._dynamo") is not None:
-            torch._dynamo.reset()
+        dynamo: Any = sys.modules.get("torch._dynamo")
+        # Only if something was compiled: the reset imports inductor, which takes seconds.
+        if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+            dynamo.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return undone
