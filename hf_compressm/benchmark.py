@@ -25,7 +25,7 @@ from .hub.state_spaces import is_state_spaces_checkpoint, load_state_spaces_conf
 
 # Share of the free memory that the largest batch may take.
 MEMORY_SHARE = 0.92
-# Tokens that are decoded without waiting for the GPU in between.
+# Tokens of each sequence that a GPU decodes without being waited for in between.
 TOKENS_IN_A_ROW = 8
 KERNELS = ("mamba_ssm", "causal_conv1d")
 
@@ -39,7 +39,7 @@ class Workload:
         train_batch, prefill_batch: sequences.
         decode_batches: sequences that get a token each step, for each row of decoding.
         dtype: of the weights in prefill and decoding, and of autocast in training, whose weights are float32.
-        repeats: timed steps, of which the median counts; in decoding, runs of 8 tokens.
+        repeats: timed steps, of which the median counts; in decoding on a GPU, runs of 8 tokens.
     """
 
     length: int = 1024
@@ -173,12 +173,13 @@ def _decoding(model: nn.Module, ids: torch.Tensor, work: Workload, graph: bool =
         model(ids, use_cache=True, **cache)
 
     decode = _captured(step) if graph else step
+    tokens = TOKENS_IN_A_ROW if ids.is_cuda else 1
 
     def decode_some() -> None:
-        for _ in range(TOKENS_IN_A_ROW):
+        for _ in range(tokens):
             decode()
 
-    return len(ids) * TOKENS_IN_A_ROW / _seconds(decode_some, ids.device, work.repeats)
+    return len(ids) * tokens / _seconds(decode_some, ids.device, work.repeats)
 
 
 def _captured(step: Callable[[], None]) -> Callable[[], None]:
