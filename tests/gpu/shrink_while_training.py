@@ -10,6 +10,8 @@ with the same steps and data order in transformers' `Trainer`, and ends with a t
 - images: Fashion-MNIST as sequences of 784 pixels, then the class; `--images FILE.npz` holds x_train, y_train, x_test and
   y_test.
 
+`--models full,distilled` distils the full model, once it is trained, into ones of the small sizes.
+
 `--small 12,32` shrinks to each of these sizes. To share the seeds and models out among several GPUs, start a process for
 each, with `--seeds`, `--models` and `--results FILE.jsonl`; `table FILE.jsonl ...` makes one table of their results.
 
@@ -30,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -182,7 +185,34 @@ class Clock(TrainerCallback):
         return 1 / float(np.median(steps)) if len(steps) else math.nan
 
 
-def run(args: argparse.Namespace, task: Task, name: str, N: int, small: int, seed: int) -> dict:
+class DistillingTrainer(Trainer):
+    """Half of the loss is that of the labels, half is T^2 KL(teacher || student) at temperature T (arXiv 1503.02531)."""
+
+    def __init__(self, *args: object, teacher: MambaForCausalLM, temperature: float, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.temperature = teacher.eval(), temperature
+
+    def compute_loss(self, model: MambaForCausalLM, inputs: dict, return_outputs: bool = False, **_: object) -> Tensor:
+        asked = inputs["labels"][:, 1:] != -100
+        output = model(**inputs)
+        with torch.no_grad():
+            target = self.teacher(inputs["input_ids"]).logits
+        student, teacher = (
+            F.log_softmax(logits[:, :-1][asked].float() / self.temperature, -1) for logits in (output.logits, target)
+        )
+        distance = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return (output.loss + self.temperature**2 * distance) / 2
+
+
+def run(
+    args: argparse.Namespace,
+    task: Task,
+    name: str,
+    N: int,
+    small: int,
+    seed: int,
+    teacher: MambaForCausalLM | None = None,
+) -> tuple[dict, MambaForCausalLM]:
     """Train one model; its states, metric, speeds, and seconds: of the whole training, and of the cuts in it."""
     set_seed(seed)
     model = MambaForCausalLM(task.config(N))
@@ -215,12 +245,16 @@ def run(args: argparse.Namespace, task: Task, name: str, N: int, small: int, see
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = Trainer(
+        trainer_class, options = Trainer, {}
+        if name == "distilled":
+            trainer_class, options = DistillingTrainer, {"teacher": teacher, "temperature": args.temperature}
+        trainer = trainer_class(
             model,
             arguments,
             data_collator=lambda batch: batch,
             train_dataset=task.train,
             callbacks=[*callbacks, clock],
+            **options,
         )
         trainer.remove_callback(PrinterCallback)
         begin = time.perf_counter()
@@ -246,7 +280,7 @@ def run(args: argparse.Namespace, task: Task, name: str, N: int, small: int, see
     cells = [args.task, f"seed {seed}", name, row["states"], f"{row['metric']:.2f}"]
     cells += [f"{row['before']:.1f}", f"{row['after']:.1f}", f"{seconds:.1f}", f"{sum(cuts):.1f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
-    return row
+    return row, model
 
 
 def summary(rows: list[dict]) -> None:
@@ -281,6 +315,7 @@ def main() -> None:
     parser.add_argument("--scan", help="recall: only from scratch, at these state sizes (1,2,4)")
     parser.add_argument("--state-size", type=int, default=16)
     parser.add_argument("--small", default="4", help="sizes to shrink to, and to train from scratch")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of distillation")
     parser.add_argument("--tolerance", type=float, help="shrink by this tolerance at each attempt, not to a size")
     parser.add_argument("--calibration-batches", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
@@ -310,8 +345,11 @@ def main() -> None:
     began = time.perf_counter()
     seeds, models, small = args.seeds.split(","), args.models.split(","), [int(n) for n in args.small.split(",")]
     runs = [("full", args.state_size, 0)]
-    runs += [("shrunk", args.state_size, n) for n in small] + [("scratch", n, 0) for n in small]
+    runs += [("shrunk", args.state_size, n) for n in small]
+    runs += [(name, n, 0) for name in ("scratch", "distilled") for n in small]
     runs = [run for run in runs if run[0] in models]
+    if "distilled" in models and "full" not in models:
+        raise SystemExit("distilled needs its teacher: add full to --models.")
     if args.scan:
         runs = [("scratch", int(N), 0) for N in args.scan.split(",")]
     print(f"{args.task}, {args.steps} steps, {'cuda' if torch.cuda.is_available() else 'cpu'}\n")
@@ -324,9 +362,12 @@ def main() -> None:
         except ModuleNotFoundError as error:
             print(f"\nSkipped: {error}.")
             return
+        teacher = None
         for name, N, n in runs:
             if time.perf_counter() - began < args.budget:
-                rows.append(run(args, task, name, N, n, seed))
+                row, model = run(args, task, name, N, n, seed, teacher)
+                rows.append(row)
+                teacher = model if name == "full" else teacher
     summary(rows)
 
 
