@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mamba import LOG2_E, load_row
+from .mamba import LOG2_E, load_row, load_token
 
 
 @triton.jit
@@ -58,19 +58,15 @@ def _contribution_kernel(
     total = tl.zeros([TILE, TILE], tl.float32)
     token = row * length
     end = token + length
-    next_step = load_row(delta, token, end, d, channels)
-    next_u = load_row(u, token, end, d, channels)
+    next_step, next_u, next_B = load_token(u, delta, B, token, end, d, n, channels, N)
     next_g = load_row(gate, token, end, d, channels)
-    next_B = load_row(B, token, end, n, N)
     next_C = load_row(C, token, end, n, N)
     for _ in range(length):
         step, drive, g, inputs, outputs = next_step, next_step * next_u, next_g, next_B, next_C
         # Read ahead: the load's latency hides behind this token's arithmetic.
         token += 1
-        next_step = load_row(delta, token, end, d, channels)
-        next_u = load_row(u, token, end, d, channels)
+        next_step, next_u, next_B = load_token(u, delta, B, token, end, d, n, channels, N)
         next_g = load_row(gate, token, end, d, channels)
-        next_B = load_row(B, token, end, n, N)
         next_C = load_row(C, token, end, n, N)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         high, low = split(h * (outputs[:, None] * g[None, :]), OPERAND)

@@ -37,6 +37,24 @@ def load_row(x, token, end, n, size):
     return tl.load(x + token * size + n, mask=n < tl.where(token < end, size, 0), other=0.0).to(tl.float32)
 
 
+@triton.jit
+def load_token(u, delta, B, token, end, d, n, channels, N):
+    """A token's step sizes and inputs, for the channels d, and its input map, for the states n; see `load_row`."""
+    return (
+        load_row(delta, token, end, d, channels),
+        load_row(u, token, end, d, channels),
+        load_row(B, token, end, n, N),
+    )
+
+
+@triton.jit
+def _load_pair(u, delta, B, C, valid, token, end, d, i, j, channels, N):
+    """What a token adds to the Gramians' pairs (i, j): `load_token` of i, B_j, C_i, C_j, and whether it counts."""
+    step, inputs, B_i = load_token(u, delta, B, token, end, d, i, channels, N)
+    B_j, C_i, C_j = load_row(B, token, end, j, N), load_row(C, token, end, i, N), load_row(C, token, end, j, N)
+    return step, inputs, B_i, B_j, C_i, C_j, tl.load(valid + token, mask=token < end, other=0.0)
+
+
 # A known multiple of 16 channels would let the stores at the end choose a layout of four channels to a thread, and the
 # loop pay for it: with one channel to a thread, rows and columns of a tile meet without moving between threads.
 @triton.jit(do_not_specialize=["channels"])
@@ -73,25 +91,17 @@ def _gramians_kernel(
         G = tl.zeros([TILE, TILE, CHANNELS], tl.float32)
         token = (split + turn * splits) * length
         end = token + length
-        next_step = load_row(delta, token, end, d, channels)
-        next_u = load_row(u, token, end, d, channels)
-        next_B_i = load_row(B, token, end, i, N)
-        next_B_j = load_row(B, token, end, j, N)
-        next_C_i = load_row(C, token, end, i, N)
-        next_C_j = load_row(C, token, end, j, N)
-        next_counts = tl.load(valid + token)
+        next_step, next_u, next_B_i, next_B_j, next_C_i, next_C_j, next_counts = _load_pair(
+            u, delta, B, C, valid, token, end, d, i, j, channels, N
+        )
         for _ in range(length):
             step, drive, counts = next_step, next_step * next_u, next_counts
             B_i, B_j, C_i, C_j = next_B_i, next_B_j, next_C_i * counts, next_C_j
             # Read ahead: the loads' latency hides behind this token's arithmetic.
             token += 1
-            next_step = load_row(delta, token, end, d, channels)
-            next_u = load_row(u, token, end, d, channels)
-            next_B_i = load_row(B, token, end, i, N)
-            next_B_j = load_row(B, token, end, j, N)
-            next_C_i = load_row(C, token, end, i, N)
-            next_C_j = load_row(C, token, end, j, N)
-            next_counts = tl.load(valid + token, mask=token < end, other=0.0)
+            next_step, next_u, next_B_i, next_B_j, next_C_i, next_C_j, next_counts = _load_pair(
+                u, delta, B, C, valid, token, end, d, i, j, channels, N
+            )
             decay_i = tl.exp2(A_i * step[None, :])
             decay_j = tl.exp2(A_j * step[None, :])
             h_i = decay_i * h_i + drive[None, :] * B_i[:, None]
@@ -134,18 +144,14 @@ def _starts_kernel(
     row = tl.program_id(1).to(tl.int64)
     token = row * length
     end = token + length
-    next_step = load_row(delta, token, end, d, channels)
-    next_u = load_row(u, token, end, d, channels)
-    next_B = load_row(B, token, end, n, N)
+    next_step, next_u, next_B = load_token(u, delta, B, token, end, d, n, channels, N)
     for t in range(length):
         if t % CHUNK == 0:
             chunk = row * tl.cdiv(length, CHUNK) + t // CHUNK
             tl.store(starts + (chunk * N + n[:, None]) * channels + d[None, :], h, mask=inside)
         step, drive, inputs = next_step, next_step * next_u, next_B
         ahead = token + 1
-        next_step = load_row(delta, ahead, end, d, channels)
-        next_u = load_row(u, ahead, end, d, channels)
-        next_B = load_row(B, ahead, end, n, N)
+        next_step, next_u, next_B = load_token(u, delta, B, ahead, end, d, n, channels, N)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         if OUTPUT:
             outputs = load_row(C, token, end, n, N)
@@ -188,17 +194,13 @@ def _output_gram_kernel(
     row = position // chunks
     token = row * length + first
     end = row * length + last
-    next_step = load_row(delta, token, end, d, channels)
-    next_u = load_row(u, token, end, d, channels)
+    next_step, next_u, next_B = load_token(u, delta, B, token, end, d, n, channels, N)
     next_g = load_row(gate, token, end, d, channels)
-    next_B = load_row(B, token, end, n, N)
     for _ in range(first, last):
         step, drive, g, inputs = next_step, next_step * next_u, next_g, next_B
         ahead = token + 1
-        next_step = load_row(delta, ahead, end, d, channels)
-        next_u = load_row(u, ahead, end, d, channels)
+        next_step, next_u, next_B = load_token(u, delta, B, ahead, end, d, n, channels, N)
         next_g = load_row(gate, ahead, end, d, channels)
-        next_B = load_row(B, ahead, end, n, N)
         h = tl.exp2(rates * step[None, :]) * h + drive[None, :] * inputs[:, None]
         gated = h * g[None, :]
         part = tl.dot(gated, tl.trans(gated), input_precision=PRECISION)
