@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import math
 import statistics
 import time
@@ -104,10 +105,10 @@ def benchmark(
     )
     (cache,) = _cache(model(tokens(1, 1), use_cache=True)).values()
     yield "state bytes per sequence", _state_bytes(model, cache)
-    for graph in (False, True) if device.type == "cuda" and cache.is_compileable else (False,):
-        for batch in work.decode_batches:
-            row = f"decoding, batch {batch}" + ", CUDA graph" * graph
-            yield row, _or_nan(lambda b=batch, g=graph: _decoding(model, tokens(b, 1), work, g))  # type: ignore[misc]
+    graphs = (False, True) if device.type == "cuda" and cache.is_compileable else (False,)
+    for graph, batch in itertools.product(graphs, work.decode_batches):
+        row = f"decoding, batch {batch}, CUDA graph" if graph else f"decoding, batch {batch}"
+        yield row, _or_nan(lambda b=batch, g=graph: _decoding(model, tokens(b, 1), work, g))  # type: ignore[misc]
     if device.type == "cuda":
         largest, speed = _largest_batch(model, tokens, work)
         yield "largest batch that decodes", largest

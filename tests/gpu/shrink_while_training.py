@@ -367,7 +367,8 @@ def main() -> None:
             if time.perf_counter() - began < args.budget:
                 row, model = run(args, task, name, N, n, seed, teacher)
                 rows.append(row)
-                teacher = model if name == "full" else teacher
+                if name == "full":
+                    teacher = model
     summary(rows)
 
 
