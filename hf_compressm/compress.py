@@ -7,29 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import SSMLayer, find_layers
-from .architectures.normalised import NormalisedMambaLayer
-from .calibration import calibration_batches
 from .config import CompreSSMConfig
-from .evaluation import describe, evaluation_ids, perplexity
-from .hankel.gramians import hankel_spectra
-from .hankel.normalised import NormalisedCut
-from .hankel.realization import Projection, Selection
+from .cutting import measure
+from .cutting.sizes import check_targets
+from .data.evaluation import describe, evaluation_ids, perplexity
 from .hub import check_login, load_model, load_tokenizer, publish
-from .measuring import MixerInputs, measure
-from .planning import CutPlan, check_targets, make_report, plan_cut, realization_of
-from .report import CompressionReport, Perplexity
-from .surgery import cut_model_, new_data
-from .training.optimizer import cut_states, set_states_, verify_optimizer
+from .layers import find_layers, realization_of
+from .reporting.record import set_report_
+from .reporting.report import CompressionReport
+from .reporting.rows import Perplexity
 
 logger = logging.get_logger(__name__)
-
-# What a ratio measures the layers' sensitivities on, a forward pass for each layer: divergences need few tokens.
-SENSITIVITY_SEQUENCES = 2
 
 
 def compress_pretrained(
@@ -94,7 +85,7 @@ def compress_pretrained(
     report = compress_(model, config, calibration_data, tokenizer=tokenizer)
     if ids is not None:
         measured = Perplexity(before, perplexity(model, ids), describe(ids))
-        model.compression_report = replace(report, perplexity=measured)  # type: ignore[assignment]
+        set_report_(model, replace(report, perplexity=measured))
     if push_to_hub is not None:
         publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
     return model
@@ -129,77 +120,8 @@ def compress_(
     """
     config = config or CompreSSMConfig()
     layers = find_layers(model)
-    kind = realization_of(config, layers)
-    check_targets(config, layers, kind)
-    inputs: MixerInputs = {}
-    batches = calibration_batches(calibration_data, model, tokenizer)
-    refits = config.refit and config.selection == "auto" and (config.tolerance or config.tolerance is None)
-    statistics = measure(model, layers, batches, config.estimator, inputs if refits else None)
-
-    def predict() -> Tensor:
-        some = {name: tensor[:SENSITIVITY_SEQUENCES].to(model.device) for name, tensor in batches[0].items()}
-        return model(**some, use_cache=False)[0]
-
-    plan = plan_cut(model, layers, statistics, config, inputs, predict)
-    return apply_cut_(model, layers, plan, optimizer)
-
-
-@torch.no_grad()
-def apply_cut_(
-    model: PreTrainedModel, layers: list[SSMLayer], plan: CutPlan, optimizer: torch.optim.Optimizer | None = None
-) -> CompressionReport:
-    """Make a planned cut, in the model and in the optimizer's state. In place.
-
-    Raises:
-        ValueError: if the new weights are not finite or the optimizer's state can't follow. Nothing is changed then.
-    """
-    new: dict[int, dict[str, Tensor]] = {}
-    states = []
-    for layer in layers:
-        if layer.index not in plan.cuts:
-            continue
-        new[layer.index] = new_data(layer, plan.cuts[layer.index])
-        if not all(torch.isfinite(data).all() for data in new[layer.index].values()):
-            raise ValueError(
-                f"The cut of layer {layer.index} to {plan.report.sizes[layer.index]} states is not finite: look at "
-                "the model's weights and the calibration data. Nothing was changed."
-            )
-        if optimizer is not None:
-            for name, cut in plan.cuts[layer.index].items():
-                parameter = layer.mixer.get_parameter(name) if cut.index is not None else None
-                states.append((parameter, cut_states(optimizer, f"{layer.name}.{name}", parameter, cut)))
-    cut_model_(model, layers, list(plan.report.sizes.values()), new)
-    if optimizer is not None:
-        set_states_(optimizer, states)
-        verify_optimizer(optimizer, model)
-    after = sum(p.numel() for p in model.parameters())
-    report = CompressionReport(plan.report.layers, plan.report.realization, plan.report.parameters_before, after)
-    model.compression_report = report  # type: ignore[assignment]
-    logger.info(f"hf_compressm: cut {len(plan.cuts)} of {len(layers)} SSM layers.")
-    return report
-
-
-@torch.no_grad()
-def cut_to_first_states_(model: PreTrainedModel, size: int, realization: str = "auto") -> None:
-    """Cut every SSM layer to its first states, in place, whatever they carry: for what depends on shapes alone.
-
-    Raises:
-        ValueError: as `compress_`.
-    """
-    layers = find_layers(model)
-    config = CompreSSMConfig(state_size=size, realization=realization)  # type: ignore[arg-type]
-    kind = realization_of(config, layers)
-    check_targets(config, layers, kind)
-    new = {}
-    for layer in layers:
-        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
-        kept = torch.arange(size, device=identity.device)
-        group: Any = Projection(identity, identity, 0.0) if kind == "project" else Selection(kept, None, 0.0)
-        if isinstance(layer, NormalisedMambaLayer):
-            first = torch.eye(size, layer.state_size, dtype=torch.float64, device=kept.device)
-            group = NormalisedCut(kept, None, first, first, first.new_ones(size), None, 0.0)
-        new[layer.index] = new_data(layer, layer.cut([group] * layer.groups))
-    cut_model_(model, layers, [size] * len(layers), new)
+    check_targets(config, layers, realization_of(config, layers))  # before the long part
+    return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
 
 
 def hankel_singular_values(
@@ -217,8 +139,5 @@ def hankel_singular_values(
     Raises:
         ValueError, TypeError: as `compress_`.
     """
-    layers = find_layers(model)
-    statistics = measure(model, layers, calibration_batches(calibration_data, model, tokenizer), estimator)
-    spectra = hankel_spectra(statistics)
-    sizes = [layer.state_size for layer in layers]
-    return make_report(model, layers, sizes, spectra, None, "measured")
+    config = CompreSSMConfig(tolerance=0, estimator=estimator)  # type: ignore[arg-type]
+    return measure(model, calibration_data, config, tokenizer=tokenizer).report()

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Realization = Literal["auto", "select", "project"]
+REALIZATIONS = ["auto", "select", "project"]
+"""What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
 Selection = Literal["auto", "greedy", "ghost", "lti_modal", "magnitude", "random"]
 
@@ -52,7 +53,7 @@ class CompreSSMConfig:
     tolerance: float | None = None
     state_size: int | Mapping[int, int] | None = None
     ratio: float | None = None
-    realization: Realization = "auto"
+    realization: str = "auto"
     selection: Selection = "auto"
     refit: int = 3
     estimator: Estimator = "ltv"
@@ -91,9 +92,13 @@ class CompreSSMConfig:
             raise ValueError("uniform=True takes one state_size for all layers, not one for each: give an int.")
         if self.uniform and self.realization == "project":
             raise ValueError("uniform=True makes a stock checkpoint, which realization='project' can't be: drop one.")
-        for name, values in (("realization", Realization), ("selection", Selection), ("estimator", Estimator)):
-            if getattr(self, name) not in get_args(values):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}.")
+        for name, values in (
+            ("realization", tuple(REALIZATIONS)),
+            ("selection", get_args(Selection)),
+            ("estimator", get_args(Estimator)),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
         for name in ("multiple_of", "min_state_size", "num_reductions", "calibration_batches"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -108,6 +113,11 @@ class CompreSSMConfig:
             )
         if self.rollback is not None and not self.rollback >= 0:
             raise ValueError(f"rollback must be at least 0, got {self.rollback}: it is a change of the metric.")
+
+    @property
+    def refits(self) -> bool:
+        """Whether cut layers are refitted on what the mixers read."""
+        return self.refit > 0 and self.selection == "auto" and self.tolerance != 0
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a dictionary that JSON can hold; `CompreSSMConfig(**d)` gives the config back."""

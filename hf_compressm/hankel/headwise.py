@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .gramians import MambaStatistics, MambaSystem, ReadoutMoments
+from .mamba import MambaStatistics
+from .moments import ReadoutMoments
+from .selective import MambaSystem
+from .statistics import Statistics
 
 
-class HeadwiseStatistics:
+class HeadwiseStatistics(Statistics):
     """The statistics of a layer's heads; `update` it with a system of each head per batch.
 
     Args:
@@ -20,21 +25,19 @@ class HeadwiseStatistics:
         self.heads = [MambaStatistics(channels, size, device, mean_lti=mean_lti) for _ in range(heads)]
 
     def update(self, systems: list[MambaSystem]) -> None:
+        """Add the tokens of a batch, as a system of each head."""
         for head, system in zip(self.heads, systems, strict=True):
             head.update(system)
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]
+        """Tokens that each head saw."""
         return self.heads[0].tokens
 
     @property
-    def groups(self) -> list[ReadoutMoments]:
+    def groups(self) -> list[ReadoutMoments]:  # type: ignore[override]
         """The moments of each head."""
         return [moments for head in self.heads for moments in head.groups]
-
-    def hankel_singular_values(self) -> Tensor:
-        """The spectrum of each head, [heads, N], descending."""
-        return torch.cat([head.hankel_singular_values() for head in self.heads])
 
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [heads * channels, N, N]."""
@@ -49,3 +52,12 @@ class HeadwiseStatistics:
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [heads, N]."""
         return torch.cat([head.modal_gain() for head in self.heads])
+
+    def state_power(self) -> Tensor:
+        """The diagonal of P, summed over the channels with their output weights, [heads, N]."""
+        return torch.cat([head.state_power() for head in self.heads])
+
+    def sums(self) -> Iterator[Tensor]:
+        """The tensors that are sums over tokens."""
+        for head in self.heads:
+            yield from head.sums()

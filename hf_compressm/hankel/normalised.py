@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .gramians import MambaStatistics, MambaSystem
+from .mamba import MambaStatistics
 from .realization import Selection
-from .refit import RIDGE, _fit_dynamics, _fit_inputs, _gated_output, _solve, _states
+from .refit import RIDGE, fit_dynamics, fit_inputs, gated_output, scaled_states, solve
+from .selective import MambaSystem
 
 HALVINGS = 3
 READOUT_DAMPING = 1e-4
@@ -51,6 +52,11 @@ class NormalisedCut:
     skip: Tensor | None
     error: float
     """Share of the layer's output energy that is lost on the calibration data; without a refit, not counting the norms."""
+
+    @property
+    def size(self) -> int:
+        """r."""
+        return len(self.kept)
 
 
 class NormalisedStatistics(MambaStatistics):
@@ -129,7 +135,7 @@ class _Fit:
 
     def __init__(self, systems: list[MambaSystem], gamma: Tensor | None) -> None:
         self.gain_per_state = gamma is not None
-        self.targets = [_gated_output(system) for system in systems]
+        self.targets = [gated_output(system) for system in systems]
         if gamma is not None:
             systems = [replace(system, C=system.C / _nonzero(gamma.float())) for system in systems]
         self.systems = systems
@@ -141,12 +147,12 @@ class _Fit:
         r = len(cut.kept)
         normal, right = cut.A.new_zeros(r, r), cut.A.new_zeros(r)
         for system, rest in zip(self._normalised(cut), self._rest(cut), strict=True):
-            for time, h in _states(system, cut.A.float(), system.B):
+            for time, h in scaled_states(system, cut.A.float(), system.B):
                 features = h.mul_(system.C[:, time, None]).flatten(0, 2)
                 normal += features.mT @ features
                 right += features.mT @ rest[:, time].flatten()
         if gain is None and self.gain_per_state:
-            gain = _solve(normal, right, RIDGE)
+            gain = solve(normal, right, RIDGE)
         elif gain is None:
             gain = (right.sum() / _positive(normal.sum())).expand(r)
         explained = float(2 * gain @ right - gain @ normal @ gain)
@@ -155,7 +161,7 @@ class _Fit:
 
     def step_inputs(self, cut: NormalisedCut) -> Move:
         assert cut.A is not None
-        inputs = _fit_inputs(self._with_denominators(cut), self._rest(cut), cut.A, cut.gain[:, None] * cut.readout)
+        inputs = fit_inputs(self._with_denominators(cut), self._rest(cut), cut.A, cut.gain[:, None] * cut.readout)
         return lambda length: replace(cut, inputs=cut.inputs + length * (inputs - cut.inputs))
 
     def step_dynamics(self, cut: NormalisedCut) -> Move:
@@ -164,7 +170,7 @@ class _Fit:
         A, skip = cut.A, cut.skip
         systems, readout = self._with_denominators(cut), cut.gain[:, None] * cut.readout
         # Its second part is D as a whole: what remains to be fitted contains the present one.
-        step, fitted = _fit_dynamics(systems, self.targets, A, cut.inputs, readout)
+        step, fitted = fit_dynamics(systems, self.targets, A, cut.inputs, readout)
         return lambda length: replace(
             cut, A=A * (length * step).clamp(-1, 1).exp(), skip=skip + length * (fitted - skip)
         )
@@ -176,7 +182,7 @@ class _Fit:
         normal, right = cut.A.new_zeros(r, N, r, N), cut.A.new_zeros(r, N)
         scaled = self._with_denominators(cut)
         for system, raw, rest in zip(self._normalised(cut), scaled, self._rest(cut), strict=True):
-            for time, h in _states(system, cut.A.float(), system.B):
+            for time, h in scaled_states(system, cut.A.float(), system.B):
                 h = h.mul_(cut.gain.float())
                 v, C = system.C[:, time, None], raw.C[:, time].flatten(0, 1)
                 y = (h * v).sum(-1, keepdim=True)
@@ -186,7 +192,7 @@ class _Fit:
                 outer = (C[:, :, None] * C[:, None]).flatten(1)
                 normal += (K.flatten(1).mT @ outer).view(r, r, N, N).transpose(1, 2)
                 right += torch.einsum("bti,bto->io", (h.mT @ error)[..., 0], raw.C[:, time])
-        step = _solve(normal.view(r * N, r * N), right.flatten(), READOUT_DAMPING).view(r, N)
+        step = solve(normal.view(r * N, r * N), right.flatten(), READOUT_DAMPING).view(r, N)
         return lambda length: replace(cut, readout=cut.readout + length * step)
 
     def _normalised(self, cut: NormalisedCut) -> list[MambaSystem]:

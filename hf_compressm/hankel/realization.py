@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .balanced_truncation import balance
-from .gramians import ReadoutMoments
+from .moments import ReadoutMoments
 from .singular_values import gramian_factor
 
 SIDE_BY_SIDE = 2**26
@@ -31,6 +31,11 @@ class Selection:
     error: float
     """Share of the layer's output energy that is lost, in [0, 1] up to rounding."""
 
+    @property
+    def size(self) -> int:
+        """r."""
+        return len(self.kept)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -39,6 +44,11 @@ class Projection:
     B_projection: Tensor
     C_projection: Tensor
     error: float
+
+    @property
+    def size(self) -> int:
+        """r."""
+        return self.B_projection.shape[1]
 
 
 def select(moments: ReadoutMoments, order: Tensor) -> dict[int, Selection]:

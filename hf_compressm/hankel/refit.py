@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import mamba_sensitivities, mamba_states
-from .gramians import MambaSystem
 from .realization import Selection
+from .selective import MambaSystem
 
 RIDGE = 1e-6
 """Added to the unit diagonal of the scaled normal matrices of T and R."""
@@ -45,6 +45,11 @@ class Refit:
     error: float
     """Share of the layer's output energy that is lost on the calibration data."""
 
+    @property
+    def size(self) -> int:
+        """r."""
+        return len(self.kept)
+
 
 def refit(systems: list[MambaSystem], selection: Selection, rounds: int) -> Refit:
     """Fit the kept states to the full layer's output.
@@ -62,15 +67,15 @@ def refit(systems: list[MambaSystem], selection: Selection, rounds: int) -> Refi
     A, inputs = systems[0].A.double()[:, kept], identity[kept]
     readout = identity[kept] if selection.readout is None else selection.readout.double()
     skip = A.new_zeros(len(A))
-    targets = [_gated_output(system) for system in systems]
+    targets = [gated_output(system) for system in systems]
     energy = sum(float(y.double().square().sum()) for y in targets)
     best = None
     for turn in range(rounds):
         if turn:
-            step, skip = _fit_dynamics(systems, targets, A, inputs, readout)
+            step, skip = fit_dynamics(systems, targets, A, inputs, readout)
             A = A * step.clamp(-1, 1).exp()
         rest = [y - system.gate * system.u * skip.float() for system, y in zip(systems, targets, strict=True)]
-        inputs = _fit_inputs(systems, rest, A, readout)
+        inputs = fit_inputs(systems, rest, A, readout)
         readout, gain = _fit_readout(systems, rest, A, inputs)
         error = (sum(float(y.double().square().sum()) for y in rest) - gain) / energy if energy else 0.0
         if best is None or error < best.error:
@@ -79,31 +84,31 @@ def refit(systems: list[MambaSystem], selection: Selection, rounds: int) -> Refi
     return best
 
 
-def _states(system: MambaSystem, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def scaled_states(system: MambaSystem, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The states, times the channels' gates."""
     chunk = WORKING_SET // (len(system.u) * A.numel())
     for time, h in mamba_states(system.u, system.delta, A, B, chunk=min(max(chunk, 1), 16)):
         yield time, h.mul_(system.gate[:, time, :, None])
 
 
-def _gated_output(system: MambaSystem) -> Tensor:
+def gated_output(system: MambaSystem) -> Tensor:
     y = torch.empty_like(system.u)
-    for time, h in _states(system, system.A, system.B):
+    for time, h in scaled_states(system, system.A, system.B):
         y[:, time] = torch.einsum("btdn,btn->btd", h, system.C[:, time])
     return y
 
 
-def _fit_inputs(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, readout: Tensor) -> Tensor:
+def fit_inputs(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, readout: Tensor) -> Tensor:
     """T for a given R: each kept state is split into what the N rows of B drive."""
     (r, N), rates = readout.shape, A.float().repeat_interleave(readout.shape[1], dim=1)
     normal, right = A.new_zeros(r * N, r * N), A.new_zeros(r * N)
     for system, target in zip(systems, targets, strict=True):
         C = (system.C @ readout.float().mT).repeat_interleave(N, dim=-1)
-        for time, h in _states(system, rates, system.B.repeat(1, 1, r)):
+        for time, h in scaled_states(system, rates, system.B.repeat(1, 1, r)):
             features = h.mul_(C[:, time, None]).flatten(0, 2)
             normal += features.mT @ features
             right += features.mT @ target[:, time].flatten()
-    return _solve(normal, right, RIDGE).view(r, N)
+    return solve(normal, right, RIDGE).view(r, N)
 
 
 def _fit_readout(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, inputs: Tensor) -> tuple[Tensor, float]:
@@ -111,18 +116,18 @@ def _fit_readout(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, i
     r, N = inputs.shape
     normal, right = A.new_zeros(r, N, r, N), A.new_zeros(r, N)
     for system, target in zip(systems, targets, strict=True):
-        for time, h in _states(system, A.float(), system.B @ inputs.float().mT):
+        for time, h in scaled_states(system, A.float(), system.B @ inputs.float().mT):
             C = system.C[:, time].flatten(0, 1)
             K = (h.mT @ h).flatten(0, 1)
             outer = (C[:, :, None] * C[:, None]).flatten(1)
             normal += (K.flatten(1).mT @ outer).view(r, r, N, N).transpose(1, 2)
             right += torch.einsum("bti,bto->io", (h.mT @ target[:, time, :, None])[..., 0], system.C[:, time])
     normal, right = normal.view(r * N, r * N), right.flatten()
-    solution = _solve(normal, right, RIDGE)
+    solution = solve(normal, right, RIDGE)
     return solution.view(r, N), float(2 * solution @ right - solution @ normal @ solution)
 
 
-def _fit_dynamics(
+def fit_dynamics(
     systems: list[MambaSystem], targets: list[Tensor], A: Tensor, inputs: Tensor, readout: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The Gauss-Newton step of log(-A), [channels, r], and D's change, [channels]: one small system per channel."""
@@ -138,11 +143,11 @@ def _fit_dynamics(
             features = features.flatten(0, 1).transpose(0, 1)  # [channels, tokens, r + 1]
             normal += features.mT @ features
             right += (features.mT @ error.flatten(0, 1).mT[..., None])[..., 0]
-    solution = _solve(normal, right, DAMPING)
+    solution = solve(normal, right, DAMPING)
     return solution[:, :r], solution[:, r]
 
 
-def _solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
+def solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     """Solve normal equations, scaled to a unit diagonal to which the ridge is added."""
     scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
-from .state_spaces import _only_hub, is_state_spaces_checkpoint, load_state_spaces_model
+from .state_spaces import is_state_spaces_checkpoint, load_state_spaces_model, only_hub
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +28,7 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
         OSError: if there is no such checkpoint, or a file of it is missing, damaged or half written.
         ValueError: if its weights don't fit its config or are quantised, or it is no causal language model.
     """
-    hub_kwargs = _only_hub(from_pretrained_kwargs)
+    hub_kwargs = only_hub(from_pretrained_kwargs)
     if is_state_spaces_checkpoint(name_or_path, **hub_kwargs):
         return load_state_spaces_model(name_or_path, **from_pretrained_kwargs)
     _check_folder(Path(name_or_path), hub_kwargs.get("subfolder", ""))

@@ -12,7 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from transformers import PreTrainedModel
 
-from .model_card import CARD, write_model_card
+from ..reporting.card import CARD
+from .saving import write_files
 
 
 def check_login(token: str | bool | None = None) -> None:
@@ -58,7 +59,7 @@ def publish(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _keep_card(api, repo_id, Path(folder))
-        write_model_card(model, folder, repo_id)
+        write_files(model, folder, repo_id)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload slim model")
     return repo_id
 

@@ -1,7 +1,14 @@
-"""Whatever saves or pushes a slimmed model writes its model card, too, once `install` was called.
+"""Whatever saves or pushes a slimmed model writes what belongs to it, too, once `install` was called.
 
-`save_pretrained`, `push_to_hub`, and `Trainer`'s own pushes, each of which writes a card of its own over that of the
-save before it.
+That is its model card and its history, `compressm.json` (the code file comes with the config). A slim model keeps its stock
+class, so there is no method of its own to override; what is patched, and why no public hook will do:
+
+- `PreTrainedModel.save_pretrained`: everything that saves a model ends there.
+- `PreTrainedModel._upload_modified_files`: pushing writes a template of a card over that of the save before it, and a
+  save that pushes has looked which files are new before it comes back.
+- `Trainer.create_model_card`: writes a card of its own over that of the save before it. A callback's `on_push_begin`
+  comes before it, and a Trainer of a slim model need not have a callback of ours.
+- `Trainer._push_from_checkpoint`: copies weights and config to the folder that it uploads, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,43 +20,52 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .model_card import write_model_card
-from .modeling_compressm import MODULE_NAME, SOURCE, _wrap_once
+from ..compat import PUSH_FROM_CHECKPOINT, UPLOAD
+from ..modeling.modeling_compressm import is_slimmed, wrap_once, write_source
+from ..reporting.card import write_model_card
+from ..reporting.record import history_of, write_record
 
 
 def install() -> None:
-    """Teach `PreTrainedModel` and `Trainer` to write the card. Does nothing the second time."""
-    _wrap_once(PreTrainedModel, "save_pretrained", _card_beside)
-    _wrap_once(PreTrainedModel, "_upload_modified_files", _card_in_upload)
+    """Teach `PreTrainedModel` and `Trainer` to write them. Does nothing the second time."""
+    wrap_once(PreTrainedModel, "save_pretrained", _with_files)
+    wrap_once(PreTrainedModel, UPLOAD, _with_files_in_upload)
 
 
-def _card_beside(stock_save: Callable) -> Callable:
+def write_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
+    """Write what belongs to a slimmed model beside its weights and config: history and card, if it was ever cut."""
+    write_record(model, folder)
+    write_model_card(model, folder, repo_id)
+
+
+def _with_files(stock_save: Callable) -> Callable:
     def save_pretrained(
         self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
         _install_in_trainer()
+        history_of(self)  # before anything is written over the checkpoint that it came from
         result = stock_save(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            write_model_card(self, save_directory)
+            write_files(self, save_directory)
         return result
 
     return save_pretrained
 
 
-def _card_in_upload(stock_upload: Callable) -> Callable:
-    def _upload_modified_files(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        write_model_card(self, working_dir, repo_id)
+def _with_files_in_upload(stock_upload: Callable) -> Callable:
+    def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        write_files(self, working_dir, repo_id)
         return stock_upload(self, working_dir, repo_id, *args, **kwargs)
 
-    return _upload_modified_files
+    return upload
 
 
 def _install_in_trainer() -> None:
     """Once a Trainer saves: it is slow to import where none is used. Every push of it saves first."""
     module = sys.modules.get("transformers.trainer")
     if module is not None:
-        _wrap_once(module.Trainer, "create_model_card", _card_after_trainers)
-        _wrap_once(module.Trainer, "_push_from_checkpoint", _all_files_from_checkpoint)
+        wrap_once(module.Trainer, "create_model_card", _card_after_trainers)
+        wrap_once(module.Trainer, PUSH_FROM_CHECKPOINT, _all_files_from_checkpoint)
 
 
 def _card_after_trainers(stock_create: Callable) -> Callable:
@@ -62,14 +78,12 @@ def _card_after_trainers(stock_create: Callable) -> Callable:
 
 
 def _all_files_from_checkpoint(stock_push: Callable) -> Callable:
-    # It copies weights and config from the checkpoint to the folder that it uploads, but not what they need besides.
-    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+    def push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
-            model = self.accelerator.unwrap_model(self.model)
-            if getattr(model.config, "is_heterogeneous", False):
-                code = Path(self.args.output_dir) / f"{MODULE_NAME}.py"
-                code.write_text(SOURCE, encoding="utf-8")
-            write_model_card(model, self.args.output_dir, self.hub_model_id)
+            model, folder = self.accelerator.unwrap_model(self.model), Path(self.args.output_dir)
+            if is_slimmed(model.config):
+                write_source(folder)
+            write_files(model, folder, self.hub_model_id)
         stock_push(self, checkpoint_folder)
 
-    return _push_from_checkpoint
+    return push_from_checkpoint

@@ -23,9 +23,8 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, cached_file
 
-from .heterogeneous import get_state_sizes, get_unprojected_state_sizes
-
-TOKENIZER = "EleutherAI/gpt-neox-20b"
+from ..data.texts import STATE_SPACES_TOKENIZER as TOKENIZER
+from ..modeling.state_sizes import get_state_sizes, get_unprojected_state_sizes
 
 _HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _REFUSED_KWARGS = ("config", "state_dict", "output_loading_info", "variant", "gguf_file", "use_safetensors")
@@ -87,7 +86,7 @@ def is_state_spaces_checkpoint(name_or_path: str | Path, **hub_kwargs: Any) -> b
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like; the rest is ignored.
     """
     try:
-        config = _read_config(name_or_path, _only_hub(hub_kwargs))
+        config = _read_config(name_or_path, only_hub(hub_kwargs))
     except OSError:
         return False
     return "model_type" not in config and "d_model" in config and "n_layer" in config
@@ -103,7 +102,7 @@ def load_state_spaces_config(name_or_path: str | Path, **hub_kwargs: Any) -> Mam
         OSError: if it can't be read.
         ValueError: if transformers has no counterpart for the model.
     """
-    return _to_transformers_config(_read_config(name_or_path, _only_hub(hub_kwargs)), str(name_or_path))
+    return _to_transformers_config(_read_config(name_or_path, only_hub(hub_kwargs)), str(name_or_path))
 
 
 def load_state_spaces_model(
@@ -126,7 +125,7 @@ def load_state_spaces_model(
             f"{', '.join(refused)}: not possible for {name_or_path}, whose config.json and {WEIGHTS_NAME} are in the "
             "original layout of state-spaces. Load it without, then `save_pretrained` it and load the result."
         )
-    hub_kwargs = _only_hub(from_pretrained_kwargs)
+    hub_kwargs = only_hub(from_pretrained_kwargs)
     model_kwargs = {k: v for k, v in from_pretrained_kwargs.items() if k not in (*_HUB_KWARGS, *_REFUSED_KWARGS)}
     config = load_state_spaces_config(name_or_path, **hub_kwargs)
     model_class = MambaForCausalLM if isinstance(config, MambaConfig) else Mamba2ForCausalLM
@@ -185,7 +184,7 @@ def load_tokenizer(
     Raises:
         OSError: if there is no tokenizer that can be read.
     """
-    hub_kwargs = _only_hub(hub_kwargs)
+    hub_kwargs = only_hub(hub_kwargs)
     original = is_state_spaces_checkpoint(name_or_path, **hub_kwargs)
     source = tokenizer or (TOKENIZER if original else name_or_path)
     if source is not name_or_path:
@@ -206,7 +205,7 @@ def load_tokenizer(
     return loaded
 
 
-def _only_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+def only_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import find_layers, unprojected_sizes
-from ..hub import set_state_sizes
-from .reshape import set_data_
+from ..cutting.apply import write_sizes_
+from ..layers import find_layers, set_data_
 
 
 class ReshapeOnLoad:
@@ -66,5 +65,4 @@ class ReshapeOnLoad:
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
         layer.resize(size)
-        layers = find_layers(model)
-        set_state_sizes(model, {layer.index: layer.state_size for layer in layers}, unprojected_sizes(layers))
+        write_sizes_(model, find_layers(model))

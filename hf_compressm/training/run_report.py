@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
-from ..architectures import SSMLayer
-from ..report import CompressionReport, LayerReport
+from ..layers import Layer
+from ..reporting.history import Attempt
+from ..reporting.report import CompressionReport
+from ..reporting.rows import LayerReport
 
 
 def run_report(
-    model: PreTrainedModel, layers: list[SSMLayer], initial_sizes: dict[int, int], history: list[dict[str, Any]]
+    model: PreTrainedModel, layers: Sequence[Layer], initial_sizes: Mapping[int, int], history: Sequence[Attempt]
 ) -> CompressionReport | None:
     """What a run did to a model, for `model.compression_report`; None if it has not cut it.
 
@@ -30,17 +32,17 @@ def run_report(
     rows = []
     for layer in layers:
         energy = output = 1.0
-        for entry in history:
-            spectra, size = _of(entry["hankel_singular_values"], layer), _of(entry["sizes"], layer)
+        for attempt in history:
+            spectra, size = attempt.hankel_singular_values[layer.index], attempt.sizes[layer.index]
             if size < len(spectra[0]):
                 energy *= sum(sum(s[:size]) for s in spectra) / (sum(map(sum, spectra)) or 1.0)
-                output *= 1 - _of(entry["output_error"], layer)
+                output *= 1 - attempt.output_error[layer.index]
         rows.append(
             LayerReport(
                 index=layer.index,
                 old_size=initial_sizes[layer.index],
                 new_size=layer.state_size,
-                hankel_singular_values=_of(history[0]["hankel_singular_values"], layer),
+                hankel_singular_values=history[0].hankel_singular_values[layer.index],
                 energy_kept=energy,
                 output_error=1 - output,
                 channels=layer.channels,
@@ -51,10 +53,5 @@ def run_report(
     return CompressionReport(rows, "select", after + removed, after)
 
 
-def _of(by_layer: dict[Any, Any], layer: SSMLayer) -> Any:
-    # A checkpoint's JSON turns the layer numbers into strings.
-    return by_layer[layer.index] if layer.index in by_layer else by_layer[str(layer.index)]
-
-
-def _count(layer: SSMLayer, size: int) -> int:
+def _count(layer: Layer, size: int) -> int:
     return sum(math.prod(shape) for shape in layer.shapes(size).values())

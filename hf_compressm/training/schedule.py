@@ -6,13 +6,13 @@ steps; `tolerance`: τ, given up anew at each of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..architectures import SSMLayer
 from ..config import CompreSSMConfig
-from ..planning import check_targets, sizes_to_choose_from
+from ..cutting.sizes import check_targets, sizes_to_choose_from
+from ..layers import Layer
 
 
 def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
@@ -49,7 +49,7 @@ def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
 
 
 def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
-    """The config with what "auto" means in training: `select`, since the fused training kernel can't project.
+    """The config as it is meant in training: `select`, since the fused kernel can't project, and no refit.
 
     Raises:
         ValueError: if a projection is asked for.
@@ -59,10 +59,10 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
             "realization='project' is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
             "kernel can't take them. Train with realization='select', or call compress_ with 'project' after training."
         )
-    return replace(config, realization="select")
+    return replace(config, realization="select", refit=0)
 
 
-def check_target(config: CompreSSMConfig, layers: list[SSMLayer]) -> None:
+def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
     """Refuse a target that the attempts can't reach.
 
     Args:
@@ -85,7 +85,7 @@ def check_target(config: CompreSSMConfig, layers: list[SSMLayer]) -> None:
 
 
 def attempt_config(
-    config: CompreSSMConfig, attempt: int, initial: dict[int, int], layers: list[SSMLayer]
+    config: CompreSSMConfig, attempt: int, initial: dict[int, int], layers: Sequence[Layer]
 ) -> CompreSSMConfig | None:
     """The target of one attempt, or None where it has nothing to do.
 

@@ -20,12 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig
-from hf_compressm.architectures import find_layers
-from hf_compressm.calibration import calibration_batches
-from hf_compressm.compress import apply_cut_
-from hf_compressm.measuring import measure
-from hf_compressm.planning import plan_cut
+from hf_compressm import CompreSSMConfig, measure
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -130,18 +125,15 @@ def mean_loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
 def row(model: PreTrainedModel, calibration: torch.Tensor, windows: torch.Tensor) -> str:
     """Measured once, cut in each way from the same statistics."""
-    layers = find_layers(model)
-    inputs: dict = {}
-    statistics = measure(model, layers, calibration_batches(calibration, model), inputs=inputs)
-    N = layers[0].state_size
+    measurement = measure(model, calibration)
+    N = measurement.layers[0].state_size
     cells = [model.config.model_type, f"{N} to {N // 2}", f"{math.exp(mean_loss(model, windows)):.3f}"]
     for name, options in SELECTIONS.items():
         losses = []
         for seed in range(3 if name == "random" else 1):
             slim = copy.deepcopy(model)
             config = CompreSSMConfig(state_size=N // 2, seed=seed, **options)
-            plan = plan_cut(slim, find_layers(slim), statistics, config, inputs if name == "ours" else None)
-            report = apply_cut_(slim, find_layers(slim), plan)
+            report = measurement.plan(config).apply_(slim)
             losses.append(math.exp(mean_loss(slim, windows)))
             if name == "ours":
                 kind = report.realization

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,19 +20,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hf_compressm import CompreSSMConfig
-from hf_compressm.architectures import find_layers
-from hf_compressm.compress import apply_cut_
-from hf_compressm.hankel import gramians as statistics
-from hf_compressm.hankel.gramians import Mamba2Statistics, Mamba2System, MambaStatistics, MambaSystem
+from hf_compressm import CompreSSMConfig, measure
+from hf_compressm.hankel import mamba
+from hf_compressm.hankel import moments as second_moments
+from hf_compressm.hankel.mamba import MambaStatistics
+from hf_compressm.hankel.mamba2 import Mamba2Statistics
 from hf_compressm.hankel.realization import select_each_with_readout
+from hf_compressm.hankel.selective import Mamba2System, MambaSystem
+from hf_compressm.hankel.spectra import hankel_spectra
 from hf_compressm.kernels.contribution import contribution
 from hf_compressm.kernels.mamba import chunk_starts, gramians, output_gram
 from hf_compressm.kernels.mamba2 import contribution as contribution2
 from hf_compressm.kernels.mamba2 import controllability
 from hf_compressm.kernels.reference import mamba2_states, mamba_states, observability_gramian, observability_reach
-from hf_compressm.measuring import measure
-from hf_compressm.planning import plan_cut, realize
+from hf_compressm.layers import find_layers, realize
 
 BEGIN = time.perf_counter()
 
@@ -135,7 +137,7 @@ def section_correct() -> None:
             f"  Mamba-1 N={N}: same candidates {same}, normal {relative(fused.normal_pairs, loop.normal_pairs):.1e}, "
             f"contribution {relative(fused.contribution, loop.contribution):.1e}, cross "
             f"{relative(fused.cross[rows], loop.cross[rows]):.1e}, output {relative(fused.output, loop.output):.1e}, "
-            f"spectrum {relative(pair[0].hankel_singular_values(), pair[1].hankel_singular_values()):.1e}",
+            f"spectrum {relative(hankel_spectra([pair[0]])[0], hankel_spectra([pair[1]])[0]):.1e}",
             flush=True,
         )
     s = mamba2_system(2, 100, 4, 64, 1, 128, pad=3)
@@ -148,7 +150,7 @@ def section_correct() -> None:
     print(
         f"  Mamba-2 N=128: P {relative(pair2[0].P, pair2[1].P):.1e}, Q {relative(pair2[0].Q, pair2[1].Q):.1e}, "
         f"contribution {relative(a.contribution, b.contribution):.1e}, output {relative(a.output, b.output):.1e}, "
-        f"spectrum {relative(pair2[0].hankel_singular_values(), pair2[1].hankel_singular_values()):.1e}",
+        f"spectrum {relative(hankel_spectra([pair2[0]])[0], hankel_spectra([pair2[1]])[0]):.1e}",
         flush=True,
     )
 
@@ -262,11 +264,11 @@ def section_time() -> None:
             matrix=2 * pairs,
         )
         K = output_gram(*args, part)[0].flatten(0, 1)
-        moments = statistics.ReadoutMoments(N, torch.device("cuda"), readout=True)
+        moments = second_moments.ReadoutMoments(N, torch.device("cuda"), readout=True)
         if N > 64:
             moments.candidates = keep
             moments.normal_pairs = moments._empty_pairs()
-        some = slice(0, statistics.WORKING_SET // N**2)
+        some = slice(0, mamba.WORKING_SET // N**2)
         C, K = s.C.flatten(0, 1)[some], K[some]
         extra = (C[:, :c], moments.output) if N > 64 else ()
         row(
@@ -352,14 +354,14 @@ def section_measure() -> None:
             train_step(model, optimizer, ids)
             step = wall(lambda m=model, o=optimizer, i=ids: train_step(m, o, i), 3)
             model.eval()
-            layers = find_layers(model)
+            layers, unfitted = find_layers(model), CompreSSMConfig(refit=0)
             data = [{"input_ids": ids}] * batches
             hidden_states = torch.randn(*shape, hidden, device="cuda")
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
                 model.base_model(input_ids=ids, use_cache=False)
                 forward = wall(lambda m=model, i=ids: m.base_model(input_ids=i, use_cache=False), 2)
-                measure(model, layers, data[:1])
-                whole = wall(lambda m=model, la=layers, d=data: measure(m, la, d))
+                measure(model, data[:1], unfitted)
+                whole = wall(lambda m=model, d=data, c=unfitted: measure(m, d, c))
                 read = wall(lambda la=layers, x=hidden_states: la[0].read(x, None), 3)
                 system = layers[0].read(hidden_states, None)
                 entry = layers[0].statistics(mean_lti=False)
@@ -398,17 +400,18 @@ def one_cut(kind: str, size: int, hidden: int, count: int, shape: tuple[int, int
 
     data = [{"input_ids": ids}] * batches
     with torch.no_grad():
-        stats = phase("measure", lambda: measure(model, layers, data))
+        measurement = phase("measure", lambda: measure(model, data, config))
+        stats = measurement.statistics
     with torch.no_grad():
-        phase("(spectra)", lambda: statistics.hankel_spectra(stats))
+        phase("(spectra)", lambda: hankel_spectra(stats))
         phase(
             "(realize one by one)",
             lambda: realize(layers, stats, config, "select"),
         )
         if kind == "mamba":
             phase("(read-outs side by side)", lambda: select_each_with_readout([entry.groups[0] for entry in stats]))
-        plan = phase("plan", lambda: plan_cut(model, layers, stats, config))
-        phase("apply", lambda: apply_cut_(model, layers, plan, optimizer))
+        plan = phase("plan", lambda: replace(measurement, sample=None).plan(config))
+        phase("apply", lambda: plan.apply_(model, optimizer))
     whole = sum(times[name] for name in ("measure", "plan", "apply"))
     return f"{whole:.1f} ms: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items())
 

@@ -6,26 +6,17 @@
 
 import argparse
 import copy
-import functools
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_compressm import CompreSSMConfig
-from hf_compressm.architectures import find_layers
-from hf_compressm.calibration import LENGTH, calibration_batches, windows
-from hf_compressm.compress import SENSITIVITY_SEQUENCES, apply_cut_
-from hf_compressm.evaluation import TEXT, perplexity
-from hf_compressm.measuring import measure
-from hf_compressm.planning import plan_cut
+from hf_compressm import CompreSSMConfig, measure
+from hf_compressm.data.evaluation import perplexity
+from hf_compressm.data.texts import EVALUATION, LENGTH, windows
 
 ALL = 10**6  # sequences: more than the text has
 BASELINES = ["greedy", "ghost", "lti_modal", "magnitude", "random"]
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, use_cache=False).logits
 
 
 def cuts(N: int, mamba2: bool) -> list[tuple[str, dict]]:
@@ -55,13 +46,11 @@ def main() -> None:
     args = parser.parse_args()
     for folder in args.folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = windows(TEXT.read_text(encoding="utf-8"), tokenizer, ALL, LENGTH)
+        ids = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, ALL, LENGTH)
         full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
         base = perplexity(full, ids)
         N = full.config.state_size
-        inputs: dict = {}
-        batches = calibration_batches(None, full, tokenizer)
-        statistics = measure(full, find_layers(full), batches, inputs=inputs)
+        measurement = measure(full, tokenizer=tokenizer)
         print(f"\n{folder.name}: N={N}, {ids.numel():,} tokens, perplexity {base:.3f}", flush=True)
         print("| model | cut | states, mean | perplexity | change |\n|---|---|---|---|---|", flush=True)
         for name, options in cuts(N, full.config.model_type == "mamba2"):
@@ -70,12 +59,7 @@ def main() -> None:
             values = []
             for seed in range(3 if "random" in name else 1):
                 model = copy.deepcopy(full)
-                layers, config = find_layers(model), CompreSSMConfig(**options, seed=seed)
-                fits = config.selection == "auto" and config.refit
-                some = batches[0]["input_ids"][:SENSITIVITY_SEQUENCES].to(args.device)
-                predict = functools.partial(logits, model, some)
-                plan = plan_cut(model, layers, statistics, config, inputs if fits else None, predict)
-                report = apply_cut_(model, layers, plan)
+                report = measurement.plan(CompreSSMConfig(**options, seed=seed)).apply_(model)
                 values.append(perplexity(model, ids))
             value = sum(values) / len(values)
             mean = sum(report.sizes.values()) / len(report.sizes)

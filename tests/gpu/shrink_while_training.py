@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
-from hf_compressm.architectures import find_layers
+from hf_compressm.layers import find_layers
 
 REFERENCE = Path(hf_compressm.__file__).parent / "reference" / "mamba-tiny"
 SHADES = 17  # of a pixel of the digits: the tokens after them are the classes

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from hf_compressm.hankel.gramians import ReadoutMoments, elimination_order
+from hf_compressm.hankel.moments import ReadoutMoments, elimination_order
 from hf_compressm.hankel.realization import project, select, select_with_readout
 
 N, TOKENS, CHANNELS = 5, 60, 7
@@ -96,7 +96,7 @@ def test_rounding_of_float32_grams_does_not_break_the_fit(seed):
 
 
 def test_candidates_limit_the_fit_when_there_are_many_states(monkeypatch, data):
-    monkeypatch.setattr("hf_compressm.hankel.gramians.MAX_READOUT", 3 * N)
+    monkeypatch.setattr("hf_compressm.hankel.moments.MAX_READOUT", 3 * N)
     h, C = data
     moments = ReadoutMoments(N, torch.device("cpu"), readout=True)
     moments.update(h.mT @ h, C)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_compressm.hankel.gramians import MambaStatistics, MambaSystem
+from hf_compressm.hankel.mamba import MambaStatistics
 from hf_compressm.hankel.realization import Selection, select_with_readout
 from hf_compressm.hankel.refit import refit
+from hf_compressm.hankel.selective import MambaSystem
 from hf_compressm.kernels.reference import mamba_sensitivities
 
 N = 6

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compressm.hankel.gramians import BATCHED, MambaStatistics, hankel_spectra
+from hf_compressm.hankel.mamba import MambaStatistics
 from hf_compressm.hankel.singular_values import cross_factor, gramian_factor, hankel_singular_values
+from hf_compressm.hankel.spectra import BATCHED, hankel_spectra
 from hf_compressm.hankel.systems import DiagonalSystem
 
 from .test_systems import diagonal_systems

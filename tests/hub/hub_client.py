@@ -54,9 +54,9 @@ def push() -> dict[str, Any]:
     pushed = {}
 
     # Small evaluation: the figure itself is tested elsewhere.
-    import hf_compressm.evaluation
+    from hf_compressm.data import evaluation
 
-    hf_compressm.evaluation.SEQUENCES = 1
+    evaluation.SEQUENCES = 1
     pushed["me/compressed"] = compress_pretrained(
         reference, CompreSSMConfig(ratio=0.5, refit=0), calibration_data=[text], push_to_hub="me/compressed"
     )

@@ -63,7 +63,7 @@ def card(hub: HubServer, name: str) -> tuple[dict[str, Any], str]:
 def test_one_commit_holds_everything(hub, pushed):
     repository = hub.repositories["me/compressed"]
     assert len(repository.commits) == 2  # the first is the empty repository
-    expected = {CARD, FIGURE, CODE, "config.json", "generation_config.json", "model.safetensors"}
+    expected = {CARD, FIGURE, CODE, "compressm.json", "config.json", "generation_config.json", "model.safetensors"}
     assert repository.files.keys() == expected | {"tokenizer.json", "tokenizer_config.json"}
     assert repository.files[FIGURE].startswith(b"\x89PNG")
 

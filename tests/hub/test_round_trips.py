@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_compressm.hub import get_state_sizes, get_unprojected_state_sizes, modeling_compressm, set_state_sizes
-from tests.hub.models import LAYERS, NOT_UNIFORM, UNIFORM, build, mamba2_config, mamba_config, slim, tokens
+from hf_compressm.modeling import modeling_compressm
+from hf_compressm.modeling.state_sizes import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
+from tests.modeling.models import LAYERS, NOT_UNIFORM, UNIFORM, build, mamba2_config, mamba_config, slim, tokens
 
 ALL = UNIFORM | NOT_UNIFORM
 CODE = "modeling_compressm.py"

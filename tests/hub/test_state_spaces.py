@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM, MambaForCausalLM, PreTrainedTokenizerFast
 
-from hf_compressm.hub import (
-    export_mamba_ssm,
-    is_state_spaces_checkpoint,
-    load_state_spaces_model,
-    load_tokenizer,
-    set_state_sizes,
-)
-from tests.hub.models import build, mamba2_config, mamba_config, slim
+from hf_compressm.hub import export_mamba_ssm, is_state_spaces_checkpoint, load_state_spaces_model, load_tokenizer
+from hf_compressm.modeling.state_sizes import set_state_sizes
+from tests.modeling.models import build, mamba2_config, mamba_config, slim
 
 MAMBA = {"d_model": 24, "n_layer": 2, "vocab_size": 29, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True}
 MAMBA2 = MAMBA | {"ssm_cfg": {"layer": "Mamba2", "headdim": 16}, "pad_vocab_size_multiple": 16}

@@ -150,14 +150,16 @@ def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
 @pytest.mark.parametrize("limit", [4096, 30])
 @pytest.mark.parametrize("mean_lti", [False, True])
 def test_statistics_are_those_of_the_plain_scan(monkeypatch, limit, mean_lti):
-    from hf_compressm.hankel import gramians
-    from hf_compressm.hankel.gramians import MambaStatistics, MambaSystem
+    from hf_compressm import kernels
+    from hf_compressm.hankel import moments
+    from hf_compressm.hankel.mamba import MambaStatistics
+    from hf_compressm.hankel.selective import MambaSystem
 
-    monkeypatch.setattr(gramians, "MAX_READOUT", limit)
+    monkeypatch.setattr(moments, "MAX_READOUT", limit)
     channels, N = 5, 6
     both = []
     for fused in (True, False):
-        monkeypatch.setattr(gramians.kernels, "fused", lambda x, fused=fused: fused)
+        monkeypatch.setattr(kernels, "fused", lambda x, fused=fused: fused)
         statistics = MambaStatistics(channels, N, torch.device("cpu"), mean_lti=mean_lti)
         for length in (20, 3):
             u, delta, B, C, gate, valid = random_system(2, length, (channels,), (N,), 2, torch.float32)
@@ -178,12 +180,13 @@ def test_statistics_are_those_of_the_plain_scan(monkeypatch, limit, mean_lti):
 @needs_interpreter
 @pytest.mark.parametrize("mean_lti", [False, True])
 def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
-    from hf_compressm.hankel import gramians
-    from hf_compressm.hankel.gramians import Mamba2Statistics, Mamba2System
+    from hf_compressm import kernels
+    from hf_compressm.hankel.mamba2 import Mamba2Statistics
+    from hf_compressm.hankel.selective import Mamba2System
 
     both = []
     for fused in (True, False):
-        monkeypatch.setattr(gramians.kernels, "fused", lambda x, fused=fused: fused)
+        monkeypatch.setattr(kernels, "fused", lambda x, fused=fused: fused)
         statistics = Mamba2Statistics(4, 2, 8, torch.device("cpu"), mean_lti=mean_lti)
         x, delta, B, C, gate, valid = random_system(2, 20, (4, 5), (2, 8), 2, torch.float32)
         statistics.update(Mamba2System(x, delta, rates(4), B, C, gate, valid))

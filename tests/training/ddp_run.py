@@ -15,8 +15,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
-from hf_compressm.hankel import gramians
-from hf_compressm.training.distributed import find_ddp
+from hf_compressm.backends.ddp import find_ddp
+from hf_compressm.hankel import moments
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
 
@@ -64,7 +64,7 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
     if variant == "comm_hook":
         hook.trainer = trainer
         trainer.add_callback(hook)
-    with patch.object(gramians, "MAX_READOUT", 40 if variant == "large" else gramians.MAX_READOUT):
+    with patch.object(moments, "MAX_READOUT", 40 if variant == "large" else moments.MAX_READOUT):
         trainer.train(resume_from_checkpoint=checkpoint)
     digest = hashlib.sha256()
     for parameter in [
@@ -78,7 +78,7 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
         "sizes": sizes(model),
         "hash": digest.hexdigest(),
         "hook_calls": hook.calls,
-        "spectra": [entry["hankel_singular_values"] for entry in callback.history],
+        "spectra": [attempt.hankel_singular_values for attempt in callback.history],
     }
 
 

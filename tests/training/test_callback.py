@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, hankel_singular_values
-from hf_compressm.training.trajectory import rank_correlation
+from hf_compressm.training.settling import rank_correlation
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
 
@@ -46,8 +46,8 @@ def test_the_state_shrinks_on_schedule_and_training_goes_on(tmp_path, make, targ
     callback = CompreSSMCallback(CompreSSMConfig(**target, **WINDOW))
     trainer = make_trainer(tmp_path, model, callbacks=[callback], max_steps=6, gradient_accumulation_steps=2)
     trainer.train()
-    assert [entry["step"] for entry in callback.history] == [2, 4]
-    assert [list(entry["sizes"].values()) for entry in callback.history] == expected
+    assert [attempt.step for attempt in callback.history] == [2, 4]
+    assert [list(attempt.sizes.values()) for attempt in callback.history] == expected
     assert sizes(model) == expected[-1]
     assert set(losses(trainer)) == set(range(1, 7))
     logged = [entry for entry in trainer.state.log_history if "compressm/state_size_mean" in entry]
@@ -88,14 +88,14 @@ def test_the_cut_is_that_of_compress_on_the_last_training_batches(tmp_path):
 def test_of_large_batches_the_first_sequences_are_measured(tmp_path, monkeypatch):
     data, model = dataset(), tiny_mamba()
     length = len(data[0]["input_ids"])
-    monkeypatch.setattr("hf_compressm.callback.MEASURED_TOKENS", 2 * length + 1)
+    monkeypatch.setattr("hf_compressm.training.callback.MEASURED_TOKENS", 2 * length + 1)
     callback = CompreSSMCallback(CompreSSMConfig(tolerance=0, start=0, end=1, num_reductions=1))
     seen = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     make_trainer(
         tmp_path, model, callbacks=[callback], max_steps=2, learning_rate=0, per_device_train_batch_size=4
     ).train()
-    measured = callback.history[0]["hankel_singular_values"]
+    measured = callback.history[0].hankel_singular_values
     expected = hankel_singular_values(tiny_mamba(), seen[0][:2])
     for layer in expected.layers:
         assert measured[layer.index][0] == pytest.approx(layer.hankel_singular_values[0], rel=1e-4)
@@ -127,7 +127,7 @@ def test_rollback_restores_model_optimizer_and_random_numbers_exactly(tmp_path, 
     state = torch.get_rng_state()
     torch.manual_seed(0)
     two.train()
-    assert callback.history[0]["undone"] is not accept
+    assert callback.history[0].undone is not accept
     if accept:
         assert sizes(model) == [1, 1]
         return
@@ -253,8 +253,8 @@ def test_sharded_training_is_refused(tmp_path, flag):
 
 
 def test_rank_correlation_looks_at_the_states_that_both_have():
-    before = {"states": {0: [[0, 1, 2, 3, 4]]}, "contributions": {0: [[5.0, 4.0, 3.0, 2.0, 1.0]]}}
-    now = {"states": {0: [[0, 2, 4]]}, "contributions": {0: [[0.1, 0.2, 0.3]]}}
-    assert rank_correlation(before, now) == pytest.approx(-1)
-    assert rank_correlation(before, before) == pytest.approx(1)
-    assert rank_correlation(before, {"states": {0: [[0, 2]]}, "contributions": {0: [[0.1, 0.2]]}}) is None
+    before = {0: [[0, 1, 2, 3, 4]]}, {0: [[5.0, 4.0, 3.0, 2.0, 1.0]]}
+    now = {0: [[0, 2, 4]]}, {0: [[0.1, 0.2, 0.3]]}
+    assert rank_correlation(*before, *now) == pytest.approx(-1)
+    assert rank_correlation(*before, *before) == pytest.approx(1)
+    assert rank_correlation(*before, {0: [[0, 2]]}, {0: [[0.1, 0.2]]}) is None

@@ -46,7 +46,7 @@ def test_a_resumed_run_is_the_whole_run(whole, tmp_path, step, restore):
     for (name, one), two in zip(model.state_dict().items(), trainer.model.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
     (mine,) = [cb for cb in resumed.callback_handler.callbacks if isinstance(cb, CompreSSMCallback)]
-    assert [entry["step"] for entry in mine.history] == [3, 6]
+    assert [attempt.step for attempt in mine.history] == [3, 6]
 
 
 def test_every_checkpoint_loads_by_itself(whole):

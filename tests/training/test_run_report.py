@@ -22,8 +22,8 @@ def test_it_spans_all_cuts(tmp_path):
     assert report.parameters_before == before
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
     assert [len(row.hankel_singular_values[0]) for row in report.layers] == [8, 8]
-    first = callback.history[0]["hankel_singular_values"][0][0]
-    second = callback.history[1]["hankel_singular_values"][0][0]
+    first = callback.history[0].hankel_singular_values[0][0]
+    second = callback.history[1].hankel_singular_values[0][0]
     kept = sum(first[:6]) / sum(first) * sum(second[:4]) / sum(second)
     assert report.layers[0].energy_kept == pytest.approx(kept)
     figure = callback.plot()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.architectures import find_layers
+from hf_compressm.layers import find_layers
 from hf_compressm.training.schedule import attempt_config, attempt_steps, check_target, training_config
 from tests.conftest import tiny_mamba, tiny_mamba2
 

@@ -1,0 +1,92 @@
+"""hf-compressm benchmark: what a smaller state gains."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .app import command
+from .console import Json, exit_codes, note, progress_bar
+
+
+@command
+def benchmark(
+    model: Annotated[
+        str, typer.Argument(help="A name on the Hub, a checkpoint's folder, or a folder with a config.json.")
+    ],
+    state_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Compare with this state size; may be given several times. By default an eighth of it."),
+    ] = None,
+    realization: Annotated[
+        str, typer.Option(help="How Mamba-2 gets there: project, select, or auto, which is project.")
+    ] = "auto",
+    length: Annotated[int, typer.Option(help="Tokens of a sequence in training and prefill.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Sequences in training and prefill.")] = 8,
+    decode_batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences that are decoded together; may be given several times.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed steps, of which the median counts.")] = 10,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. By default cuda, if there is one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a model at its own and at smaller state sizes: training, prefill, decoding, memory.
+
+    Speed depends on shapes alone: the weights are random, and only the config is read.
+
+    hf-compressm benchmark state-spaces/mamba2-130m --state-size 16 --state-size 64
+    """
+    import torch
+
+    from .speed import Workload, load_config, missing_kernels
+    from .speed import benchmark as run
+
+    with exit_codes():
+        if dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype}.")
+        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        work = Workload(length, batch, batch, tuple(decode_batch or (1, 64, 512)), getattr(torch, dtype), repeats)
+        config = load_config(model)
+        columns: list[dict[str, float]] = []
+        with progress_bar() as progress:
+            task = progress.add_task("building the model", total=None)
+
+            def time_all(size: int | None) -> None:
+                columns.append({})
+                for row, value in run(config, size, realization, on, work):
+                    columns[-1][row] = value
+                    progress.update(task, description=f"state size {columns[-1]['state size']:.0f}: {row} done")
+
+            time_all(None)
+            for size in state_size or [max(1, int(columns[0]["state size"]) // 8)]:
+                time_all(size)
+    missing = missing_kernels(on)
+    if as_json:
+        typer.echo(json.dumps({"device": str(on), "missing_kernels": missing, "results": columns}, indent=2))
+        return
+    own, *slim = columns
+    table = Table(
+        title=f"{escape(model)} on {_device_name(on)}, {dtype}", caption="tokens/s, where no other unit is named"
+    )
+    for column in ("", "present", *("slim (ratio)" for _ in slim)):
+        table.add_column(column, justify="right")
+    for row, full in own.items():
+        table.add_row(row, f"{full:,.0f}", *(f"{column[row]:,.0f} ({column[row] / full:.2f}x)" for column in slim))
+    Console().print(table)
+    if missing:
+        note(
+            f"[yellow]On the slow path: transformers scans in plain torch without {' and '.join(missing)}.[/yellow] These "
+            "figures say nothing of the fast one; on a CUDA GPU, install hf_compressm\\[cuda]."
+        )
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"

@@ -1,0 +1,160 @@
+"""hf-compressm compress: write a slim model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .app import command
+from .console import (
+    CalibrationFile,
+    Json,
+    Model,
+    calibration_batches_of,
+    empty_folder,
+    exit_codes,
+    fail,
+    load,
+    measuring,
+    new_folder,
+    note,
+    progress_bar,
+    timed_perplexity,
+)
+
+
+@command
+def compress(
+    model: Model,
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="A new folder for the slim model; may be left out with --push-to-hub or --dry-run."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Give up this share of each layer's Hankel energy, in [0, 1). The default target, at 0.05."),
+    ] = None,
+    state_size: Annotated[int | None, typer.Option(help="Keep this many states in every layer, exactly.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of all states, more in the layers where a cut costs more."),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform", help="One size for all layers: a checkpoint that loads anywhere without this package."
+        ),
+    ] = False,
+    realization: Annotated[
+        str,
+        typer.Option(
+            help="select: keep some of the states. project (Mamba-2 only): mix them into fewer, which loses less. "
+            "auto: select for Mamba, project for Mamba-2."
+        ),
+    ] = "auto",
+    multiple_of: Annotated[
+        int | None,
+        typer.Option(
+            help="Round the sizes that are chosen for you up to a multiple of this. By default not for Mamba, and to "
+            "a power of two from 16 up for Mamba-2, whose kernels are made for these."
+        ),
+    ] = None,
+    refit: Annotated[
+        int,
+        typer.Option(help="Rounds of refitting the cut layers of a Mamba model to the full ones; 0 is quicker."),
+    ] = 3,
+    calibration: CalibrationFile = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Push the slim model and its tokenizer to this repository.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make that repository a private one, if it is new.")
+    ] = False,
+    evaluate: Annotated[
+        bool | None,
+        typer.Option(
+            "--evaluate/--no-evaluate",
+            help="Take the perplexity before and after, on prose that the package ships. By default with --push-to-hub, "
+            "for the model card, and with --dry-run.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be cut and what it would cost; write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a slim model (and its tokenizer) to a folder, to the Hub, or both.
+
+    Give one target at most: --tolerance, --state-size or --ratio. The table shows for each layer the states before and
+    after, the Hankel energy kept, and the share of the layer's output that the cut loses on the calibration text.
+
+    hf-compressm compress state-spaces/mamba-130m slim --tolerance 0.02
+    """
+    from ..compress import compress_
+    from ..config import CompreSSMConfig
+    from ..data.evaluation import describe, evaluation_ids
+    from ..hub import check_login, publish
+    from ..reporting.record import set_report_
+    from ..reporting.rows import Perplexity
+
+    if output is None and push_to_hub is None and not dry_run:
+        raise fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
+    if output is not None and not dry_run:
+        empty_folder(output)
+    with exit_codes():
+        config = CompreSSMConfig(
+            tolerance=tolerance,
+            state_size=state_size,
+            ratio=ratio,
+            uniform=uniform,
+            realization=realization,
+            multiple_of=multiple_of,
+            refit=refit,
+        )
+        if push_to_hub is not None and not dry_run:
+            check_login()
+        with progress_bar() as progress:
+            slim, tokenizer = load(model, progress)
+            batches = calibration_batches_of(slim, tokenizer, calibration, progress)
+            if evaluate and tokenizer is None:
+                raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
+            if evaluate is None:
+                evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
+            ids = evaluation_ids(tokenizer) if evaluate else None
+            before = timed_perplexity(slim, ids, progress, "perplexity before") if ids is not None else 0.0
+            with measuring(slim, batches, progress, then="choosing the states to keep"):
+                report = compress_(slim, config, batches)
+            if ids is not None:
+                after = timed_perplexity(slim, ids, progress, "perplexity after")
+                report = replace(report, perplexity=Perplexity(before, after, describe(ids)))
+                set_report_(slim, report)
+            if output is not None and not dry_run:
+                progress.add_task("saving", total=None)
+                with new_folder(output) as folder:
+                    slim.save_pretrained(folder)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(folder)
+    if not as_json:
+        Console().print(report)
+    if dry_run:
+        note("dry run: nothing was written")
+        output = push_to_hub = None
+    elif tokenizer is None:
+        note("[yellow]The model has no tokenizer; none was saved.[/yellow]")
+    if output is not None:
+        note(f"saved in {escape(str(output))}")
+    if push_to_hub is not None:
+        with exit_codes(), progress_bar() as progress:
+            progress.add_task(f"pushing to {escape(push_to_hub)}", total=None)
+            push_to_hub = publish(slim, push_to_hub, tokenizer=tokenizer, private=private or None)
+        note(f"pushed to {escape(push_to_hub)}")
+    if as_json:
+        where = {"saved_in": str(output) if output is not None else None, "pushed_to": push_to_hub}
+        typer.echo(json.dumps(report.to_dict() | where, indent=2))

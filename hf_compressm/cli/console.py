@@ -1,0 +1,152 @@
+"""What the commands share: messages, exit codes, progress bars, folders that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Model = Annotated[
+    str, typer.Argument(help="A name on the Hub, or a folder, in the layout of transformers or of state-spaces/*.")
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.txt",
+        help="Measure on this text (its first 8 x 512 tokens). By default on prose that the package ships, or, for a "
+        "model without a tokenizer, on samples of the model itself. Best is text like that of the model's use.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else there.")]
+
+
+def note(text: str) -> None:
+    """On stderr: stdout is for results."""
+    Console(stderr=True).print(text)
+
+
+def fail(message: object) -> typer.Exit:
+    """Say what is wrong; the exit to raise."""
+    note(f"[red]error:[/red] {escape(str(message))}")
+    return typer.Exit(1)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """1 with a message for what the user can mend, 130 for Ctrl-C; a traceback is left to bugs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("stopped")
+        raise typer.Exit(130) from None
+    except (OSError, TypeError, ValueError) as error:
+        raise fail(error) from error
+
+
+def empty_folder(folder: Path) -> Path:
+    """Refuse a folder that holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise fail(f"{folder} is not an empty folder: name a new one.")
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it, which takes its name once everything is written and vanishes if something fails."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, with those of other libraries switched off."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    # Their bars, of weights, shards and uploads, would break up this one.
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        yield progress
+
+
+def load(model: str, progress: Progress) -> tuple[Any, Any]:
+    """The model, and its tokenizer or None."""
+    from ..hub import load_model, load_tokenizer
+
+    task = progress.add_task(f"loading {escape(model)}", total=None)
+    loaded = load_model(model)
+    try:
+        tokenizer = load_tokenizer(model)
+    except (OSError, ValueError):
+        tokenizer = None
+    progress.remove_task(task)
+    return loaded, tokenizer
+
+
+def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
+    """What to measure on, in small batches, for a bar that moves."""
+    from ..data.calibration import BATCH, calibration_batches
+    from ..data.texts import windows
+
+    data = None
+    if text is not None:
+        if tokenizer is None:
+            raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
+        data = windows(text.read_text(encoding="utf-8"), tokenizer)
+    task = progress.add_task("preparing calibration data", total=None)
+    batches = calibration_batches(data, model, tokenizer)
+    progress.remove_task(task)
+    size = max(1, BATCH // 4)
+    return [
+        {name: tensor[start : start + size] for name, tensor in batch.items()}
+        for batch in batches
+        for start in range(0, len(batch["input_ids"]), size)
+    ]
+
+
+@contextmanager
+def measuring(model: Any, batches: list[Any], progress: Progress, then: str = "") -> Iterator[None]:
+    """A bar over the model's forward passes on the batches, and a spinner for what follows."""
+    task = progress.add_task("measuring", total=len(batches))
+
+    def advance(*_: Any) -> None:
+        progress.advance(task)
+        if progress.tasks[progress.task_ids.index(task)].finished and then:
+            progress.update(task, description=then)
+
+    handle = model.base_model.register_forward_hook(advance)
+    try:
+        yield
+    finally:
+        handle.remove()
+        progress.remove_task(task)
+
+
+def timed_perplexity(model: Any, ids: Any, progress: Progress, description: str) -> float:
+    """The model's perplexity, with a bar over the sequences."""
+    from ..data.evaluation import perplexity
+
+    task = progress.add_task(description, total=len(ids))
+    value = perplexity(model, ids, lambda count: progress.advance(task, count))
+    progress.remove_task(task)
+    return value

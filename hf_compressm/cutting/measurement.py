@@ -1,0 +1,72 @@
+"""What was measured on a model: the ground that any number of cuts can be planned on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import CompreSSMConfig
+from ..hankel.spectra import hankel_spectra
+from ..hankel.statistics import Statistics
+from ..layers import Layer, MixerInputs
+from ..reporting.report import CompressionReport
+from .plan import Plan, make_plan, make_report
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the states of a model's layers do on calibration data. `plan` as many cuts on it as you like.
+
+    Attributes:
+        model: that was measured. It is read when planning, and not changed.
+        layers: its SSM layers.
+        statistics: of each of them.
+        estimator: that they were taken by.
+        inputs: what each mixer read, by layer index, for refits; None if it was not kept.
+        sample: a few sequences of the data, for the layers' sensitivities; None where all layers shall count the same.
+    """
+
+    model: PreTrainedModel
+    layers: Sequence[Layer]
+    statistics: Sequence[Statistics]
+    estimator: str = "ltv"
+    inputs: Mapping[int, MixerInputs] | None = None
+    sample: Mapping[str, Tensor] | None = None
+
+    def plan(self, config: CompreSSMConfig | None = None) -> Plan:
+        """Choose the sizes and the states; nothing is changed.
+
+        Args:
+            config: what to cut; by default 5% of each layer's Hankel energy.
+
+        Raises:
+            ValueError: if the target can't be reached, or asks for what was not measured; or if the model was cut since.
+        """
+        config = config or CompreSSMConfig()
+        if config.estimator != self.estimator:
+            raise ValueError(
+                f"The model was measured with estimator={self.estimator!r}, and the config has {config.estimator!r}: "
+                "measure it with this config."
+            )
+        if any(
+            layer.state_size != entry.groups[0].size for layer, entry in zip(self.layers, self.statistics, strict=True)
+        ):
+            raise ValueError("The model was cut since it was measured: measure it again.")
+        inputs = self.inputs if config.refits else None
+        if config.refits and inputs is None:
+            raise ValueError(
+                "The measurement kept no inputs to refit the layers on: measure with refit > 0, or plan with refit=0."
+            )
+        predict = None if self.sample is None else self._predict
+        return make_plan(self.model, self.layers, self.statistics, config, inputs, predict)
+
+    def _predict(self) -> Tensor:
+        assert self.sample is not None
+        return self.model(**self.sample, use_cache=False)[0]
+
+    def report(self) -> CompressionReport:
+        """The Hankel singular values of every layer, in a report in which every layer keeps its size."""
+        return make_report(self.model, self.layers, hankel_spectra(self.statistics), {}, "measured")

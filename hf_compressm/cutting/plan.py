@@ -1,0 +1,155 @@
+"""What a cut will be: the size and the realization of each layer, decided on and not made yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..backends import Backend, OneProcess
+from ..config import CompreSSMConfig
+from ..hankel.spectra import hankel_spectra
+from ..hankel.statistics import Statistics
+from ..layers import Layer, MixerInputs, Realization, find_layers, realization_of, realize
+from ..modeling.state_sizes import check_state_sizes
+from ..reporting.record import record_cut_
+from ..reporting.report import CompressionReport, LayerReport
+from .apply import cut_
+from .sensitivity import sensitivities
+from .sizes import check_targets, choose_sizes
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut that was decided on and not made yet. It holds no model, so it can be sent to other processes.
+
+    `print(plan.report)` shows the sizes and what they cost; `apply_` makes the cut.
+
+    Attributes:
+        config: that it was made by.
+        report: of the model after the cut.
+        realizations: what each layer that is cut becomes, by layer index; empty if nothing is to be cut.
+    """
+
+    config: CompreSSMConfig
+    report: CompressionReport
+    realizations: Mapping[int, Realization]
+
+    @property
+    def kept(self) -> dict[int, list[list[int]]]:
+        """The states that stay in each layer that is cut, a list for each group; an empty list for a projection."""
+        return {index: realization.kept for index, realization in self.realizations.items()}
+
+    def cpu(self) -> Plan:
+        """The same on the CPU, to be sent to other processes."""
+        return replace(self, realizations={index: made.to("cpu") for index, made in self.realizations.items()})
+
+    def apply_(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        backend: Backend | None = None,
+    ) -> CompressionReport:
+        """Make the cut, in the model, its config and the optimizer's state. In place.
+
+        Args:
+            model: that was measured, or another with the same layers of the same sizes.
+            optimizer: of a training loop: its state is cut along with the parameters it belongs to.
+            backend: of a training loop on several processes.
+
+        Returns:
+            the report, which is also `model.compression_report`.
+
+        Raises:
+            ValueError: if the model has other layers than the one that was measured, the new weights are not finite, or
+                the optimizer's state can't follow. Nothing is changed then.
+        """
+        layers = find_layers(model)
+        planned = {row.index: row.old_size for row in self.report.layers}
+        found = {layer.index: layer.state_size for layer in layers}
+        if found != planned:
+            raise ValueError(
+                f"The plan is for layers of sizes {planned}, and the model's have {found}: measure this model, and plan "
+                "again."
+            )
+        cut_(model, layers, self.realizations, optimizer, backend or OneProcess())
+        record_cut_(model, self.report, self.config)
+        logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
+        return self.report
+
+
+@torch.no_grad()
+def make_plan(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    statistics: Sequence[Statistics],
+    config: CompreSSMConfig,
+    inputs: Mapping[int, MixerInputs] | None = None,
+    predict: Callable[[], Tensor] | None = None,
+) -> Plan:
+    """Choose the sizes and the states; nothing is changed.
+
+    Args:
+        model, layers, config: what to cut, and how.
+        statistics: of each layer.
+        inputs: what the mixers read, by layer index; layers are refitted on it. None for no refit.
+        predict: runs the model on a few sequences and returns its logits. A `ratio` is allocated by how far they move when
+            a layer is cut (see `sensitivity`); without it, all layers count the same.
+
+    Raises:
+        ValueError: as `compress_`.
+    """
+    name = realization_of(config, layers)
+    check_targets(config, layers, name)
+    spectra = hankel_spectra(statistics)
+    paths = realize(layers, statistics, config, name)
+
+    def sensitivities_at(sizes: list[int]) -> list[float]:
+        if predict is None or len(layers) == 1:
+            return [1.0] * len(layers)
+        return sensitivities(model, layers, [path[size] for path, size in zip(paths, sizes, strict=True)], predict)
+
+    sizes = choose_sizes(config, layers, name, spectra, paths, sensitivities_at)
+    check_state_sizes(model, {layer.index: size for layer, size in zip(layers, sizes, strict=True)})
+    realizations = {}
+    for layer, path, size in zip(layers, paths, sizes, strict=True):
+        if size < layer.state_size:
+            realizations[layer.index] = path[size]
+            if inputs is not None:
+                realizations[layer.index] = path[size].refit(layer, inputs[layer.index], config.refit)
+    return Plan(config, make_report(model, layers, spectra, realizations, name), realizations)
+
+
+def make_report(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    spectra: Sequence[Tensor],
+    realizations: Mapping[int, Realization],
+    name: str,
+) -> CompressionReport:
+    """The report of what layers become, from their spectra and realizations (those that are not named stay)."""
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = []
+    for layer, spectrum in zip(layers, spectra, strict=True):
+        realization = realizations.get(layer.index)
+        size = layer.state_size if realization is None else realization.size
+        rows.append(
+            LayerReport(
+                index=layer.index,
+                old_size=layer.state_size,
+                new_size=size,
+                hankel_singular_values=spectrum.tolist(),
+                energy_kept=float(spectrum[:, :size].sum() / spectrum.sum()) if spectrum.sum() > 0 else 1.0,
+                output_error=0.0 if realization is None else realization.error,
+                channels=layer.channels,
+            )
+        )
+    added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)
+    return CompressionReport(rows, name, parameters, parameters + added)

@@ -1,0 +1,99 @@
+"""Choose how small each layer becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import CompreSSMConfig
+from ..hankel.ranks import allocate_ranks, energy_rank
+from ..layers import Layer, Realization
+
+Path = Mapping[int, Realization]
+"""A layer's realization at every size."""
+
+
+def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:
+    """Refuse sizes that the layers can't have.
+
+    Args:
+        config, layers: what to cut, and how.
+        name: of the realization, from `layers.realization_of`.
+
+    Raises:
+        ValueError: if a size is not below that of its layer or not good for it, or is given for another layer.
+    """
+    if config.state_size is None:
+        return
+    by_index = {layer.index: layer for layer in layers}
+    wanted = (
+        config.state_size if isinstance(config.state_size, Mapping) else dict.fromkeys(by_index, config.state_size)
+    )
+    for index, size in wanted.items():
+        if index not in by_index:
+            raise ValueError(f"state_size names layer {index}; the SSM layers are {sorted(by_index)}.")
+        layer = by_index[index]
+        if size >= layer.state_size:
+            raise ValueError(
+                f"Layer {index} has {layer.state_size} states, so it can't be cut to {size}: ask for fewer, or leave the "
+                "layer out of {layer: size}."
+            )
+        layer.realizations[name].check_size(layer, size)
+
+
+def sizes_to_choose_from(config: CompreSSMConfig, layer: Layer, name: str) -> list[int]:
+    """Ascending; the last is the layer's present size."""
+    return layer.realizations[name].sizes(layer, config)
+
+
+def choose_sizes(
+    config: CompreSSMConfig,
+    layers: Sequence[Layer],
+    name: str,
+    spectra: Sequence[Tensor],
+    paths: Sequence[Path],
+    sensitivities: Callable[[list[int]], list[float]],
+) -> list[int]:
+    """The size of each layer.
+
+    Args:
+        config, layers: what to cut, and how.
+        name: of the realization.
+        spectra: the layers' Hankel singular values, [groups, N] each.
+        paths: the layers' realizations.
+        sensitivities: from a size for each layer to how far the model's predictions move for each unit of its cost.
+
+    Raises:
+        ValueError: if the layers' smallest sizes add up to more than a `ratio` leaves.
+    """
+    if isinstance(config.state_size, Mapping):
+        return [config.state_size.get(layer.index, layer.state_size) for layer in layers]
+    if config.state_size is not None:
+        return [config.state_size] * len(layers)
+    if config.tolerance == 0 or config.ratio == 1:
+        return [layer.state_size for layer in layers]
+    choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
+    if config.ratio is not None and not config.uniform:
+        total = round(config.ratio * sum(layer.state_size for layer in layers))
+        # Where a layer may only stay whole, any size below does: its cost is that of keeping all, nothing.
+        at = [_nearest(choice, config.ratio) for choice in choices]
+        costs = [
+            factor * torch.tensor([path[r].cost for r in range(1, layer.state_size + 1)])
+            for layer, path, factor in zip(layers, paths, sensitivities(at), strict=True)
+        ]
+        return allocate_ranks(costs, total, sizes=choices)
+    if config.ratio is not None:
+        sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
+    else:
+        assert config.tolerance is not None
+        sizes = [int(energy_rank(spectrum, config.tolerance).max()) for spectrum in spectra]
+    if config.uniform:
+        sizes = [max(sizes)] * len(sizes)
+    return [next(r for r in choice if r >= size) for size, choice in zip(sizes, choices, strict=True)]
+
+
+def _nearest(choice: list[int], ratio: float) -> int:
+    """The size below the present one, of those to choose from, that is nearest to a share of it."""
+    return min(choice[:-1] or [max(1, choice[-1] - 1)], key=lambda size: abs(size - ratio * choice[-1]))

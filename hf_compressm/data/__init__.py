@@ -1,0 +1,1 @@
+"""The tokens that models are measured, fitted and evaluated on."""

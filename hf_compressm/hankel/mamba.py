@@ -1,0 +1,126 @@
+"""What the states of a Mamba-1 layer do, accumulated over calibration batches.
+
+| here | paper | meaning |
+|---|---|---|
+| `A`, `delta`, `B`, `C`, `u` | A, Delta, B, C, u | the selective state space model, per token |
+| `P`, `Q` | P, Q | controllability and observability Gramians |
+| `gate` | - | what multiplies a channel of the scan's output on its way to the residual stream; its square is w |
+| `K` | - | K_t = sum over channels of w_t h_t h_t^T: how the states move the layer's output at token t |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.reference import mamba_states, observability_gramian
+from .moments import ReadoutMoments
+from .selective import MambaSystem
+from .statistics import Statistics
+from .systems import lti_gramian
+
+# How many tokens of each sequence choose the candidates, if not all states are.
+FIRST_TOKENS = 16
+# Numbers in the largest temporary tensor of a fused update.
+WORKING_SET = 2**26
+
+
+class MambaStatistics(Statistics):
+    """What a Mamba-1 layer's states do on the calibration data; `update` it with a system per batch.
+
+    Args:
+        channels, size: of the layer.
+        mean_lti: use the paper's surrogate, the time mean of Abar with second moments of its inputs and outputs,
+            instead of the time-varying scan.
+    """
+
+    def __init__(self, channels: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
+        self.mean_lti = mean_lti
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.weight = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.decay = torch.zeros(channels, size, dtype=torch.float64, device=device)
+        self.P = torch.zeros(channels, size, size, device=device)
+        self.Q = torch.zeros(channels, size, size, device=device)
+        self.groups = [ReadoutMoments(size, device, readout=True)]
+
+    def update(self, system: MambaSystem) -> None:
+        """Add the tokens of a batch."""
+        count = system.valid.sum()
+        self.tokens += count
+        self.weight += system.gate.square().sum((0, 1))
+        self.decay += count * torch.exp(system.delta.mean((0, 1))[:, None] * system.A)
+        if self.mean_lti:
+            drive = (system.delta * system.u).square() * system.valid[..., None]
+            self.P += torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
+            self.Q += torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C)
+        if kernels.fused(system.u):
+            self._update_fused(system)
+        else:
+            self._update_by_chunks(system)
+
+    def _update_fused(self, system: MambaSystem) -> None:
+        """The scans as kernels, some rows of the batch at a time."""
+        from ..kernels.contribution import contribution
+        from ..kernels.mamba import chunk_starts, gramians, output_gram
+
+        u, delta, A, B, C, gate = system.u, system.delta, system.A, system.B, system.C, system.gate
+        if not self.mean_lti:
+            P, Q = gramians(u, delta, A, B, C, system.valid)
+            self.P += P
+            self.Q += Q
+        (moments,) = self.groups
+        size = moments.size
+        if not len(moments.candidates):
+            first = slice(0, FIRST_TOKENS)
+            moments.choose_candidates(
+                contribution(u[:, first], delta[:, first], A, B[:, first], C[:, first], gate[:, first])
+            )
+        every, kept = len(moments.candidates) == size, moments.candidates
+        rows = max(1, WORKING_SET // (u.shape[1] * size**2))
+        for start in range(0, len(u), rows):
+            some = slice(start, start + rows)
+            inputs, steps, outputs, gates = u[some], delta[some], C[some], gate[some]
+            if every:
+                starts, _ = chunk_starts(inputs, steps, A, B[some])
+                K, _ = output_gram(inputs, steps, A, B[some], gates, starts)
+                moments.add(outputs.flatten(0, 1), K.flatten(0, 1))
+            else:
+                starts, y = chunk_starts(inputs, steps, A, B[some], outputs, gates)
+                K, moved = output_gram(inputs, steps, A[:, kept], B[some][..., kept], gates, starts[:, :, kept], y)
+                M = contribution(inputs, steps, A, B[some], outputs, gates)
+                moments.add(outputs.flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
+
+    def _update_by_chunks(self, system: MambaSystem) -> None:
+        """The same in plain torch, a few tokens at a time."""
+        for time, h in mamba_states(system.u, system.delta, system.A, system.B, chunk=FIRST_TOKENS):
+            gated = system.gate[:, time, :, None] * h
+            self.groups[0].update((gated.mT @ gated).flatten(0, 1), system.C[:, time].flatten(0, 1))
+            if not self.mean_lti:
+                channel_states = (h * system.valid[:, time, None, None]).flatten(0, 1).permute(1, 2, 0)
+                self.P += channel_states @ channel_states.mT
+        if not self.mean_lti:
+            self.Q += observability_gramian(system.delta, system.A, system.C, system.valid)
+
+    def gramians(self) -> tuple[Tensor, Tensor]:
+        """P and Q per token in float64, [channels, N, N]."""
+        P, Q = self.P.double() / self.tokens, self.Q.double() / self.tokens
+        if not self.mean_lti:
+            return P, Q
+        decay = self.decay / self.tokens
+        return lti_gramian(decay, P), lti_gramian(decay, Q)
+
+    def spectrum(self, sigma: Tensor) -> Tensor:
+        """The layer's spectrum, [1, N]: its channels' own, [channels, N], averaged with their output weights."""
+        weight = self.weight / self.weight.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return (weight @ sigma)[None]
+
+    def modal_gain(self) -> Tensor:
+        """AIRE-style score of each state, [1, N]: the modes' gains c^2 p / (1 - |abar|^2), averaged over channels."""
+        energy = self.P.diagonal(dim1=1, dim2=2).double()
+        output = self.groups[0].output.diagonal()
+        return (self.weight @ (energy * output / (1 - (self.decay / self.tokens).square())))[None]
+
+    def state_power(self) -> Tensor:
+        """The diagonal of P, summed over the channels with their output weights, [1, N]."""
+        return (self.weight @ self.P.diagonal(dim1=-2, dim2=-1).double())[None]

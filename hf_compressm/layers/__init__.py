@@ -1,0 +1,21 @@
+"""One family of SSM layers a module: how it reads a system off a mixer, and how a smaller state is made of it."""
+
+from .contracts import Layer, MixerInputs, Realization, new_data
+from .mixer import MixerLayer
+from .parameters import ParameterCut, set_data_
+from .registry import find_layers, realization_of, realize, register, register_realization
+
+__all__ = [
+    "Layer",
+    "MixerInputs",
+    "MixerLayer",
+    "ParameterCut",
+    "Realization",
+    "find_layers",
+    "new_data",
+    "realization_of",
+    "realize",
+    "register",
+    "register_realization",
+    "set_data_",
+]

@@ -1,0 +1,209 @@
+"""What a family of layers, and a way to make their state smaller, have to offer.
+
+A `Layer` is one SSM mixer of a model: it reads the selective system that the mixer is on some input, and knows which
+parameters depend on the state size. A `Realization` is that layer at one smaller size, as it would become: how large,
+at what error, by which changes of which parameters.
+
+A new family is a module with a class that satisfies `Layer` (`MixerLayer` has most of it) and one call of
+`registry.register`. A new realization is a module with a subclass of `Realization` and one call of
+`registry.register_realization`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import CompreSSMConfig
+from ..hankel.ranks import allowed_sizes
+from ..hankel.statistics import Statistics
+from .parameters import ParameterCut, set_data_
+
+MixerInputs = list[tuple[Tensor, Tensor | None]]
+"""What a mixer read: hidden states [batch, length, hidden] and attention mask [batch, length] of each batch."""
+
+ResizeParameter = Callable[[Tensor, Tensor], None]
+"""Gives a parameter new data of another shape, in place."""
+
+R = TypeVar("R", bound="Realization")
+
+
+class Layer(Protocol):
+    """One SSM layer of a model."""
+
+    family: ClassVar[str]
+    """Its name in tables and messages, such as "Mamba-2"."""
+    realizations: ClassVar[dict[str, type[Realization]]]
+    """How its state can be made smaller, by the name in `CompreSSMConfig.realization`; "select" is always there."""
+    name: str
+    """Of the mixer in the model."""
+    mixer: Any
+    index: int
+    """Of the layer in the model."""
+    unprojected_state_size: int | None
+    """The size that B and C are projected from, where the layer is projected already."""
+
+    @classmethod
+    def misfit(cls, module: nn.Module) -> list[str]:
+        """What keeps a module from being a mixer of this family, a remark each; empty if it is one."""
+
+    @property
+    def state_size(self) -> int:
+        """N."""
+
+    @property
+    def groups(self) -> int:
+        """Sets of states that are chosen on their own, each with its B and C."""
+
+    @property
+    def channels(self) -> int:
+        """Scanned channels: each has a state of N numbers per sequence."""
+
+    def statistics(self, *, mean_lti: bool) -> Statistics:
+        """An empty accumulator for `read`'s systems."""
+
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
+        """The mixer's selective system on its input [batch, length, hidden], as the statistics take it."""
+
+    def magnitude(self) -> Tensor:
+        """Product of the norms of each state's weights in B and in C, [groups, N]."""
+
+    def shapes(self, size: int) -> dict[str, torch.Size]:
+        """The shapes at a state size of the mixer's parameters that depend on it, by name."""
+
+    def size_of(self, shapes: Mapping[str, torch.Size]) -> int | None:
+        """The state size of a checkpoint's tensors, from those of `shapes` that are there; None if none tells it."""
+
+    def changed_by_a_cut(self) -> list[str]:
+        """The parameters that a selection changes, by name."""
+
+    def resize(self, size: int) -> None:
+        """Tell the mixer its new state size, once its parameters have it."""
+
+    def select(self, kept: Tensor, readout: Tensor | None = None) -> dict[str, ParameterCut]:
+        """How the mixer's parameters change when each group keeps the states `kept` [groups, r].
+
+        With `readout` R [groups, r, N], C becomes R C.
+        """
+
+    def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
+        """Fit the selection of each group to the mixer's output on its inputs; None where the family has no refit."""
+
+    def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:
+        """How the mixer's parameters change in what `refit` gives."""
+
+
+@dataclass(frozen=True)
+class Realization(ABC):
+    """One layer at a smaller state size, as it would become. It holds tensors and no layer, so it can be sent.
+
+    Args:
+        groups: for each group of the layer what becomes of its states, of one `size` each, with the `error` that the
+            layer's output has on the calibration data (share of its energy that is lost).
+    """
+
+    groups: tuple[Any, ...]
+
+    name: ClassVar[str]
+    """In `CompreSSMConfig.realization`, reports and cards."""
+    stock: ClassVar[bool] = True
+    """Whether what it makes is a stock layer, which transformers loads without this package."""
+
+    @property
+    def size(self) -> int:
+        """The state size r."""
+        return self.groups[0].size
+
+    @property
+    def error(self) -> float:
+        """Share of the layer's output energy that is lost, of the group that loses most."""
+        return max(group.error for group in self.groups)
+
+    @property
+    def cost(self) -> float:
+        """The groups' shares together: what sizes are chosen by."""
+        return sum(group.error for group in self.groups)
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """The states that stay, a list for each group; empty where they are mixed."""
+        return []
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """Whether a layer of a family that has this realization can have it, too."""
+        return True
+
+    @classmethod
+    def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
+        """The sizes that may be chosen for a layer, ascending; the last is its present one."""
+        return allowed_sizes(layer.state_size, config.min_state_size, config.multiple_of or 1)
+
+    @classmethod
+    def check_size(cls, layer: Any, size: int) -> None:
+        """Refuse a size that a user names and a layer can't have.
+
+        Raises:
+            ValueError: with the sizes nearest to it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def paths(
+        cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
+    ) -> list[dict[int, Realization]]:
+        """For each layer the realization of every size; the layers are given together so that a GPU takes them so."""
+
+    @classmethod
+    @abstractmethod
+    def of_first_states(cls, layer: Any, size: int) -> Realization:
+        """The layer's first states, whatever they carry: for what depends on shapes alone."""
+
+    @abstractmethod
+    def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
+        """How the mixer's parameters change, by name; nothing is changed yet."""
+
+    def added_parameters(self, layer: Any) -> int:
+        """How many more parameters the layer will have; negative where it will have fewer."""
+        return _count(layer.shapes(self.size)) - _count(layer.shapes(layer.state_size))
+
+    def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
+        """Fit what can be fitted to the full mixer's output on its inputs; itself where nothing can."""
+        return self
+
+    def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
+        """Give the mixer its new parameters (from `new_data`) and size. In place; nothing here is expected to fail."""
+        for name, data in new.items():
+            resize_(layer.mixer.get_parameter(name), data)
+        layer.resize(self.size)
+
+    def to(self: R, device: torch.device | str) -> R:
+        """The same with its tensors on a device."""
+        return _to_device(self, device)
+
+
+def new_data(layer: Any, cuts: Mapping[str, ParameterCut]) -> dict[str, Tensor]:
+    """The data of a mixer's parameters after a cut, by name; the mixer is not changed."""
+    parameters = dict(layer.mixer.named_parameters())
+    return {name: cut.weights(parameters[name].detach() if name in parameters else None) for name, cut in cuts.items()}
+
+
+def _count(shapes: Mapping[str, torch.Size]) -> int:
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def _to_device(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to_device(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return type(value)(**{name: _to_device(item, device) for name, item in fields.items()})
+    return value

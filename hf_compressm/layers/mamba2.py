@@ -1,0 +1,257 @@
+"""Mamba-2 mixers: read their selective system, and cut or project their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from ..config import CompreSSMConfig
+from ..hankel.mamba2 import Mamba2Statistics
+from ..hankel.ranks import allowed_sizes, powers_of_two
+from ..hankel.realization import Projection, project
+from ..hankel.selective import Mamba2System
+from ..modeling.modeling_compressm import project_
+from .contracts import Realization, ResizeParameter
+from .mixer import MixerLayer, causal_conv, linear, valid_tokens
+from .parameters import ParameterCut, set_data_
+from .selection import Select
+
+PROJECTION = "BC_projection"
+
+
+class Mamba2Select(Select):
+    """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
+
+    @classmethod
+    def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
+        """Powers of two, unless the config names a step; then what the CUDA convolution takes, too."""
+        if config.multiple_of is None:
+            return _padded_sizes(layer, config)
+        step = config.multiple_of
+        while layer.groups * step % 8:
+            step += config.multiple_of
+        return allowed_sizes(layer.state_size, config.min_state_size, step)
+
+    @classmethod
+    def check_size(cls, layer: Any, size: int) -> None:
+        """Refuse a size that the causal convolution's kernel can't take.
+
+        Raises:
+            ValueError: if groups * size is not a multiple of 8.
+        """
+        if layer.groups * size % 8 and layer.unprojected_state_size is None:
+            step = next(n for n in range(1, 9) if n * layer.groups % 8 == 0)
+            below, above = size // step * step, size // step * step + step
+            good = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"Layer {layer.index} can't select {size} states: the CUDA convolution needs n_groups * state_size "
+                f"({layer.groups} * {size}) to be a multiple of 8. Take {good}, or realization='project'."
+            )
+
+
+class Project(Realization):
+    """Scan a balanced projection of the state, by two maps that follow the convolution. `groups` are `Projection`s."""
+
+    name = "project"
+    stock = False
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """For `Mamba2Mixer`: there is a mixer like it that scans a projected state."""
+        return isinstance(layer.mixer, Mamba2Mixer)
+
+    @classmethod
+    def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
+        """Powers of two, unless the config names a step."""
+        return _padded_sizes(layer, config) if config.multiple_of is None else super().sizes(layer, config)
+
+    @classmethod
+    def paths(
+        cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
+    ) -> list[dict[int, Realization]]:
+        """For each layer the projection to every size."""
+        found = [
+            [project(moments, P) for moments, P in zip(entry.groups, entry.P, strict=True)] for entry in statistics
+        ]
+        return [{size: cls(tuple(path[size] for path in paths)) for size in paths[0]} for paths in found]
+
+    @classmethod
+    def of_first_states(cls, layer: Any, size: int) -> Realization:
+        """The maps that keep the first states."""
+        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        return cls((Projection(identity, identity, 0.0),) * layer.groups)
+
+    def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
+        """The maps, after those of a layer that is projected already."""
+        groups = self.groups
+        maps = torch.stack([*(group.B_projection for group in groups), *(group.C_projection for group in groups)])
+        if layer.unprojected_state_size is not None:
+            maps = layer.mixer.BC_projection.detach().double() @ maps
+        return {PROJECTION: ParameterCut(values=maps)}
+
+    def added_parameters(self, layer: Any) -> int:
+        """The maps, or what becomes of those that are there already."""
+        if layer.unprojected_state_size is not None:
+            return super().added_parameters(layer)
+        return 2 * layer.groups * layer.state_size * self.size
+
+    def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
+        """Make the mixer one that projects. In place."""
+        project_(layer.mixer, **new)
+
+
+def _padded_sizes(layer: Any, config: CompreSSMConfig) -> list[int]:
+    """What the kernels don't pad, and tune for: each new size costs a minute."""
+    return powers_of_two(layer.state_size, max(16, config.min_state_size))
+
+
+class Mamba2Layer(MixerLayer):
+    """One Mamba-2 mixer of a model, stock or already projected.
+
+    Args:
+        name: of the mixer in the model.
+        mixer: a `Mamba2Mixer`, or a module with its attributes.
+    """
+
+    NEEDS = frozenset(
+        [
+            "A_log",
+            "D",
+            "dt_bias",
+            "in_proj",
+            "conv1d",
+            "norm",
+            "out_proj",
+            "act",
+            "intermediate_size",
+            "num_heads",
+            "n_groups",
+            "ssm_state_size",
+            "conv_dim",
+            "time_step_limit",
+            "layer_idx",
+        ]
+    )
+    MAY_HAVE = frozenset({"mup_vector", PROJECTION})
+    family = "Mamba-2"
+    realizations: ClassVar[dict[str, type[Realization]]] = {"select": Mamba2Select, "project": Project}
+
+    @classmethod
+    def expected_shapes(cls, mixer: Any) -> dict[str, list[int | None]]:
+        """The shapes of a mixer's tensors, by name (None: any), from its attributes."""
+        inner, heads = mixer.intermediate_size, mixer.num_heads
+        states = mixer.n_groups * getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
+        conv = inner + 2 * states
+        rows = inner + conv + heads
+        return {"A_log": [heads], "D": [heads], "in_proj.weight": [rows, None], "conv1d.weight": [conv, None, None]}
+
+    @property
+    def state_size(self) -> int:
+        """N of the scan: the projected size of a projected mixer."""
+        return self.mixer.ssm_state_size
+
+    @property
+    def groups(self) -> int:
+        """Groups of heads that share B and C."""
+        return self.mixer.n_groups
+
+    @property
+    def channels(self) -> int:
+        """Scanned channels: each has a state of N numbers per sequence."""
+        return self.mixer.intermediate_size
+
+    @property
+    def unprojected_state_size(self) -> int | None:  # type: ignore[override]
+        """N before the projection of a projected mixer, else None."""
+        return getattr(self.mixer, "unprojected_state_size", None)
+
+    def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
+        """An empty accumulator for `read`'s systems."""
+        mixer = self.mixer
+        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, mixer.A_log.device, mean_lti=mean_lti)
+
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Mamba2System:
+        """The mixer's selective system on its input [batch, length, hidden]."""
+        mixer = self.mixer
+        valid = valid_tokens(hidden_states, attention_mask)
+        scale = getattr(mixer, "ssm_in_multiplier", 1.0)
+        projected = linear(hidden_states.float() * valid[..., None] * scale, mixer.in_proj)
+        if hasattr(mixer, "mup_vector"):
+            projected = projected * mixer.mup_vector.float()
+        z, xBC, step = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
+        xBC = mixer.act(causal_conv(xBC, mixer.conv1d)) * valid[..., None]
+        x, BC = xBC.tensor_split([mixer.intermediate_size], dim=-1)
+        BC = BC.unflatten(-1, (2 * self.groups, -1))
+        if self.unprojected_state_size is not None:
+            BC = torch.einsum("blgn,gnr->blgr", BC, mixer.BC_projection.float())
+        B, C = BC.chunk(2, dim=2)
+        gate = F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0)
+        if hasattr(mixer.norm, "weight"):  # Falcon-H1 can do without
+            gate = gate * mixer.norm.weight.float()
+        return Mamba2System(
+            x=x.unflatten(-1, (mixer.num_heads, -1)),
+            delta=F.softplus(step + mixer.dt_bias.float()).clamp(*mixer.time_step_limit or (0.0, None)),
+            A=-torch.exp(mixer.A_log.float()),
+            B=B,
+            C=C,
+            gate=gate.unflatten(-1, (mixer.num_heads, -1)),
+            valid=valid,
+        )
+
+    def magnitude(self) -> Tensor:
+        """Product of the norms of each state's rows of B and C in `in_proj`, [groups, N]."""
+        start = 2 * self.mixer.intermediate_size
+        rows = self.mixer.in_proj.weight.float()[start : start + 2 * self.groups * self.state_size].norm(dim=1)
+        return rows.view(2, self.groups, self.state_size).prod(0)
+
+    def select(self, kept: Tensor, readout: Tensor | None = None) -> dict[str, ParameterCut]:
+        """Rows of `in_proj` and channels of `conv1d`; or columns of the maps of a projected layer."""
+        mixer = self.mixer
+        if self.unprojected_state_size is not None:
+            return {PROJECTION: ParameterCut(dim=2, index=kept.repeat(2, 1))}
+        inner, size = mixer.intermediate_size, self.groups * self.state_size
+        x = torch.arange(inner, device=kept.device)
+        states = (torch.arange(self.groups, device=kept.device)[:, None] * self.state_size + kept).flatten()
+        channels = torch.cat([x, inner + states, inner + size + states])
+        heads = torch.arange(inner + mixer.conv_dim, mixer.in_proj.out_features, device=kept.device)
+        rows = {"in_proj": torch.cat([x, inner + channels, heads]), "conv1d": channels}
+        return {
+            f"{name}.{key}": ParameterCut(index=index)
+            for name, index in rows.items()
+            for key, _ in getattr(mixer, name).named_parameters()
+        }
+
+    def shapes(self, size: int) -> dict[str, torch.Size]:
+        """The shapes at a state size of the parameters that depend on it."""
+        mixer = self.mixer
+        if self.unprojected_state_size is not None:
+            return {PROJECTION: torch.Size([2 * self.groups, self.unprojected_state_size, size])}
+        conv = mixer.intermediate_size + 2 * self.groups * size
+        rows = {"in_proj": mixer.intermediate_size + conv + mixer.num_heads, "conv1d": conv}
+        return {
+            f"{name}.{key}": torch.Size([rows[name], *parameter.shape[1:]])
+            for name in rows
+            for key, parameter in getattr(mixer, name).named_parameters()
+        }
+
+    def resize(self, size: int) -> None:
+        """Tell the mixer its new state size."""
+        mixer = self.mixer
+        mixer.ssm_state_size = size
+        if self.unprojected_state_size is None:
+            inner, old = mixer.intermediate_size, (mixer.conv_dim - mixer.intermediate_size) // 2
+            if hasattr(mixer, "mup_vector"):  # one factor for each of z, x, B, C and dt
+                factors = mixer.mup_vector[..., [0, inner, 2 * inner, 2 * inner + old, -1]]
+                counts = [inner, inner, self.groups * size, self.groups * size, mixer.num_heads]
+                repeats = torch.tensor(counts, device=factors.device)
+                mixer.mup_vector = factors.repeat_interleave(repeats, dim=-1)
+                mixer.groups_time_state_size = self.groups * size
+            mixer.conv_dim = mixer.intermediate_size + 2 * self.groups * size
+            conv = mixer.conv1d
+            conv.in_channels = conv.out_channels = conv.groups = mixer.conv_dim
+            mixer.in_proj.out_features = mixer.intermediate_size + mixer.conv_dim + mixer.num_heads

@@ -1,0 +1,130 @@
+"""The families of layers and their realizations, and which of them a model's mixers are.
+
+A mixer is known by what it has, not by its name. Two families and these differences cover ten model types:
+
+| what the mixer has | found in | family |
+|---|---|---|
+| `A_log` [channels, N], `x_proj` | mamba | `MambaLayer` |
+| the same, with RMS norms on B and C | falcon_mamba, jamba | `NormalisedMambaLayer` |
+| `A_log` [heads, head_dim, N], `x_proj_weight` [heads, ...] | zamba | `HeadwiseMambaLayer` |
+| `A_log` [heads], B and C in `in_proj` and `conv1d` | mamba2, zamba2, bamba, granitemoehybrid, nemotron_h | `Mamba2Layer` |
+| the same, with a `mup_vector` on what `in_proj` gives | falcon_h1 | `Mamba2Layer` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config import REALIZATIONS, CompreSSMConfig
+from .contracts import Layer, Realization
+from .headwise import HeadwiseMambaLayer
+from .mamba import MambaLayer
+from .mamba2 import Mamba2Layer
+from .normalised import NormalisedMambaLayer
+
+_FAMILIES: list[Any] = [HeadwiseMambaLayer, NormalisedMambaLayer, MambaLayer, Mamba2Layer]
+
+
+def register(family: Any) -> Any:
+    """Add a family, a class that satisfies `Layer` and is called with a mixer's name and the mixer. It comes first.
+
+    Returns:
+        the class, so that this serves as a decorator.
+    """
+    _FAMILIES.insert(0, family)
+    return family
+
+
+def register_realization(family: Any, realization: type[Realization]) -> None:
+    """Let a family's layers be cut by a realization, by `CompreSSMConfig(realization=realization.name)`."""
+    family.realizations = family.realizations | {realization.name: realization}
+    if realization.name not in REALIZATIONS:
+        REALIZATIONS.append(realization.name)
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """The model's SSM layers, in order.
+
+    Raises:
+        ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, with an adapter).
+    """
+    layers: list[Layer] = []
+    hints = {}
+    for name, module in model.named_modules():
+        misfits = {family: family.misfit(module) for family in _FAMILIES}
+        family = next((family for family, remarks in misfits.items() if not remarks), None)
+        if family is not None:
+            layers.append(family(name, module))
+        elif _looks_like_a_mixer(module):
+            nearest = MambaLayer if hasattr(module, "x_proj") else Mamba2Layer
+            hints[type(module).__name__] = f"as a {nearest.family} mixer it {', '.join(misfits[nearest])}"
+    if not layers:
+        text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
+        raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{text}")
+    _check_weights(model, layers)
+    return layers
+
+
+def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
+    """What the config's `realization` means for these layers.
+
+    Raises:
+        ValueError: if it is one that they can't have.
+    """
+    have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
+    if config.realization == "auto":
+        return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
+    if config.realization not in have:
+        reason = (
+            "needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its own rate, and a "
+            "projection would not commute with that; the Mamba-2 mixers of other architectures have no projected form here"
+            if config.realization == "project"
+            else f"is not for these layers, which can {' or '.join(sorted(have))}"
+        )
+        raise ValueError(f"realization={config.realization!r} {reason}. Take realization='select'.")
+    return config.realization
+
+
+def realize(
+    layers: Sequence[Layer], statistics: Sequence[Any], config: CompreSSMConfig, name: str
+) -> list[dict[int, Realization]]:
+    """For each layer its realization of that name at every size."""
+    paths: list[dict[int, Realization]] = [{} for _ in layers]
+    for realization in dict.fromkeys(layer.realizations[name] for layer in layers):
+        mine = [position for position, layer in enumerate(layers) if layer.realizations[name] is realization]
+        made = realization.paths([layers[i] for i in mine], [statistics[i] for i in mine], config)
+        for position, path in zip(mine, made, strict=True):
+            paths[position] = path
+    return paths
+
+
+def _looks_like_a_mixer(module: nn.Module) -> bool:
+    """Decays of its own, as all known ones, or computed from the input, as in Mamba-3."""
+    return hasattr(module, "A_log") or all(hasattr(module, name) for name in ("in_proj", "dt_bias", "D", "out_proj"))
+
+
+def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
+    quantised = "cut the model first, in bf16 or float32, and quantise the slim one."
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has a quantization_config, so its weights are quantised: {quantised}"
+        )
+    for layer in layers:
+        for name, module in layer.mixer.named_children():
+            if hasattr(module, "base_layer"):
+                raise ValueError(
+                    f"{layer.name}.{name} carries an adapter, whose weights would not follow the cut: merge it "
+                    "(merge_and_unload), or cut the base model first and train the adapter on the slim one."
+                )
+        for name, parameter in layer.mixer.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{layer.name}.{name} is on the meta device: load the model with its weights in memory "
+                    "(no meta device, no disk offload) before cutting it."
+                )
+            one_byte = parameter.element_size() < 2  # float8 counts as floating point
+            if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):
+                raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")

@@ -1,0 +1,375 @@
+"""Models with Mamba layers whose state sizes differ, or that project their state.
+
+Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`.
+
+This file stands alone: it imports torch and transformers only. hf_compressm imports it, and every saved model that
+needs it carries a copy, so that `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not
+installed. Importing it teaches transformers three things, once per process:
+
+- layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`, for the architectures of
+  the table below;
+- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`;
+- the config of such a model names this file in `auto_map` and writes it beside every `config.json`.
+
+What is patched, and why no public hook will do:
+
+- `PreTrainedModel.__init__`, since a model builds its layers from one config and asks nobody; from there, and only for a
+  slim model's architecture, its mixer's `__init__`, and Falcon-H1's `compute_mup_vector` and `_init_weights`, which know
+  one size for all layers. (`AutoModel.register` would take the place of the stock class for all models of its kind.)
+- `PreTrainedConfig.to_json_file`, since models and configs in memory keep their stock classes, whose code transformers
+  sees no reason to save. (`register_for_auto_class` is for the file of the class itself.)
+
+Without it, transformers refuses these checkpoints (`AmbiguousGlobalPerLayerAttributeError`) and never loads them
+wrong.
+"""
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.models.mamba2 import modeling_mamba2
+
+MODULE_NAME = "modeling_compressm"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names in transformers: what its model classes start with, its mixer class, its config's field of the state size."""
+
+    prefix: str
+    mixer: str
+    state_size: str
+
+
+# By `model_type`.
+ARCHITECTURES = {
+    "mamba": Architecture("Mamba", "MambaMixer", "state_size"),
+    "falcon_mamba": Architecture("FalconMamba", "FalconMambaMixer", "state_size"),
+    "jamba": Architecture("Jamba", "JambaMambaMixer", "mamba_d_state"),
+    "zamba": Architecture("Zamba", "ZambaMambaMixer", "mamba_d_state"),
+    "mamba2": Architecture("Mamba2", "Mamba2Mixer", "state_size"),
+    "zamba2": Architecture("Zamba2", "Zamba2MambaMixer", "mamba_d_state"),
+    "bamba": Architecture("Bamba", "BambaMixer", "mamba_d_state"),
+    "granitemoehybrid": Architecture("GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", "mamba_d_state"),
+    "falcon_h1": Architecture("FalconH1", "FalconH1Mixer", "mamba_d_state"),
+    "nemotron_h": Architecture("NemotronH", "NemotronHMamba2Mixer", "ssm_state_size"),
+}
+
+# Read once: the copy a model carries is the code it ran with, even if the file on disk changes later.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
+
+class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
+    """A Mamba-2 mixer that scans a projected state: B' = B @ B_projection and C' = C @ C_projection, per group.
+
+    All the entries of a Mamba-2 head decay alike (its transition is a scalar times the identity), so any change of
+    basis of the state commutes with the recurrence, and a balanced truncation of the state is just these two maps.
+    They stand after the convolution and SiLU, which do not commute with a map and so keep their N rows.
+
+    Attributes:
+        BC_projection: trainable parameter [2 G, N, r], the groups' maps of B, then those of C.
+        ssm_state_size: r, the size of the recurrent state in scan and cache.
+        unprojected_state_size: N, the rows per group that `in_proj` and `conv1d` keep for each of B and C.
+
+    Built by `project_`, or by `from_pretrained` and `from_config` for layers whose config says so.
+    """
+
+    BC_projection: nn.Parameter
+    unprojected_state_size: int
+
+    @torch.no_grad()
+    def init_mamba2_weights(self):
+        """Initialise as the stock mixer does; the projections start by selecting the first r states."""
+        super().init_mamba2_weights()
+        projection = self.BC_projection
+        identity = torch.eye(*projection.shape[1:], dtype=projection.dtype, device=projection.device)
+        init.copy_(projection, identity.expand_as(projection))
+
+    # `Mamba2Mixer.forward` of transformers 5.24 line by line, without the fused training path (whose kernel reads B
+    # and C straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
+    @force_accelerate_hooks("conv1d")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        **kwargs,
+    ):
+        cache = cache_params if cache is None else cache
+        batch_size, seq_len, _ = hidden_states.shape
+        dtype = hidden_states.dtype
+        # Both are None too while the cache of this layer is empty.
+        conv_state, recurrent_state = None, None
+        if cache is not None:
+            conv_state = cache.get_conv_state(self.layer_idx, state_idx=0)
+            recurrent_state = cache.get_recurrent_state(self.layer_idx, state_idx=0)
+
+        # 1. Gated MLP's linear projection
+        hidden_states = modeling_mamba2.apply_mask_to_padding_states(hidden_states, attention_mask)
+        gate, hidden_states_B_C, dt = self.in_proj(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
+        A = -torch.exp(self.A_log.float())
+
+        # 2. Convolution sequence transformation
+        hidden_states_B_C = hidden_states_B_C.transpose(1, 2)
+        if (
+            cache is not None
+            and conv_state is not None
+            and seq_len == 1
+            and not cache.is_recording_past(self.layer_idx)
+        ):
+            hidden_states_B_C = modeling_mamba2.causal_conv1d_update(
+                hidden_states_B_C,
+                conv_state,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation=self.activation,
+            )
+        else:
+            if cache is not None:
+                hidden_states_B_C = cache.update_conv_state(
+                    hidden_states_B_C, self.layer_idx, conv_kernel_size=self.conv_kernel_size
+                )
+            hidden_states_B_C = modeling_mamba2.causal_conv1d_fn(
+                hidden_states_B_C,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                activation=self.activation,
+                **kwargs,
+            )
+            if cache is not None:
+                hidden_states_B_C = hidden_states_B_C[:, :, -seq_len:]
+
+        # 3. SSM transformation, in the projected state
+        hidden_states_B_C = modeling_mamba2.apply_mask_to_padding_states(
+            hidden_states_B_C.transpose(1, 2), attention_mask
+        )
+        hidden_states, B_C = hidden_states_B_C.tensor_split([self.intermediate_size], dim=-1)
+        B_C = B_C.unflatten(-1, (2 * self.n_groups, self.unprojected_state_size))
+        B, C = torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
+
+        if recurrent_state is not None and seq_len == 1:  # Recurrent form
+            scan_output = modeling_mamba2.mamba2_selective_state_update(
+                recurrent_state,
+                hidden_states.view(batch_size, self.num_heads, self.head_dim),
+                dt.transpose(1, 2).expand(-1, -1, self.head_dim),
+                A[:, None, None].expand(-1, self.head_dim, self.ssm_state_size),
+                B[:, 0],
+                C[:, 0],
+                self.D[:, None].expand(-1, self.head_dim),
+                z=None,
+                dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
+                dt_softplus=True,
+                **kwargs,
+            )
+        else:  # Chunk form
+            scan_output = modeling_mamba2.mamba2_chunk_scan(
+                hidden_states.view(batch_size, seq_len, self.num_heads, self.head_dim),
+                dt,
+                A,
+                B,
+                C,
+                chunk_size=self.chunk_size,
+                D=self.D,
+                z=None,
+                return_final_states=cache is not None,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                initial_states=recurrent_state,
+                dt_limit=self.time_step_limit,
+                **kwargs,
+            )
+            if cache is not None:
+                scan_output, final_state = scan_output
+                cache.update_recurrent_state(final_state, layer_idx=self.layer_idx)
+
+        scan_output = self.norm(scan_output.reshape(batch_size, seq_len, -1), gate)
+
+        # 4. Final linear projection
+        return self.out_proj(scan_output.to(dtype))
+
+
+def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) -> None:
+    """Make a Mamba-2 mixer, stock or projected, scan the state that B and C are projected to. In place.
+
+    The maps are copied to a new trainable parameter; those of a mixer that was projected before are dropped, so compose
+    them first if the new maps act on the projected state. Tell the config with `set_state_sizes`.
+
+    Args:
+        mixer: stock (N = `ssm_state_size`) or projected (N = `unprojected_state_size`).
+        BC_projection: [2 G, N, r], the groups' maps of B, then those of C.
+
+    Raises:
+        ValueError: if it does not have that shape.
+    """
+    N: int = getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
+    expected = (2 * mixer.n_groups, N)
+    if BC_projection.dim() != 3 or BC_projection.shape[:2] != expected:
+        raise ValueError(
+            f"BC_projection of layer {mixer.layer_idx} must be [2 * n_groups, state size, projected size] = "
+            f"[{expected[0]}, {N}, r], got {list(BC_projection.shape)}."
+        )
+    mixer.__class__ = ProjectedMamba2Mixer
+    assert isinstance(mixer, ProjectedMamba2Mixer)
+    mixer.unprojected_state_size = N
+    mixer.ssm_state_size = BC_projection.shape[-1]
+    like = mixer.conv1d.weight
+    values = torch.empty(BC_projection.shape, dtype=like.dtype, device=like.device).copy_(BC_projection.detach())
+    mixer.BC_projection = nn.Parameter(values)
+
+
+class _Stock:
+    """What sets the classes that `auto_map` names apart from stock ones, from which they do not differ."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
+        would name this file even in the checkpoint of a model that has become stock again."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Else transformers would leave out what it does to the weights of stock classes, such as joining experts."""
+        return False
+
+
+# What `auto_map` points at: the stock names, since `architectures` is taken from the name of the class. Each is made when
+# it is asked for, so that no other architecture's module is imported.
+AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+
+
+def __getattr__(name: str) -> type:
+    for model_type, architecture in ARCHITECTURES.items():
+        if name in [architecture.prefix + suffix for suffix in AUTO_CLASSES.values()]:
+            stock = getattr(_stock_module(model_type), name)
+            made = type(name, (_Stock, stock), {"__module__": __name__})
+            globals()[name] = made
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _stock_module(model_type: str) -> Any:
+    return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+
+def is_slimmed(config: Any) -> bool:
+    """Whether stock transformers can't build a model, or its text model, from this config."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    return any(
+        isinstance(part, PreTrainedConfig) and part.is_heterogeneous and part.model_type in ARCHITECTURES
+        for part in parts
+    )
+
+
+def update_auto_map(config: PreTrainedConfig) -> None:
+    """Name this file in `config.auto_map` if the model needs it, take its name out if it does not. In place."""
+    entries = getattr(config, "auto_map", None) or {}
+    auto_map = {key: name for key, name in entries.items() if MODULE_NAME not in str(name)}
+    if config.is_heterogeneous and config.model_type in ARCHITECTURES:
+        prefix = ARCHITECTURES[config.model_type].prefix
+        auto_map |= {key: f"{MODULE_NAME}.{prefix}{suffix}" for key, suffix in AUTO_CLASSES.items()}
+    if auto_map == entries:
+        return
+    if auto_map:
+        config.auto_map = auto_map
+    else:
+        del config.auto_map
+
+
+def install() -> None:
+    """Teach transformers to build and save these models. Does nothing the second time, from whichever copy of this
+    file."""
+    wrap_once(PreTrainedModel, "__init__", _prepare_mixer)
+    wrap_once(PreTrainedConfig, "to_json_file", _write_source_beside)
+
+
+def wrap_once(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    """Replace a function of a class or module by a wrapper around it. Does nothing the second time."""
+    stock = getattr(owner, name)
+    if not hasattr(stock, "_compressm"):
+        wrapper = functools.wraps(stock)(wrap(stock))
+        vars(wrapper)["_compressm"] = True
+        setattr(owner, name, wrapper)
+
+
+def _prepare_mixer(stock_init: Callable) -> Callable:
+    # A model's first statement, before it builds its layers. Only the module of its own architecture is touched.
+    def init_model(self, config: Any, *args, **kwargs):
+        if is_slimmed(config) and config.model_type in ARCHITECTURES:
+            module = _stock_module(config.model_type)
+            mixer_class = getattr(module, ARCHITECTURES[config.model_type].mixer)
+            wrap_once(mixer_class, "__init__", _build_from_layer_config)
+            if hasattr(module, "compute_mup_vector"):
+                wrap_once(module, "compute_mup_vector", _of_first_layer)
+                wrap_once(module.FalconH1PreTrainedModel, "_init_weights", _init_mup_vectors)
+        stock_init(self, config, *args, **kwargs)
+
+    return init_model
+
+
+def _build_from_layer_config(stock_init: Callable) -> Callable:
+    def init_from_layer_config(self, config: Any, layer_idx: int, *args, **kwargs):
+        if config.is_heterogeneous:
+            config = config.per_layer_config[layer_idx]
+        N = getattr(config, "unprojected_state_size", None)
+        if N is None:
+            stock_init(self, config, layer_idx, *args, **kwargs)
+        else:
+            r = config.state_size
+            config = copy.copy(config)
+            config.state_size = N
+            stock_init(self, config, layer_idx, *args, **kwargs)
+            project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
+
+    return init_from_layer_config
+
+
+# Falcon-H1 computes one vector of multipliers, of a length that depends on the state size, and copies it to all layers:
+# as it builds them, and again as it initialises its own weights, which it has none of. Each layer gets its own instead
+# when the layer is initialised, which happens in each way to load a model.
+def _of_first_layer(compute_mup_vector: Callable) -> Callable:
+    def compute_first_mup_vector(config: Any):
+        return compute_mup_vector(config.per_layer_config[0])
+
+    return compute_first_mup_vector
+
+
+def _init_mup_vectors(stock_init_weights: Callable) -> Callable:
+    def init_weights(self, module: Any):
+        if self.config.is_heterogeneous and hasattr(module, "layers"):
+            return
+        stock_init_weights(self, module)
+        if self.config.is_heterogeneous and hasattr(module, "mup_vector"):
+            old, config = module.mup_vector, self.config.per_layer_config[module.layer_idx]
+            module.mup_vector = _stock_module("falcon_h1").compute_mup_vector(config).to(old.device, old.dtype)
+
+    return init_weights
+
+
+def _write_source_beside(stock_to_json_file: Callable) -> Callable:
+    # Every way to save a model or its config ends here, after the point where uploads note which files were there.
+    def to_json_file(self, json_file_path, *args, **kwargs):
+        update_auto_map(self)
+        stock_to_json_file(self, json_file_path, *args, **kwargs)
+        if is_slimmed(self):
+            write_source(Path(json_file_path).parent)
+
+    return to_json_file
+
+
+def write_source(folder: Path) -> None:
+    """Write this file to a folder."""
+    (folder / f"{MODULE_NAME}.py").write_text(SOURCE, encoding="utf-8")
+
+
+install()

@@ -1,0 +1,1 @@
+"""What was done to a model: as a report, a figure, a model card, and a record that is saved with it."""

@@ -1,0 +1,211 @@
+"""The model card of a slimmed model: what was cut, what it cost, how to load it, whom to cite.
+
+The card is a section between two comments, so that a README.md with a text of its own keeps that text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from ..data.texts import STATE_SPACES_TOKENIZER as TOKENIZER
+from .record import RECORD, Cut, base_model, history_of
+from .report import CompressionReport
+
+CARD, FIGURE = "README.md", "spectra.png"
+BEGIN, END = "<!-- compressm: this section is written anew at each save -->", "<!-- /compressm -->"
+TAGS = ["compressm", "model-compression", "state-space-models"]
+
+# In the card that transformers gives a model without one; nothing in it is worth keeping.
+_TEMPLATE = (
+    "a 🤗 transformers model that has been pushed on the Hub. This model card has been automatically generated."
+)
+
+_CITATION = """@inproceedings{chahine2026compressm,
+  title = {The Curious Case of In-Training Compression of State Space Models},
+  author = {Chahine, Makram and Nazari, Philipp and Rus, Daniela and Rusch, T. Konstantin},
+  booktitle = {International Conference on Learning Representations},
+  year = {2026},
+  eprint = {2510.02823},
+  archivePrefix = {arXiv}
+}"""
+
+
+def has_card(model: PreTrainedModel) -> bool:
+    """Whether there is something to tell: the model was cut, in this process or before it was saved."""
+    return bool(history_of(model))
+
+
+def model_card(model: PreTrainedModel, repo_id: str | None = None) -> ModelCard:
+    """The card of a model that was cut.
+
+    Args:
+        model: that was cut, in this process or before it was saved.
+        repo_id: the repository that it is for, if known.
+
+    Raises:
+        ValueError: if the model was never cut.
+    """
+    if not has_card(model):
+        raise ValueError("The model was not cut, so there is nothing to tell: call compress_ first.")
+    title = (repo_id or "A slim " + model.config.model_type).split("/")[-1]
+    return ModelCard(f"---\n{_data(model, title).to_yaml()}\n---\n\n# {title}\n\n{_section(model, repo_id)}\n")
+
+
+def write_model_card(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
+    """Write `README.md` and `spectra.png` for a model that was cut; nothing for any other.
+
+    A card that is there already keeps its text and metadata, and the section is put in its place or at the end. A
+    README.md without metadata is no model card and stays as it is.
+
+    Args:
+        model: that was cut, or not.
+        folder: where the model is saved.
+        repo_id: the repository that it is for, if known.
+    """
+    history = history_of(model)
+    if not history:
+        return
+    path = Path(folder) / CARD
+    card = model_card(model, repo_id)
+    old = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True) if path.exists() else None
+    if old is not None and not old.data.to_dict():
+        return
+    history[-1].report.plot().savefig(Path(folder) / FIGURE, dpi=150)
+    if old is not None:
+        _keep_text_and_metadata(old, card, _section(model, repo_id))
+    card.save(path)
+
+
+def _keep_text_and_metadata(old: Any, card: Any, section: str) -> None:
+    """Of the old card, in the new one. In place."""
+    if _TEMPLATE not in old.text:
+        card.text = _merge(old.text, section)
+        if old.data.eval_results:  # its own, or the trainer's
+            card.data.eval_results, card.data.model_name = old.data.eval_results, old.data.model_name
+    for name, value in old.data.to_dict().items():
+        if name not in ("tags", "model-index") and value not in (None, [], ""):
+            card.data[name] = value
+    card.data.tags = list(dict.fromkeys([*(old.data.tags or []), *card.data.tags]))
+
+
+def _merge(text: str, section: str) -> str:
+    if BEGIN in text and END in text:
+        return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
+    return f"{text.strip()}\n\n{section}\n"
+
+
+def _data(model: PreTrainedModel, title: str) -> ModelCardData:
+    history = history_of(model)
+    report, results = history[-1].report, None
+    if report.perplexity is not None:
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=report.perplexity.data,
+                metric_type="perplexity",
+                metric_value=round(report.perplexity.after, 4),
+            )
+        ]
+    return ModelCardData(
+        base_model=_base(model, history),
+        library_name="transformers",
+        pipeline_tag="text-generation" if model.can_generate() else None,
+        tags=[*TAGS, model.config.model_type],
+        model_name=title,
+        eval_results=results,
+    )
+
+
+def _base(model: PreTrainedModel, history: Sequence[Cut]) -> str | None:
+    """The repository that the model came from, before its first cut if that is known."""
+    return history[0].base or base_model(model)
+
+
+def _section(model: PreTrainedModel, repo_id: str | None) -> str:
+    history = history_of(model)
+    report, base = history[-1].report, _base(model, history)
+    origin = f"[{base}](https://huggingface.co/{base})" if base else f"A {model.config.model_type} model"
+    how = {
+        "select": "some of the states were kept",
+        "project": "the states were projected to fewer ones",
+    }.get(report.realization, report.realization)
+    parts = [
+        BEGIN,
+        "## A smaller state",
+        f"{origin} with **{report.states_after:,} of {report.states_before:,} SSM states** ({how}), chosen by their Hankel "
+        "singular values with hf_compressm, after CompreSSM ([arXiv 2510.02823](https://arxiv.org/abs/2510.02823)).",
+        _totals(report),
+        *_earlier(history),
+        f"![Hankel singular values of every layer]({FIGURE})",
+        "Each line is a layer: how much each of its states matters to its output, from the most to the least, before the "
+        "cut. Dots show where it was cut.",
+        "<details><summary>Every layer</summary>\n",
+        _layers(report),
+        "</details>\n",
+        "### How to load it",
+        _how_to_load(model, base, repo_id or "PATH_OR_NAME"),
+        "### Citation",
+        f"```bibtex\n{_CITATION}\n```",
+        END,
+    ]
+    return "\n\n".join(parts)
+
+
+def _earlier(history: Sequence[Cut]) -> list[str]:
+    if len(history) == 1:
+        return []
+    states = " -> ".join(f"{cut.report.states_before:,}" for cut in history)
+    return [
+        f"It was cut {len(history)} times, with {states} -> {history[-1].report.states_after:,} SSM states: `{RECORD}`."
+    ]
+
+
+def _totals(report: CompressionReport) -> str:
+    rows = [
+        "| | before | after |",
+        "|---|---|---|",
+        f"| SSM states, all layers | {report.states_before:,} | {report.states_after:,} |",
+        f"| recurrent state per sequence (fp32) | {report.state_bytes_before / 1024:,.0f} KiB | "
+        f"{report.state_bytes_after / 1024:,.0f} KiB |",
+        f"| parameters | {report.parameters_before:,} | {report.parameters_after:,} |",
+    ]
+    if report.perplexity is None:
+        return "\n".join(rows)
+    rows.append(f"| perplexity | {report.perplexity.before:.2f} | {report.perplexity.after:.2f} |")
+    return "\n".join(rows) + f"\n\nPerplexity right before and right after the cut, on {report.perplexity.data}."
+
+
+def _layers(report: CompressionReport) -> str:
+    rows = [
+        "| layer | states before | after | Hankel energy kept | output lost |",
+        "|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {row.index} | {row.old_size} | {row.new_size} | {row.energy_kept:.2%} | {row.output_error:.2%} |"
+        for row in report.layers
+    ]
+    note = "Output lost: the share of the layer's output energy that the cut takes away on the calibration data."
+    return "\n".join(rows) + f"\n\n{note}"
+
+
+def _how_to_load(model: PreTrainedModel, base: str | None, name: str) -> str:
+    load = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
+    first = "from transformers import AutoModelForCausalLM\n\n"
+    if model.config.is_heterogeneous:
+        trusted = load.replace(")", ", trust_remote_code=True)")
+        text = (
+            "Its layers differ from the stock ones, so either let hf_compressm teach transformers about them, or trust "
+            f"the code file in this repository:\n\n```python\nimport hf_compressm\n{first}{load}\n```\n\n"
+            f"```python\n{first}{trusted}\n```"
+        )
+    else:
+        text = f"All layers have one size, so that it is a stock checkpoint:\n\n```python\n{first}{load}\n```"
+    if base is not None and base.startswith("state-spaces/"):
+        text += f"\n\nThe tokenizer is that of [{TOKENIZER}](https://huggingface.co/{TOKENIZER})."
+    return text

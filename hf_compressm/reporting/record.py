@@ -1,0 +1,227 @@
+"""`compressm.json`: what was done to a model, kept beside its config.json wherever it is saved.
+
+A model that was cut in this process carries its history as an attribute; one that was loaded has it beside the
+checkpoint that it came from. Each cut appends to it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..compat import commit_hash
+from ..config import CompreSSMConfig
+from ..modeling.modeling_compressm import ARCHITECTURES
+from ..modeling.state_sizes import get_state_sizes
+from .report import CompressionReport
+
+logger = logging.get_logger(__name__)
+
+RECORD = "compressm.json"
+SCHEMA_VERSION = 1
+_ATTRIBUTES = ("compression_report", "compression_history")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut of a model, or all cuts of one training run.
+
+    Attributes:
+        report: what was measured and what was cut.
+        config: the values of the `CompreSSMConfig` that it was made by.
+        base: the repository on the Hub that the model came from, or None.
+        versions: of this package, torch and transformers.
+    """
+
+    report: CompressionReport
+    config: Mapping[str, Any]
+    base: str | None
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "config": dict(self.config),
+            "report": self.report.to_dict(),
+            "base": self.base,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cut:
+        """From what `to_dict` gives."""
+        report = CompressionReport.from_dict(values["report"])
+        return cls(report, values["config"], values.get("base"), values.get("versions", {}))
+
+
+def record_cut_(
+    model: PreTrainedModel,
+    report: CompressionReport,
+    config: CompreSSMConfig,
+    earlier: tuple[Cut, ...] | None = None,
+) -> None:
+    """Make a report that of a model, and append the cut to its history if it cut anything. In place.
+
+    Args:
+        earlier: the history to append to; by default the model's own.
+    """
+    history = history_of(model) if earlier is None else earlier
+    set_report_(model, report)
+    if report.states_after < report.states_before:
+        history = (*history, Cut(report, config.to_dict(), base_model(model), _versions()))
+    model.compression_history = history  # type: ignore[assignment]
+
+
+def set_report_(model: PreTrainedModel, report: CompressionReport | None) -> None:
+    """Replace a model's report, of its last cut if there was one. In place."""
+    model.compression_report = report  # type: ignore[assignment]
+
+
+def history_of(model: PreTrainedModel) -> tuple[Cut, ...]:
+    """All cuts of a model, the first one first: of this process, and before it those of the checkpoint it came from."""
+    history: Any = getattr(model, "compression_history", None)
+    if history is None:
+        history = _of_origin(model)
+        model.compression_history = history
+    report: Any = getattr(model, "compression_report", None)
+    if history and report is not None and report.sizes == history[-1].report.sizes:
+        last = history[-1]
+        history = (*history[:-1], Cut(report, last.config, last.base, last.versions))
+    return history
+
+
+class Recorded:
+    """A model's report and history as they are now, to be put back by `restore_`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.values = {name: getattr(model, name) for name in _ATTRIBUTES if hasattr(model, name)}
+
+    def restore_(self) -> None:
+        """Give the model back what it had."""
+        for name in _ATTRIBUTES:
+            if name in self.values:
+                setattr(self.model, name, self.values[name])
+            elif hasattr(self.model, name):
+                delattr(self.model, name)
+
+
+def write_record(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write `compressm.json` for a model that was ever cut; nothing for any other."""
+    history = history_of(model)
+    if history:
+        record = {"schema_version": SCHEMA_VERSION, "cuts": [cut.to_dict() for cut in history]}
+        (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:
+    """The cuts of a saved model, the first one first.
+
+    Args:
+        name_or_path: a folder, or the name of a repository on the Hub.
+        hub_kwargs: as for `hf_hub_download`: `revision`, `token`, `subfolder`, ...
+
+    Raises:
+        OSError: if there is no record, or none that can be read.
+    """
+    path = Path(name_or_path) / RECORD
+    if not Path(name_or_path).is_dir():
+        try:
+            path = Path(hf_hub_download(str(name_or_path), RECORD, **hub_kwargs))
+        except HFValidationError as error:
+            raise OSError(f"{name_or_path} is neither a folder nor the name of a repository on the Hub.") from error
+        except EntryNotFoundError as error:
+            raise _no_record(name_or_path) from error
+    if not path.is_file():
+        raise _no_record(name_or_path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema_version"] > SCHEMA_VERSION:
+            raise OSError(f"{path} was written by a newer hf_compressm: upgrade to read it.")
+        return tuple(Cut.from_dict(cut) for cut in record["cuts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(
+            f"{path} is damaged ({type(error).__name__}: {error}): save or download the model again."
+        ) from error
+
+
+def get_report(source: PreTrainedModel | str | Path, **hub_kwargs: Any) -> CompressionReport:
+    """The report of a slim model's last cut, in any process.
+
+    Args:
+        source: the model, its folder, or its name on the Hub.
+        hub_kwargs: as for `hf_hub_download`, for a name.
+
+    Raises:
+        ValueError: if the model was never cut.
+        OSError: if a folder or repository has no record that can be read.
+    """
+    if not isinstance(source, PreTrainedModel):
+        return read_record(source, **hub_kwargs)[-1].report
+    history = history_of(source)
+    if not history:
+        raise ValueError(f"This {type(source).__name__} was not cut, so there is no report: call compress_ first.")
+    return history[-1].report
+
+
+def base_model(model: PreTrainedModel) -> str | None:
+    """The repository on the Hub that a model was loaded from, or None if it came from elsewhere."""
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if "/" not in name or Path(name).exists() else name
+
+
+def _of_origin(model: PreTrainedModel) -> tuple[Cut, ...]:
+    """The history beside the checkpoint that a model was loaded from, if it is that of layers of these sizes."""
+    name, config = str(getattr(model.config, "name_or_path", "") or ""), model.config.get_text_config()
+    if not name or config.model_type not in ARCHITECTURES:
+        return ()
+    if not Path(name).is_dir():
+        if base_model(model) is None or not _is_on_hub(name, commit_hash(model.config)):
+            return ()
+    elif not (Path(name) / RECORD).is_file():
+        return ()
+    try:
+        history = read_record(name, revision=commit_hash(model.config))
+    except OSError as error:
+        logger.warning(f"hf_compressm: the history of earlier cuts is lost, since it can't be read: {error}")
+        return ()
+    sizes = get_state_sizes(config)
+    return history if all(sizes[index] == size for index, size in history[-1].report.sizes.items()) else ()
+
+
+def _is_on_hub(name: str, revision: str | None) -> bool:
+    if isinstance(try_to_load_from_cache(name, RECORD, revision=revision), str):
+        return True
+    try:
+        hf_hub_download(name, RECORD, revision=revision)
+    except (OSError, EntryNotFoundError):  # not there, or the Hub is out of reach
+        return False
+    return True
+
+
+def _no_record(name: str | Path) -> OSError:
+    return OSError(f"{name} has no {RECORD}: it was not cut by hf_compressm, or by a version before 0.2.")
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("hf_compressm", "torch", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            versions[name] = "unknown"
+    return versions

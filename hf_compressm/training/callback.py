@@ -1,0 +1,350 @@
+"""CompreSSMCallback: the state of a model shrinks while transformers' Trainer trains it."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.utils import logging
+
+from ..backends import Backend, OneProcess, find_backend
+from ..compat import calling_trainer, checkpoint_parent
+from ..config import CompreSSMConfig
+from ..cutting import Measurement, Plan
+from ..cutting.optimizer import check_optimizer, unwrap, verify_optimizer
+from ..cutting.snapshot import Snapshot
+from ..data.calibration import calibration_batches
+from ..layers import Layer, find_layers
+from ..reporting.figures import plot_history
+from ..reporting.history import Attempt
+from ..reporting.record import Cut, history_of, record_cut_, set_report_
+from .checkpoints import ReshapeOnLoad
+from .checks import check_evaluation, cut_parameters, find_trainable_layers
+from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
+from .measuring import measure_batches
+from .recording import Batch, BatchRecorder, to_device
+from .rollback import Metric
+from .run_report import run_report
+from .schedule import attempt_config, attempt_steps, check_target, training_config
+from .settling import rank_correlation
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.get_logger(__name__)
+
+MEASURED_TOKENS = 2**15
+"""Of each recorded batch and process: Gramians gain nothing from more, and cost time in proportion."""
+
+
+class CompreSSMCallback(TrainerCallback, ExportableState):
+    """Cut the SSM states that carry little Hankel energy while a model trains (CompreSSM, arXiv 2510.02823).
+
+    At `num_reductions` steps between `start` and `end` the callback runs the last training batches once more, without
+    gradients, measures the Hankel singular values, and cuts model and optimizer. The same `train()` call goes on with
+    the smaller model. Every checkpoint carries its sizes, and `resume_from_checkpoint` goes on as if never interrupted.
+
+    Args:
+        config: a `CompreSSMConfig`, or its values as a dictionary. `realization` "auto" means "select" in training.
+        calibration_data: what to measure on instead of the training batches, as for `compress_`.
+        tokenizer: for calibration texts.
+
+    Attributes:
+        history: an `Attempt` for each attempt to cut: its step, the sizes after it, the Hankel singular values, and how far
+            the ranking of the states agrees with that of the attempt before.
+        initial_sizes: state sizes before the first cut, by layer index.
+        kept: the states of those that are left, by layer index, a list for each group.
+
+    Raises:
+        ValueError: if the config asks for a projection; and when training begins, if anything in the model, optimizer,
+            schedule or launcher can't be cut.
+
+    Pass it to the `Trainer`'s constructor; after `trainer.add_callback`, call `attach(trainer)` before `train`.
+
+    Log: `compressm/state_size_mean`, `compressm/state_size/layer_<i>`, `energy_kept`, `cut_seconds`, `step_seconds` (mean
+    since the attempt before) and `rank_correlation` (near 1, the ranking of the states has settled) go through
+    `trainer.log`, so TensorBoard, W&B and `log_history` have them. `model.compression_report` is about all cuts so far, and
+    goes to the model card.
+
+    Checkpoints carry their sizes and load by themselves. `resume_from_checkpoint` before, between or after the cuts gives
+    the sizes and losses of the run without the interruption; `load_best_model_at_end` may load other sizes.
+
+    `rollback` evaluates right before and right after a cut, on `metric_for_best_model` (default: the loss): two
+    evaluations a cut, and no training step is lost.
+
+    Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
+    that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
+    bit-identical.
+
+    Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
+    `realization="project"` after the training. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
+    reached in equal steps, over sizes that the kernels take. A second `train()` with a `state_size` that is reached already
+    is an error: remove the callback first.
+    """
+
+    def __init__(
+        self,
+        config: CompreSSMConfig | dict[str, Any] | None = None,
+        calibration_data: Any = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        self.config = CompreSSMConfig(**config) if isinstance(config, dict) else config or CompreSSMConfig()
+        self._config = training_config(self.config)
+        self.calibration_data = calibration_data
+        self.tokenizer = tokenizer
+        self._trainer: Any = None
+        self._backend: Backend = OneProcess()
+        self._steps: list[int] = []
+        self._recorder = BatchRecorder(self.config.calibration_batches)
+        self._earlier: tuple[Cut, ...] = ()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.history: list[Attempt] = []
+        self.initial_sizes: dict[int, int] = {}
+        self.kept: dict[int, list[list[int]]] = {}
+        self.attempts = 0
+        self.stopped = False
+        self._timer = StepTimer()
+
+    # What a checkpoint keeps.
+    def state(self) -> dict[str, Any]:
+        """Arguments and attributes that go into `trainer_state.json`."""
+        return {
+            "args": {"config": self.config.to_dict()},
+            "attributes": {
+                "history": [attempt.to_dict() for attempt in self.history],
+                "initial_sizes": self.initial_sizes,
+                "kept": self.kept,
+                "attempts": self.attempts,
+                "stopped": self.stopped,
+            },
+        }
+
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        self.history = [Attempt.from_dict(values) for values in attributes["history"]]
+        # JSON turns the layer numbers into strings.
+        self.initial_sizes = {int(i): size for i, size in attributes["initial_sizes"].items()}
+        self.kept = {int(i): groups for i, groups in attributes["kept"].items()}
+        self.attempts, self.stopped = attributes["attempts"], attributes["stopped"]
+
+    # Finding the trainer, which the events do not get.
+    def attach(self, trainer: Trainer) -> CompreSSMCallback:
+        """Tell the callback its trainer. Needed only if it was added after the trainer's construction."""
+        if self._trainer is None or self._trainer() is not trainer:
+            self._trainer = weakref.ref(trainer)
+            ReshapeOnLoad.install(trainer)
+        return self
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A trainer was made with this callback."""
+        self._find_trainer()
+
+    def _find_trainer(self) -> dict[str, Any]:
+        """Attach to the trainer that sends this event; its training loop's local variables."""
+        trainer, variables = calling_trainer()
+        if trainer is not None:
+            self.attach(trainer)
+        elif self._trainer is None:
+            raise ValueError(
+                "CompreSSMCallback works with transformers' Trainer. In a loop of your own, call compress_."
+            )
+        return variables
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer that the callback works for."""
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None:
+            raise ValueError("CompreSSMCallback has no trainer: pass it to Trainer(callbacks=[...]).")
+        return trainer
+
+    # The run.
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuse what can't work, and go on where a checkpoint left off."""
+        loop = self._find_trainer()
+        self._reset()
+        self._recorder.stop()  # a run that an error ended did not
+        self._backend = find_backend(self.trainer)
+        self._backend.refuse()
+        layers = find_trainable_layers(model)
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        resumed = state.global_step > 0 and isinstance(saved, dict)
+        self._earlier = history_of(model)
+        if saved is not None and resumed:
+            self._restore(saved["attributes"])
+            self._report(model, layers)
+        else:
+            self.initial_sizes = {layer.index: layer.state_size for layer in layers}
+            self.kept = {layer.index: [list(range(layer.state_size))] * layer.groups for layer in layers}
+        if not resumed:
+            check_target(self._config, layers)
+        self._steps = attempt_steps(self.config, state.max_steps)
+        if self.config.rollback is not None:
+            check_evaluation(self.trainer)
+        check_optimizer(unwrap(optimizer), cut_parameters(layers))
+        verify_optimizer(unwrap(optimizer), model)
+        if self._remaining and self.calibration_data is None:
+            if resumed:
+                self._recorder.load(loop.get("resume_from_checkpoint"), args.process_index)
+            self._recorder.start(self.trainer.model_wrapped)
+        logger.info(f"hf_compressm: {len(layers)} SSM layers, cuts are attempted after steps {self._remaining}.")
+
+    @property
+    def _remaining(self) -> list[int]:
+        return [] if self.stopped else self._steps[self.attempts :]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        self._timer.start()
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Attempt a cut, if one is due."""
+        self._timer.stop()
+        if state.global_step == 1:  # the first state that there is to look at
+            check_optimizer(unwrap(optimizer), cut_parameters(find_layers(model)))
+        if self._remaining and state.global_step >= self._remaining[0]:
+            self._attempt(state.global_step, model, unwrap(optimizer), control)
+            if not self._remaining:
+                self._recorder.stop()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the recorded batches with a checkpoint between two attempts."""
+        if self._remaining and not args.save_only_model:
+            folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
+            self._recorder.save(folder, args.process_index)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what was not reached."""
+        self._recorder.stop()
+        if self.stopped and self._config.tolerance is None:
+            logger.warning("hf_compressm: the target was not reached, since rollback undid a cut.")
+        if self._remaining:
+            logger.warning(
+                f"hf_compressm: training ended after step {state.global_step}, before the cuts that were due after steps "
+                f"{self._remaining}."
+            )
+        step_seconds = self._timer.take()
+        if step_seconds is not None and self.history:
+            trainer_log(self.trainer, control, {"compressm/step_seconds": step_seconds})
+
+    def plot(self) -> Any:
+        """The run as a figure: the spectra at each attempt, and the states falling. See `figures.plot_history`.
+
+        Raises:
+            ValueError: if there was no attempt yet.
+        """
+        return plot_history(self.history, self.initial_sizes)
+
+    # An attempt: measure, plan, cut.
+    @torch.no_grad()
+    def _attempt(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, control: Any) -> None:
+        begin = time.perf_counter()
+        layers = find_layers(model)
+        config = attempt_config(self._config, self.attempts, self.initial_sizes, layers)
+        self.attempts += 1
+        # A tolerance of 0 still measures the spectra; nothing is cut.
+        config = config or replace(self._config, tolerance=0, state_size=None, ratio=None)
+        measurement = self._measure(model)
+        plan: Plan = self._backend.decide(lambda: self._gate(measurement.plan(config), step).cpu())
+        states = {index: [list(group) for group in groups] for index, groups in self.kept.items()}
+        undone = bool(plan.realizations) and self._cut(model, layers, plan, optimizer)
+        if not undone:
+            self.kept |= {
+                index: [[old[s] for s in new] for old, new in zip(self.kept[index], groups, strict=True)]
+                for index, groups in plan.kept.items()
+            }
+        attempt = self._record(step, layers, measurement, plan, states, undone)
+        self._report(model, layers)
+        seconds = time.perf_counter() - begin
+        trainer_log(self.trainer, control, attempt_logs(plan, attempt, seconds, self._timer.take()))
+        say_what_was_cut(plan, attempt, seconds)
+
+    def _measure(self, model: PreTrainedModel) -> Measurement:
+        """On the recorded or given batches of all processes."""
+        if self.calibration_data is None:
+            batches = self._recorder.on(model.device)
+            return measure_batches(model, batches, self._config, self._backend, MEASURED_TOKENS)
+        data = calibration_batches(self.calibration_data, model, self.tokenizer)
+        given: list[Batch] = [((), to_device(batch, model.device)) for batch in data]
+        return measure_batches(model, given, self._config, self._backend)
+
+    def _gate(self, plan: Plan, step: int) -> Plan:
+        """Without its cuts, if they remove too little to be worth it."""
+        if self._config.tolerance is None or not plan.realizations:
+            return plan
+        removed = 1 - plan.report.states_after / plan.report.states_before
+        if removed >= self.config.min_reduction:
+            return plan
+        logger.info(
+            f"hf_compressm: step {step}: skipped, a cut would remove {removed:.1%} of the states, less than "
+            f"min_reduction={self.config.min_reduction:.1%}."
+        )
+        return replace(plan, realizations={})
+
+    def _cut(self, model: PreTrainedModel, layers: list[Layer], plan: Plan, optimizer: torch.optim.Optimizer) -> bool:
+        """Make the cut on all processes; whether it was undone again."""
+        metric = None
+        if self.config.rollback is not None:
+            metric = Metric(self.trainer, self._backend, self.config.rollback)
+        before = metric.value() if metric is not None else 0.0
+        snapshot = Snapshot(model, layers, optimizer)
+        plan.apply_(model, optimizer, backend=self._backend)
+        undone = metric is not None and metric.forbids(before, metric.value())
+        if undone:
+            snapshot.restore_()
+            self.stopped = True
+        del snapshot  # the last that holds tensors of the old sizes
+        self._backend.after_cut_()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return undone
+
+    def _record(
+        self,
+        step: int,
+        layers: list[Layer],
+        measurement: Measurement,
+        plan: Plan,
+        states: dict[int, list[list[int]]],
+        undone: bool,
+    ) -> Attempt:
+        contributions = {
+            layer.index: [moments.contribution.diagonal().tolist() for moments in entry.groups]
+            for layer, entry in zip(layers, measurement.statistics, strict=True)
+        }
+        correlation = None
+        if self.history:
+            last = self.history[-1]
+            correlation = rank_correlation(last.states, last.contributions, states, contributions)
+        attempt = Attempt(
+            step=step,
+            sizes={layer.index: layer.state_size for layer in layers},
+            hankel_singular_values={row.index: row.hankel_singular_values for row in plan.report.layers},
+            contributions=contributions,
+            states=states,
+            output_error={row.index: row.output_error for row in plan.report.layers},
+            rank_correlation=correlation,
+            undone=undone,
+        )
+        self.history.append(attempt)
+        return attempt
+
+    def _report(self, model: PreTrainedModel, layers: list[Layer]) -> None:
+        """Over all cuts so far, for the model card and the record."""
+        report = run_report(model, layers, self.initial_sizes, self.history)
+        if report is None:
+            set_report_(model, None)
+        else:
+            record_cut_(model, report, self.config, self._earlier)

@@ -1,0 +1,52 @@
+"""What must be right before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers import Layer, find_layers
+
+
+def find_trainable_layers(model: Any) -> list[Layer]:
+    """The SSM layers, of which none is frozen or carries an adapter.
+
+    Raises:
+        ValueError: if there is none, or one of them is.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "CompreSSMCallback can't cut a PEFT model: an adapter's checkpoints do not carry the sizes of its base. Call "
+            "compress_pretrained on the base model first, then train the adapter on the slim model."
+        )
+    layers = find_layers(model)
+    for layer in layers:
+        parameters = cut_parameters([layer])
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise ValueError(
+                f"{layer.name} is frozen ({', '.join(parameters)}), so training can't make up for a cut: unfreeze it, or "
+                "call compress_pretrained before the training."
+            )
+    return layers
+
+
+def cut_parameters(layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
+    """The parameters that a cut of the layers changes, by name in the model."""
+    return {
+        f"{layer.name}.{name}": layer.mixer.get_parameter(name)
+        for layer in layers
+        for name in layer.changed_by_a_cut()
+    }
+
+
+def check_evaluation(trainer: Any) -> None:
+    """Refuse a `rollback` that has nothing to look at.
+
+    Raises:
+        ValueError: if there is no evaluation set, or more than one.
+    """
+    evaluation = trainer.eval_dataset
+    if evaluation is None or isinstance(evaluation, dict):
+        raise ValueError("rollback needs one evaluation set: pass eval_dataset to the Trainer, or drop rollback.")

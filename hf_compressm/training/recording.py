@@ -1,0 +1,80 @@
+"""The training batches that the next attempt measures: recorded as they pass, saved with checkpoints between attempts."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Beside the checkpoint's other files, one for each process.
+BATCHES_NAME = "compressm_batches_{rank}.pt"
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a model's forward was called with."""
+
+
+class BatchRecorder:
+    """The last batches that a model was trained on.
+
+    Args:
+        count: how many of them are kept.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.batches: deque[Batch] = deque(maxlen=count)
+        self._hook: Any = None
+
+    def start(self, wrapped: nn.Module) -> None:
+        """Record what passes through a model, as the training loop calls it."""
+        self._hook = wrapped.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Record no more, and forget what was recorded."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.batches.clear()
+
+    def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.batches.append(
+                (args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
+            )
+
+    def on(self, device: torch.device) -> list[Batch]:
+        """The batches on a device."""
+        return [to_device(batch, device) for batch in self.batches]
+
+    def save(self, folder: str, rank: int) -> None:
+        """Write the batches to a checkpoint that is there."""
+        if self.batches and os.path.isdir(folder):
+            torch.save(self.on(torch.device("cpu")), os.path.join(folder, BATCHES_NAME.format(rank=rank)))
+
+    def load(self, folder: str | None, rank: int) -> None:
+        """Read the batches of a checkpoint; without them, a warning says what that means."""
+        name = BATCHES_NAME.format(rank=rank)
+        path = os.path.join(folder or "", name)
+        if folder is not None and os.path.isfile(path):
+            self.batches.extend(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(
+                f"hf_compressm: {name} is not in the checkpoint, so that the next cut may be measured on fewer batches than "
+                "without the interruption."
+            )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors in lists, tuples and dictionaries, on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

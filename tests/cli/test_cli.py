@@ -1,0 +1,246 @@
+"""The command line on the models that the package ships, and on ones that are smaller still."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+import hf_compressm
+from hf_compressm.cli import app
+from hf_compressm.layers import find_layers
+from tests.conftest import tiny_mamba
+
+REFERENCE = Path(hf_compressm.__file__).parent / "reference"
+MAMBA = str(REFERENCE / "mamba-tiny")
+
+
+def run(*arguments: object):
+    quick = ("--refit", "0") if arguments[:1] == ("compress",) else ()
+    return CliRunner().invoke(app, [*(str(argument) for argument in arguments), *quick])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Few tokens, so that measuring takes no time."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text((REFERENCE / "calibration.txt").read_text(encoding="utf-8")[:600], encoding="utf-8")
+    return path
+
+
+def test_demo(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_compressm.data.evaluation.SEQUENCES", 3)
+    result = run("demo", "--output", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo" / "spectra.png").stat().st_size > 20_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    for name in ("mamba-tiny", "mamba2-tiny"):
+        row = next(line for line in result.stdout.splitlines() if f" {name} " in line)
+        before, after = map(float, re.findall(r"\d+\.\d+", row))
+        # Reloading with out_proj rescaled, or with random layers, would show here.
+        assert after < 1.06 * before
+        states = [
+            layer.state_size for layer in find_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / name))
+        ]
+        assert max(states) < (16 if name == "mamba-tiny" else 64)
+
+
+def test_compress_and_analyze(tmp_path, text):
+    folder = tmp_path / "new" / "slim"
+    result = run("compress", MAMBA, folder, "--state-size", 6, "--uniform", "--calibration", text)
+    assert result.exit_code == 0, result.output
+    assert "16 -> 6" in result.stdout
+    assert AutoModelForCausalLM.from_pretrained(folder).config.state_size == 6
+    assert (folder / "tokenizer.json").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["slim"]
+    result = run("analyze", folder, "--figure", tmp_path / "spectra.png", "--calibration", text)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "spectra.png").exists()
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path, text):
+    result = run("compress", MAMBA, tmp_path / "slim", "--ratio", 0.5, "--json", "--calibration", text)
+    report = json.loads(result.stdout)
+    assert sum(layer["new_size"] for layer in report["layers"]) == 32
+    assert report["state_bytes_after"] * 2 == report["state_bytes_before"]
+    assert "saved in" in result.stderr
+    report = json.loads(run("analyze", MAMBA, "--json", "--calibration", text).stdout)
+    assert [len(layer["hankel_singular_values"][0]) for layer in report["layers"]] == [16] * 4
+
+
+def test_dry_run_writes_nothing(tmp_path, text):
+    result = run(
+        "compress", MAMBA, tmp_path / "slim", "--state-size", 6, "--dry-run", "--no-evaluate", "--calibration", text
+    )
+    assert result.exit_code == 0, result.output
+    assert "16 -> 6" in result.stdout
+    assert (
+        run("compress", MAMBA, "--state-size", 6, "--dry-run", "--no-evaluate", "--calibration", text).exit_code == 0
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_realization(tmp_path, text):
+    mamba2 = REFERENCE / "mamba2-tiny"
+    settings = ("--state-size", 16, "--calibration", text, "--json", "--dry-run", "--no-evaluate", "--realization")
+    for kind in ("select", "project"):
+        assert json.loads(run("compress", mamba2, *settings, kind).stdout)["realization"] == kind
+    result = run("compress", MAMBA, *settings, "project")
+    assert result.exit_code == 1
+    assert "Mamba-2" in result.stderr
+    assert "auto, select, project" in run("compress", MAMBA, *settings, "other").stderr
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """What is handed to the Hub; true pushes are in tests/hub."""
+    pushed = []
+
+    def publish(model, name, *, tokenizer, private):
+        pushed.append((name, tokenizer is not None, private, model.compression_report.perplexity))
+        return name
+
+    monkeypatch.setattr("hf_compressm.hub.check_login", lambda: None)
+    monkeypatch.setattr("hf_compressm.hub.publish", publish)
+    monkeypatch.setattr("hf_compressm.data.evaluation.SEQUENCES", 1)
+    return pushed
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_push_to_hub(pushed, tmp_path, text, folder):
+    output = [tmp_path / "slim"] if folder else []
+    result = run("compress", MAMBA, *output, "--push-to-hub", "me/slim", "--private", "--calibration", text)
+    assert result.exit_code == 0, result.output
+    ((*what, perplexity),) = pushed
+    assert what == ["me/slim", True, True]
+    assert 1 < perplexity.before < perplexity.after < 100
+    assert "pushed to me/slim" in result.stderr
+    assert (tmp_path / "slim").exists() == folder
+
+
+def test_no_evaluation(pushed, text):
+    result = run("compress", MAMBA, "--push-to-hub", "me/slim", "--no-evaluate", "--json", "--calibration", text)
+    assert pushed == [("me/slim", True, None, None)]
+    assert json.loads(result.stdout)["pushed_to"] == "me/slim"
+
+
+def test_a_push_that_fails_leaves_the_folder(pushed, monkeypatch, tmp_path, text):
+    def refuse(*args, **kwargs):
+        raise OSError("401: no such token")
+
+    monkeypatch.setattr("hf_compressm.hub.publish", refuse)
+    result = run("compress", MAMBA, tmp_path / "slim", "--push-to-hub", "me/slim", "--json", "--calibration", text)
+    assert result.exit_code == 1
+    assert "401" in result.stderr
+    assert "saved in" in result.stderr
+    assert result.stdout == ""
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "slim") is not None
+
+
+def test_what_a_dry_run_would_cost(pushed, text):
+    result = run("compress", MAMBA, "--state-size", 2, "--dry-run", "--json", "--calibration", text)
+    report = json.loads(result.stdout)
+    assert report["saved_in"] is report["pushed_to"] is None
+    assert report["perplexity"]["before"] < report["perplexity"]["after"]
+    assert "1 x 512 tokens" in report["perplexity"]["data"]
+    assert pushed == []
+
+
+def test_export(tmp_path, text):
+    uniform = ("--state-size", 6, "--uniform", "--calibration", text)
+    assert run("compress", MAMBA, tmp_path / "slim", *uniform).exit_code == 0
+    assert run("export", tmp_path / "slim", tmp_path / "original").exit_code == 0
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert config["ssm_cfg"]["d_state"] == 6
+    assert run("compress", MAMBA, tmp_path / "mixed", "--ratio", 0.5, "--calibration", text).exit_code == 0
+    result = run("export", tmp_path / "mixed", tmp_path / "refused")
+    assert result.exit_code == 1
+    assert "uniform=True" in result.stderr
+    assert not (tmp_path / "refused").exists()
+
+
+def test_version():
+    assert run("--version").stdout.startswith("hf_compressm 0.")
+
+
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (OSError("no space left"), 1)])
+@pytest.mark.parametrize("when", ["while measuring", "while saving"])
+def test_what_stops_it_leaves_no_folder(monkeypatch, tmp_path, text, failure, code, when):
+    def fail(*args, **kwargs):
+        raise failure
+
+    if when == "while measuring":
+        monkeypatch.setattr("hf_compressm.compress.measure", fail)
+    else:  # the weights are there, the tokenizer is not
+        monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+    result = run("compress", MAMBA, tmp_path / "slim", "--calibration", text)
+    assert result.exit_code == code, result.output
+    assert list(tmp_path.iterdir()) == []
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--state-size", 16), "16 states"),
+        (("--state-size", 0), "at least 1"),
+        (("--ratio", 0.5, "--state-size", 4), "one target"),
+        (("--tolerance", 1), "[0, 1)"),
+        (("--calibration", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_refusals_write_nothing(tmp_path, arguments, message):
+    result = run("compress", MAMBA, tmp_path / "slim", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_models_and_folders(tmp_path):
+    assert run("compress", tmp_path / "nowhere", tmp_path / "slim").exit_code == 1
+    shutil.copytree(MAMBA, tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for command in (("compress", tmp_path / "half", tmp_path / "slim"), ("analyze", tmp_path / "half")):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "half written" in result.stderr
+    assert not (tmp_path / "slim").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for command in (("compress", MAMBA, tmp_path / "full"), ("demo", "--output", tmp_path / "full")):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "not an empty folder" in " ".join(result.stderr.split())
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    assert "folder" in run("compress", MAMBA).stderr
+
+
+def test_a_model_without_a_tokenizer(tmp_path, text):
+    tiny_mamba().save_pretrained(tmp_path / "bare")
+    result = run("compress", tmp_path / "bare", tmp_path / "slim", "--state-size", 4)
+    assert result.exit_code == 0, result.output
+    assert "no tokenizer" in result.stderr
+    assert run("compress", tmp_path / "bare", tmp_path / "other", "--calibration", text).exit_code == 1
+
+
+def test_help_tells_the_whole_story():
+    for command in ((), ("compress",), ("analyze",), ("export",), ("demo",)):
+        result = run(*command, "--help")
+        assert result.exit_code == 0
+    text = " ".join(run("compress", "--help").output.split())
+    for option in (
+        "--tolerance",
+        "--dry-run",
+        "--push-to-hub",
+        "--json",
+        "--calibration",
+        "--realization",
+        "--evaluate",
+    ):
+        assert option in text

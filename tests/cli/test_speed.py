@@ -1,0 +1,81 @@
+"""The benchmark command on a config alone: every row is there, and what does not depend on the clock is right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_compressm.cli import app
+from hf_compressm.cutting.first_states import cut_to_first_states_
+from hf_compressm.layers import find_layers
+from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.layers.models import TYPES, build, tokens
+
+FAST = [
+    "--length",
+    "8",
+    "--batch",
+    "2",
+    "--decode-batch",
+    "3",
+    "--repeats",
+    "1",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
+
+
+def run(model, folder, *arguments: str):
+    model.config.save_pretrained(folder)
+    return CliRunner().invoke(app, ["benchmark", str(folder), *FAST, *arguments])
+
+
+@pytest.mark.parametrize("realization", ["project", "select"])
+def test_mamba2_sizes(tmp_path, realization):
+    sizes = ["--state-size", "8", "--realization", realization, "--json"]
+    result = run(tiny_mamba2(), tmp_path, *sizes)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["missing_kernels"] == ["mamba_ssm", "causal_conv1d"]
+    own, slim = answer["results"]
+    assert (own["state size"], slim["state size"]) == (16, 8)
+    # 2 layers, 8 heads of 8, float32
+    assert own["state bytes per sequence"] == 2 * 8 * 8 * 16 * 4 == 2 * slim["state bytes per sequence"]
+    assert own.keys() == slim.keys() >= {"training, 2 x 8", "prefill, 2 x 8", "decoding, batch 3"}
+    assert all(value > 0 for column in (own, slim) for value in column.values())
+
+
+def test_an_eighth_by_default_and_the_slow_path_is_said(tmp_path):
+    result = run(tiny_mamba(16), tmp_path)
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.stdout.splitlines() if "state size" in line)
+    assert "16" in row
+    assert "2 (0.12x)" in row
+    assert "slow path" in result.stderr
+
+
+def test_sizes_in_any_order(tmp_path):
+    result = run(tiny_mamba(8), tmp_path, "--state-size", "2", "--state-size", "4", "--json")
+    assert result.exit_code == 0, result.output
+    assert [column["state size"] for column in json.loads(result.stdout)["results"]] == [8, 2, 4]
+
+
+def test_refusals(tmp_path):
+    result = run(tiny_mamba(4), tmp_path, "--state-size", "4")
+    assert result.exit_code == 1
+    assert "can't be cut to 4" in result.stderr
+    assert run(tiny_mamba(4), tmp_path, "--dtype", "int8").exit_code == 1
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@torch.no_grad()
+def test_every_architecture_can_be_timed(model_type):
+    model = build(model_type)
+    cut_to_first_states_(model, 8)
+    assert {layer.state_size for layer in find_layers(model)} == {8}
+    assert model(tokens()).logits.isfinite().all()

@@ -1,0 +1,83 @@
+"""What a card says, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_compressm import CompreSSMConfig, compress_
+from hf_compressm.reporting.card import base_model, model_card, write_model_card
+from tests.conftest import tiny_mamba, tiny_mamba2
+
+
+@pytest.fixture
+def slim(mamba, token_ids):
+    compress_(mamba, CompreSSMConfig(state_size={0: 3}), token_ids)
+    return mamba
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("state-spaces/mamba-130m", "state-spaces/mamba-130m"),
+        ("/home/someone/secret", None),
+        ("./checkpoint", None),
+        ("", None),
+        ("gpt2", None),
+    ],
+)
+def test_base_models_are_names_on_the_hub(mamba, name, expected):
+    mamba.config.name_or_path = name
+    assert base_model(mamba) == expected
+
+
+def test_a_folder_is_no_base_model(mamba, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "slim").mkdir(parents=True)
+    mamba.config.name_or_path = "out/slim"
+    assert base_model(mamba) is None
+
+
+def test_a_card_names_its_base_and_tokenizer(slim):
+    slim.config.name_or_path = "state-spaces/mamba-130m"
+    card = model_card(slim, "me/slim")
+    assert card.data.base_model == "state-spaces/mamba-130m"
+    assert "EleutherAI/gpt-neox-20b" in card.text
+    assert "| 0 | 8 | 3 |" in card.text
+    assert "| 1 | 8 | 8 |" in card.text
+
+
+def test_uniform_models_need_no_trust(mamba, token_ids):
+    compress_(mamba, CompreSSMConfig(state_size=3), token_ids)
+    assert "trust_remote_code" not in str(model_card(mamba))
+
+
+def test_projected_models(token_ids):
+    model = tiny_mamba2()
+    compress_(model, CompreSSMConfig(state_size=4), token_ids)
+    card = str(model_card(model))
+    assert "projected" in card
+    assert "trust_remote_code" in card
+
+
+def test_a_readme_that_is_no_card_is_left_alone(slim, tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    slim.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
+def test_the_section_is_replaced(slim, tmp_path, token_ids):
+    slim.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\nMine.\n")
+    compress_(slim, CompreSSMConfig(state_size={1: 2}), token_ids)
+    slim.save_pretrained(tmp_path)
+    text = path.read_text()
+    assert "| 1 | 8 | 2 |" in text
+    assert text.count("### Citation") == text.count("Mine.") == 1
+
+
+def test_no_card_without_a_cut(tmp_path):
+    with pytest.raises(ValueError, match="not cut"):
+        model_card(tiny_mamba())
+    write_model_card(tiny_mamba(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
