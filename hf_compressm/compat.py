@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",)}
 
 USED = {
-    "transformers.configuration_utils.PreTrainedConfig._commit_hash": "the revision that a config was loaded from",
+    "transformers.configuration_utils._commit_hash": "the revision that a config was loaded from",
     "transformers.modeling_utils.PreTrainedModel._upload_modified_files": "save_pretrained(push_to_hub=True) and "
     "push_to_hub write a card of their own after the model is saved, and only this comes after it",
     "transformers.trainer.Trainer._push_from_checkpoint": "copies weights and config to the folder that it uploads, and no "

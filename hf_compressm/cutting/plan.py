@@ -16,7 +16,7 @@ from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
 from ..layers import Layer, MixerInputs, Realization, find_layers, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
-from ..reporting.record import record_cut_
+from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
 from .sensitivity import sensitivities
@@ -79,8 +79,9 @@ class Plan:
                 f"The plan is for layers of sizes {planned}, and the model's have {found}: measure this model, and plan "
                 "again."
             )
+        earlier = history_of(model)
         cut_(model, layers, self.realizations, optimizer, backend or OneProcess())
-        record_cut_(model, self.report, self.config)
+        record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
         return self.report
 

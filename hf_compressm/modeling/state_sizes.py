@@ -39,6 +39,11 @@ def state_size_field(config: PreTrainedConfig) -> str:
     )
 
 
+def sizes_may_differ(config: PreTrainedConfig) -> bool:
+    """Whether a model of this architecture can be saved and built with layers of different sizes."""
+    return config.get_text_config().model_type in ARCHITECTURES
+
+
 def text_configs(model_or_config: PreTrainedModel | PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configs that tell the state sizes: a model and the text model inside may each hold a copy."""
     if isinstance(model_or_config, PreTrainedConfig):

@@ -68,14 +68,14 @@ def record_cut_(
     model: PreTrainedModel,
     report: CompressionReport,
     config: CompreSSMConfig,
-    earlier: tuple[Cut, ...] | None = None,
+    earlier: tuple[Cut, ...],
 ) -> None:
     """Make a report that of a model, and append the cut to its history if it cut anything. In place.
 
     Args:
-        earlier: the history to append to; by default the model's own.
+        earlier: the history to append to, as `history_of` gave it before the cut.
     """
-    history = history_of(model) if earlier is None else earlier
+    history = earlier
     set_report_(model, report)
     if report.states_after < report.states_before:
         history = (*history, Cut(report, config.to_dict(), base_model(model), _versions()))
@@ -83,7 +83,7 @@ def record_cut_(
 
 
 def set_report_(model: PreTrainedModel, report: CompressionReport | None) -> None:
-    """Replace a model's report, of its last cut if there was one. In place."""
+    """Replace a model's report, and with it that of its last cut. In place."""
     model.compression_report = report  # type: ignore[assignment]
 
 
@@ -187,12 +187,13 @@ def base_model(model: PreTrainedModel) -> str | None:
 def _of_origin(model: PreTrainedModel) -> tuple[Cut, ...]:
     """The history beside the checkpoint that a model was loaded from, if it is that of layers of these sizes."""
     name, config = str(getattr(model.config, "name_or_path", "") or ""), model.config.get_text_config()
-    if not name or config.model_type not in ARCHITECTURES:
-        return ()
-    if not Path(name).is_dir():
-        if base_model(model) is None or not _is_on_hub(name, commit_hash(model.config)):
-            return ()
-    elif not (Path(name) / RECORD).is_file():
+    if Path(name).is_dir():
+        there = (Path(name) / RECORD).is_file()
+    else:
+        # The Hub is not asked about models without a state.
+        there = base_model(model) is not None and config.model_type in ARCHITECTURES
+        there = there and _is_on_hub(name, commit_hash(model.config))
+    if not name or not there:
         return ()
     try:
         history = read_record(name, revision=commit_hash(model.config))

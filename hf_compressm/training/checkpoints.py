@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cutting.apply import write_sizes_
 from ..layers import find_layers, set_data_
+from ..modeling.state_sizes import sizes_may_differ
 
 
 class ReshapeOnLoad:
@@ -65,4 +66,6 @@ class ReshapeOnLoad:
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
         layer.resize(size)
-        write_sizes_(model, find_layers(model))
+        layers = find_layers(model)
+        if sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
+            write_sizes_(model, layers)  # else the other layers are still to come

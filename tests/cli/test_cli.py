@@ -244,3 +244,16 @@ def test_help_tells_the_whole_story():
         "--evaluate",
     ):
         assert option in text
+
+
+def test_show(tmp_path, text):
+    run("compress", MAMBA, tmp_path / "slim", "--state-size", 6, "--calibration", text)
+    result = run("show", tmp_path / "slim")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("16 -> 6") == 4
+    assert "cut 1 of 1" in result.stderr
+    (cut,) = json.loads(run("show", tmp_path / "slim", "--json").stdout)
+    assert cut["config"]["state_size"] == 6
+    result = run("show", MAMBA)
+    assert result.exit_code == 1
+    assert "compressm.json" in result.stderr

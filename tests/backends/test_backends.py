@@ -1,0 +1,92 @@
+"""The callback knows one interface: whatever satisfies it is asked, in the order that a cut needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_compressm import CompreSSMConfig
+from hf_compressm.backends import Backend, OneProcess, find_backend, register
+from hf_compressm.backends import find as module
+from hf_compressm.backends.refused import DataParallel, Sharded
+from hf_compressm.hankel.spectra import hankel_spectra
+from hf_compressm.layers import find_layers, set_data_
+from tests.conftest import tiny_mamba
+from tests.training.conftest import losses, make_trainer, sizes
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch):
+    monkeypatch.setattr(module, "_BACKENDS", list(module._BACKENDS))
+
+
+def test_a_backend_of_ones_own_is_asked_for_everything(tmp_path):
+    calls = []
+
+    @register
+    class Written(Backend):
+        @classmethod
+        def takes(cls, trainer):
+            return True
+
+        def refuse(self):
+            calls.append("refuse")
+
+        def share_candidates_(self, statistics, first):
+            calls.append("share")
+
+        def sum_(self, statistics):
+            calls.append("sum")
+            assert all(tensor.is_floating_point() for entry in statistics for tensor in entry.sums())
+
+        def decide(self, choose):
+            calls.append("decide")
+            return choose()
+
+        def resize_parameter_(self, parameter, data):
+            calls.append("resize")
+            set_data_(parameter, data)
+
+        def after_cut_(self):
+            calls.append("after")
+
+    config = CompreSSMConfig(state_size=3, start=0, end=2, num_reductions=1)
+    model, plain = tiny_mamba(), tiny_mamba()
+    trainer = make_trainer(tmp_path, model, config, max_steps=3)
+    trainer.train()
+    assert calls == ["refuse", "share", "sum", "decide", *["resize"] * 4, "after"]
+    assert sizes(model) == [3, 3]
+    module._BACKENDS.remove(Written)
+    alone = make_trainer(tmp_path, plain, config, max_steps=3)
+    alone.train()
+    assert losses(alone) == losses(trainer)
+
+
+def test_which_is_found(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_mamba())
+    assert type(find_backend(trainer)) is OneProcess
+    trainer.is_fsdp_enabled = True
+    assert type(find_backend(trainer)) is Sharded
+    with pytest.raises(ValueError, match="FSDP"):
+        find_backend(trainer).refuse()
+    trainer.is_fsdp_enabled = False
+    trainer.model_wrapped = nn.DataParallel(trainer.model)
+    assert type(find_backend(trainer)) is DataParallel
+    with pytest.raises(ValueError, match="torchrun"):
+        find_backend(trainer).refuse()
+
+
+def test_sums_are_all_that_grows_with_tokens():
+    """Two halves added up are the whole: what a backend on several processes relies on."""
+    for layer in find_layers(tiny_mamba()):
+        hidden = torch.randn(4, 12, layer.mixer.in_proj.in_features, generator=torch.Generator().manual_seed(0))
+        whole, *halves = (layer.statistics(mean_lti=False) for _ in range(3))
+        with torch.no_grad():
+            whole.update(layer.read(hidden, None))
+            for half, part in zip(halves, hidden.chunk(2), strict=True):
+                half.update(layer.read(part, None))
+        for total, other in zip(halves[0].sums(), halves[1].sums(), strict=True):
+            total += other
+        torch.testing.assert_close(hankel_spectra([halves[0]])[0], hankel_spectra([whole])[0], rtol=1e-3, atol=1e-6)
+        assert halves[0].tokens == whole.tokens

@@ -1,0 +1,93 @@
+"""Measure once, plan many, look before you cut."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from hf_compressm import CompreSSMConfig, compress_, measure
+from tests.conftest import tiny_mamba, tiny_mamba2
+
+CUTS = {
+    "select": (tiny_mamba2, {"state_size": 8, "realization": "select"}),
+    "read-out": (tiny_mamba, {"state_size": 5, "refit": 0}),
+    "refit": (tiny_mamba, {"ratio": 0.5}),
+    "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}),
+    "baseline": (tiny_mamba, {"state_size": 5, "selection": "ghost"}),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_plan_shows_the_report_of_the_cut(token_ids, name):
+    make, options = CUTS[name]
+    model, config = make(), CompreSSMConfig(**options)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    plan = measure(model, token_ids, config).plan(config)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert plan.report.parameters_before == sum(p.numel() for p in model.parameters())
+    assert plan.apply_(model) is plan.report
+    assert plan.report.parameters_after == sum(p.numel() for p in model.parameters())
+    other = make()
+    assert compress_(other, config, token_ids) == plan.report
+    assert torch.equal(other(token_ids).logits, model(token_ids).logits)
+
+
+def test_a_projected_layer_is_planned_for_again(token_ids):
+    model = tiny_mamba2()
+    for size in (9, 4):
+        plan = measure(model, token_ids).plan(CompreSSMConfig(state_size=size))
+        plan.apply_(model)
+        assert plan.report.parameters_after == sum(p.numel() for p in model.parameters())
+
+
+def test_one_measurement_serves_many_plans(token_ids):
+    """On copies of the model, also by way of another process."""
+    model = tiny_mamba()
+    measurement = measure(model, token_ids)
+    for options in (
+        {"state_size": 3},
+        {"ratio": 0.5},
+        {"tolerance": 0.3},
+        {"state_size": 4, "selection": "magnitude"},
+    ):
+        plan = pickle.loads(pickle.dumps(measurement.plan(CompreSSMConfig(**options)).cpu()))
+        one, two = copy.deepcopy(model), tiny_mamba()
+        plan.apply_(one)
+        compress_(two, CompreSSMConfig(**options), token_ids)
+        assert torch.equal(one(token_ids).logits, two(token_ids).logits)
+
+
+def test_the_report_of_a_measurement_is_the_spectra(token_ids):
+    from hf_compressm import hankel_singular_values
+
+    model = tiny_mamba2(groups=2)
+    assert measure(model, token_ids).report() == hankel_singular_values(model, token_ids)
+
+
+@pytest.mark.parametrize(
+    ("measured", "planned", "message"),
+    [
+        ({"estimator": "mean_lti"}, {}, "estimator"),
+        ({"refit": 0}, {"state_size": 4}, "refit"),
+        ({}, {"state_size": 9}, "can't be cut to 9"),
+    ],
+)
+def test_what_was_not_measured_can_not_be_planned(mamba, token_ids, measured, planned, message):
+    with pytest.raises(ValueError, match=message):
+        measure(mamba, token_ids, CompreSSMConfig(**measured)).plan(CompreSSMConfig(**planned))
+
+
+def test_a_plan_is_for_layers_of_the_sizes_that_were_measured(mamba, token_ids):
+    measurement = measure(mamba, token_ids)
+    plan = measurement.plan(CompreSSMConfig(state_size=4))
+    for other in (tiny_mamba(state_size=6), tiny_mamba(layers=3)):
+        with pytest.raises(ValueError, match="measure this model"):
+            plan.apply_(other)
+    plan.apply_(mamba)
+    with pytest.raises(ValueError, match="measure this model"):
+        plan.apply_(mamba)
+    with pytest.raises(ValueError, match="measure it again"):
+        measurement.plan(CompreSSMConfig(state_size=2))
