@@ -1,9 +1,11 @@
 """Load, save, push and exchange slimmed models. Importing it teaches transformers to save all that belongs to them."""
 
+from .export import export_mamba_ssm
 from .pretrained import load_model
 from .publish import check_login, publish
 from .saving import install
-from .state_spaces import export_mamba_ssm, is_state_spaces_checkpoint, load_state_spaces_model, load_tokenizer
+from .state_spaces import is_state_spaces_checkpoint, load_state_spaces_model
+from .tokenizer import load_tokenizer
 
 install()
 

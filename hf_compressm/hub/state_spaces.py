@@ -1,4 +1,4 @@
-"""The original layout of `state-spaces/mamba-*` checkpoints, which mamba_ssm reads and writes, in and out.
+"""The original layout of `state-spaces/mamba-*` checkpoints, which mamba_ssm reads and writes: loading it.
 
 Such a checkpoint is a `config.json` with `d_model`, `n_layer` and `ssm_cfg` but no `model_type`, and a
 `pytorch_model.bin`. It has no tokenizer. Names and defaults follow mamba_ssm 2.3 (`models/config_mamba.py`,
@@ -13,30 +13,24 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, cached_file
-
-from ..data.texts import STATE_SPACES_TOKENIZER as TOKENIZER
-from ..modeling.state_sizes import get_state_sizes, get_unprojected_state_sizes
 
 _HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _REFUSED_KWARGS = ("config", "state_dict", "output_loading_info", "variant", "gguf_file", "use_safetensors")
 
 # Original name -> (name in transformers, default in mamba_ssm).
-_MODEL_FIELDS = {
+MODEL_FIELDS = {
     "d_model": ("hidden_size", 2560),
     "n_layer": ("num_hidden_layers", 64),
     "residual_in_fp32": ("residual_in_fp32", True),
     "tie_embeddings": ("tie_word_embeddings", True),
 }
-_MIXER_FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
+MIXER_FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
     "Mamba1": {
         "d_state": ("state_size", 16),
         "d_conv": ("conv_kernel", 4),
@@ -139,73 +133,8 @@ def load_state_spaces_model(
     return model
 
 
-def export_mamba_ssm(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write a model in the original layout, for `mamba_ssm`'s `MambaLMHeadModel.from_pretrained(folder)`.
-
-    Args:
-        model: a `MambaForCausalLM` or `Mamba2ForCausalLM` whose layers have one unprojected state size.
-        folder: a folder that is empty or not there yet.
-
-    Raises:
-        ValueError: if the original layout cannot hold the model.
-        FileExistsError: if the folder holds anything.
-    """
-    config = _to_original_config(model)
-    weights = {
-        name.replace("backbone.embeddings.", "backbone.embedding."): weight.detach().cpu()
-        for name, weight in model.state_dict().items()
-        if not weight.is_meta
-    }
-    if len(weights) < len(model.state_dict()):
-        raise ValueError("Some weights are offloaded: load the model without offloading and export it again.")
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: export to a new folder, mamba_ssm reads no other layout there.")
-    torch.save(weights, folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def load_tokenizer(
-    name_or_path: str | Path, *, tokenizer: str | Path | None = None, **hub_kwargs: Any
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a checkpoint of either layout.
-
-    The original layout has none of its own: its models were trained with that of EleutherAI/gpt-neox-20b, which is
-    set to pad on the left with its end-of-text token.
-
-    Args:
-        name_or_path: the model.
-        tokenizer: take the tokenizer from here instead.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and the like. `revision` and `subfolder` are
-            those of the model, so they are dropped where the tokenizer is not beside it.
-
-    Raises:
-        OSError: if there is no tokenizer that can be read.
-    """
-    hub_kwargs = only_hub(hub_kwargs)
-    original = is_state_spaces_checkpoint(name_or_path, **hub_kwargs)
-    source = tokenizer or (TOKENIZER if original else name_or_path)
-    if source is not name_or_path:
-        hub_kwargs = {k: v for k, v in hub_kwargs.items() if k not in ("revision", "subfolder")}
-    try:
-        loaded = AutoTokenizer.from_pretrained(source, **hub_kwargs)
-        # Where the files are missing, transformers returns a tokenizer that makes nothing of any text.
-        if loaded.get_vocab().keys() <= set(loaded.all_special_tokens):
-            raise OSError("it holds no vocabulary")
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"No tokenizer for {name_or_path} could be loaded from {source}: {error}\n"
-            "Name another folder or repository in `tokenizer=`."
-        ) from error
-    if original:
-        loaded.padding_side = "left"
-        loaded.pad_token = loaded.pad_token or loaded.eos_token
-    return loaded
-
-
 def only_hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained` those that say where to find a file."""
     return {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
 
 
@@ -255,19 +184,19 @@ def _damaged(path: str, reason: Exception | str) -> OSError:
 def _to_transformers_config(original: dict[str, Any], name: str) -> MambaConfig | Mamba2Config:
     ssm_cfg = original.get("ssm_cfg") or {}
     layer = ssm_cfg.get("layer", "Mamba1")
-    if layer not in _MIXER_FIELDS:
+    if layer not in MIXER_FIELDS:
         raise ValueError(f"{name} has {layer} layers; only Mamba1 and Mamba2 can be loaded.")
-    _refuse_unmapped(original, _MODEL_FIELDS, _FIXED, _IGNORED, name)
+    _refuse_unmapped(original, MODEL_FIELDS, _FIXED, _IGNORED, name)
     _refuse_unmapped(
         {field: value for field, value in ssm_cfg.items() if not (field == "d_ssm" and value == _d_inner(original))},
-        _MIXER_FIELDS[layer],
+        MIXER_FIELDS[layer],
         _FIXED_IN_MIXER[layer],
         _IGNORED_IN_MIXER,
         name,
     )
 
-    fields = {theirs: original.get(ours, default) for ours, (theirs, default) in _MODEL_FIELDS.items()}
-    fields |= {theirs: ssm_cfg.get(ours, default) for ours, (theirs, default) in _MIXER_FIELDS[layer].items()}
+    fields = {theirs: original.get(ours, default) for ours, (theirs, default) in MODEL_FIELDS.items()}
+    fields |= {theirs: ssm_cfg.get(ours, default) for ours, (theirs, default) in MIXER_FIELDS[layer].items()}
     multiple = original.get("pad_vocab_size_multiple", 8)
     fields["vocab_size"] = math.ceil(original.get("vocab_size", 50277) / multiple) * multiple
     fields["layer_norm_epsilon"] = 1e-5
@@ -318,44 +247,3 @@ def _check_weights(weights: dict[str, torch.Tensor], model_class, config, name: 
             f"{name} has an lm_head of its own, but its config.json ties it to the embeddings: set `tie_embeddings` "
             "to false there."
         )
-
-
-def _to_original_config(model: PreTrainedModel) -> dict[str, Any]:
-    config: Any = model.config
-    if not isinstance(model, (MambaForCausalLM, Mamba2ForCausalLM)):
-        raise ValueError(
-            f"Only MambaForCausalLM and Mamba2ForCausalLM have an original layout, this is a {type(model).__name__}."
-        )
-    if any(get_unprojected_state_sizes(config)):
-        raise ValueError(
-            "mamba_ssm has no projected states: compress with realization='select' to export it, or use "
-            "`save_pretrained`."
-        )
-    sizes = get_state_sizes(config)
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"mamba_ssm has one state size for all layers, this model has {sizes}: compress with uniform=True to "
-            "export, or use `save_pretrained`."
-        )
-    if config.layer_norm_epsilon != 1e-5 or config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
-            "mamba_ssm has layer_norm_epsilon 1e-5 and hidden_act 'silu' built in, this model has "
-            f"{config.layer_norm_epsilon} and {config.hidden_act!r}: use `save_pretrained`."
-        )
-    layer = "Mamba1" if isinstance(model, MambaForCausalLM) else "Mamba2"
-    original = {ours: getattr(config, theirs) for ours, (theirs, _) in _MODEL_FIELDS.items()}
-    ssm_cfg = {
-        ours: getattr(config, theirs)
-        for ours, (theirs, default) in _MIXER_FIELDS[layer].items()
-        if ours == "d_state" or getattr(config, theirs) != default
-    }
-    # Its default is infinite, which JSON cannot hold.
-    if tuple(ssm_cfg.get("dt_limit", ())) == _MIXER_FIELDS["Mamba2"]["dt_limit"][1]:
-        del ssm_cfg["dt_limit"]
-    return original | {
-        "vocab_size": config.vocab_size,
-        "pad_vocab_size_multiple": 1,
-        "rms_norm": True,
-        "fused_add_norm": True,
-        "ssm_cfg": {"layer": layer} | ssm_cfg,
-    }

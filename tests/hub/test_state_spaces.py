@@ -340,7 +340,7 @@ def tokenizer_folder(tmp_path):
 
 def test_tokenizer(tokenizer_folder, tmp_path, monkeypatch):
     original = write(tmp_path / "original", MAMBA, {})
-    monkeypatch.setattr("hf_compressm.hub.state_spaces.TOKENIZER", str(tokenizer_folder))
+    monkeypatch.setattr("hf_compressm.hub.tokenizer.TOKENIZER", str(tokenizer_folder))
     for tokenizer in (load_tokenizer(original, revision="v1"), load_tokenizer(original, tokenizer=tokenizer_folder)):
         assert tokenizer.padding_side == "left"
         assert tokenizer.pad_token_id == 0
