@@ -10,9 +10,9 @@ from torch import Tensor
 
 _REFERENCE = Path(__file__).parents[1] / "reference"
 CALIBRATION = _REFERENCE / "calibration.txt"
-"""Code and prose, for models that come with a tokenizer and no calibration data."""
+"""Prose for models that come with a tokenizer and no calibration data."""
 EVALUATION = _REFERENCE / "evaluation.txt"
-"""Code and prose from other sources, for perplexities."""
+"""Prose for perplexities, other than the calibration text."""
 LENGTH = 512
 
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"

@@ -98,7 +98,7 @@ class ToyLayer(MixerLayer):
     def statistics(self, *, mean_lti: bool) -> MambaStatistics:
         return MambaStatistics(self.channels, self.state_size, self.mixer.rates.device, mean_lti=mean_lti)
 
-    def read(self, hidden_states, attention_mask) -> MambaSystem:
+    def read(self, hidden_states, attention_mask, gradient=None) -> MambaSystem:
         u, mixer = hidden_states.float(), self.mixer
         ones = torch.ones_like(u)
         return MambaSystem(u, ones, -mixer.rates.float(), mixer.into(u), mixer.out_of(u), ones, ones[..., 0])
