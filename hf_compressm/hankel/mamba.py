@@ -22,6 +22,8 @@ from .systems import lti_gramian
 
 # How many tokens of each sequence choose the candidates, if not all states are.
 FIRST_TOKENS = 16
+# States whose K_t are computed at once by the kernel, which holds a token's in registers.
+TOGETHER = 64
 # Numbers in the largest temporary tensor of a fused update.
 WORKING_SET = 2**26
 
@@ -87,9 +89,17 @@ class MambaStatistics(Statistics):
                 moments.add(outputs.flatten(0, 1), K.flatten(0, 1))
             else:
                 starts, y = chunk_starts(inputs, steps, A, B[some], outputs, gates)
-                K, moved = output_gram(inputs, steps, A[:, kept], B[some][..., kept], gates, starts[:, :, kept], y)
                 M = contribution(inputs, steps, A, B[some], outputs, gates)
-                moments.add(outputs.flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
+                outputs, c = outputs.flatten(0, 1), len(kept)
+                step = max(1, TOGETHER - c)
+                for beside in (slice(n, n + step) for n in range(0, size - c, step)):
+                    states = torch.cat([kept, moments.rest[beside]])
+                    gram = output_gram(
+                        inputs, steps, A[:, states], B[some][..., states], gates, starts[:, :, states], y
+                    )
+                    K, moved = (part.flatten(0, 1) for part in gram)
+                    moments.add_beside(outputs.double(), K[:, :c, c:].double(), beside)
+                moments.add(outputs, K[:, :c, :c], moved[:, :c], M)
 
     def _update_by_chunks(self, system: MambaSystem) -> None:
         """The same in plain torch, a few tokens at a time."""

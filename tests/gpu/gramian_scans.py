@@ -266,8 +266,7 @@ def section_time() -> None:
         K = output_gram(*args, part)[0].flatten(0, 1)
         moments = second_moments.ReadoutMoments(N, torch.device("cuda"), readout=True)
         if N > 64:
-            moments.candidates = keep
-            moments.normal_pairs = moments._empty_pairs()
+            moments._take(keep)
         some = slice(0, mamba.WORKING_SET // N**2)
         C, K = s.C.flatten(0, 1)[some], K[some]
         extra = (C[:, :c], moments.output) if N > 64 else ()
