@@ -148,7 +148,7 @@ def section_correct() -> None:
     pair2[1]._update_by_chunks(plain2)
     a, b = pair2[0].groups[0], pair2[1].groups[0]
     print(
-        f"  Mamba-2 N=128: P {relative(pair2[0].P, pair2[1].P):.1e}, Q {relative(pair2[0].Q, pair2[1].Q):.1e}, "
+        f"  Mamba-2 N=128: P {relative(pair2[0].P, pair2[1].P):.1e}, Q {relative(pair2[0].observable, pair2[1].observable):.1e}, "
         f"contribution {relative(a.contribution, b.contribution):.1e}, output {relative(a.output, b.output):.1e}, "
         f"spectrum {relative(hankel_spectra([pair2[0]])[0], hankel_spectra([pair2[1]])[0]):.1e}",
         flush=True,

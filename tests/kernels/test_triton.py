@@ -170,7 +170,7 @@ def test_statistics_are_those_of_the_plain_scan(monkeypatch, limit, mean_lti):
     c = other.candidates
     assert torch.equal(one.candidates, c)
     assert len(c) == min(N, limit // N)
-    for name in ("P", "Q", "tokens", "weight", "decay"):
+    for name in ("P", "Q", "tokens", "weight", "rates"):
         assert_near(getattr(both[0], name), getattr(both[1], name).double())
     for name in ("output", "normal_pairs", "beside"):
         assert_near(getattr(one, name), getattr(other, name))
@@ -192,8 +192,10 @@ def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
         x, delta, B, C, gate, valid = random_system(2, 20, (4, 5), (2, 8), 2, torch.float32)
         statistics.update(Mamba2System(x, delta, rates(4), B, C, gate, valid))
         both.append(statistics)
-    for name in ("P", "Q", "tokens", "weight"):
-        assert_near(getattr(both[0], name), getattr(both[1], name).double())
+    for name in ("tokens", "weight", "rates", "controllable", "observable"):
+        assert_near(getattr(both[0], name), getattr(both[1], name))
+    for one, other in zip(both[0].gramians(), both[1].gramians(), strict=True):
+        assert_near(one, other)
     for one, other in zip(both[0].groups, both[1].groups, strict=True):
         assert_near(one.output, other.output)
         assert_near(one.contribution, other.contribution, SPLIT_TOLERANCE)
