@@ -207,15 +207,22 @@ def _eliminate_features(inverse: Tensor, right: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _ridge_inverse(normal: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """(normal + ridge I)^-1 of symmetric matrices with a diagonal of ones, [layers, n, n], and the ridge.
+    """(normal + ridge I)^-1 of symmetric matrices with a diagonal of ones, [layers, n, n], and the ridge."""
+    ridge = safe_ridge(normal, ridge)
+    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal + ridge * identity).L), ridge
+
+
+def safe_ridge(normal: Tensor, ridge: float) -> float:
+    """A ridge for normal matrices with a diagonal of ones, [..., n, n].
 
     Their entries are sums of float32 numbers, whose rounding can make the smallest eigenvalues negative. The ridge is
     raised tenfold until it is twice as large as that.
     """
-    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     while ridge < 0.1 and torch.linalg.cholesky_ex(normal + ridge / 2 * identity).info.any():
         ridge *= 10
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal + ridge * identity).L), ridge
+    return ridge
 
 
 def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:

@@ -182,10 +182,10 @@ def test_no_factorisation_gets_more_than_its_part(monkeypatch):
         layer.tokens += 2
         layer.weight += torch.rand(len(layer.weight), generator=torch.Generator().manual_seed(seed))
         layer.P, layer.Q = (random_gramian(3, seed=seed + i, batch=(len(layer.weight),)) for i in (0, 9))
-    expected = [
-        layer.spectrum(torch.stack([hankel_singular_values(P, Q) for P, Q in zip(*layer.gramians(), strict=True)]))
-        for layer in layers
-    ]
+    expected = []
+    for layer in layers:
+        few = zip(*(X.split(500) for X in layer.gramians()), strict=True)
+        expected.append(layer.spectrum(torch.cat([hankel_singular_values(P, Q) for P, Q in few])))
     for name in ("eigh", "svdvals", "svd"):
         monkeypatch.setattr(torch.linalg, name, recording(getattr(torch.linalg, name)))
     for sigma, right in zip(hankel_spectra(layers), expected, strict=True):
