@@ -13,7 +13,8 @@ from transformers.utils import logging
 from .config import CompreSSMConfig
 from .cutting import measure
 from .cutting.sizes import check_targets
-from .data.evaluation import describe, evaluation_ids, perplexity
+from .data.evaluation import describe, evaluation_ids
+from .data.evaluation import evaluate as evaluation
 from .hub import check_login, load_model, load_tokenizer, publish
 from .layers import find_layers, realization_of
 from .reporting.record import set_report_
@@ -39,7 +40,7 @@ def compress_pretrained(
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
-        config: what to cut; by default 5% of each layer's Hankel energy.
+        config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
@@ -81,10 +82,10 @@ def compress_pretrained(
     if evaluate is None:
         evaluate = push_to_hub is not None and tokenizer is not None
     ids = evaluation_ids(tokenizer) if evaluate else None
-    before = perplexity(model, ids) if ids is not None else 0.0
+    before = evaluation(model, ids) if ids is not None else None
     report = compress_(model, config, calibration_data, tokenizer=tokenizer)
     if ids is not None:
-        measured = Perplexity(before, perplexity(model, ids), describe(ids))
+        measured = Perplexity.of(before, evaluation(model, ids), describe(ids))
         set_report_(model, replace(report, perplexity=measured))
     if push_to_hub is not None:
         publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
@@ -106,7 +107,7 @@ def compress_(
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device.
-        config: what to cut; by default 5% of each layer's Hankel energy.
+        config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data, tokenizer: as for `compress_pretrained`.
         optimizer: of a training loop: its state is cut along with the parameters it belongs to.
 
@@ -118,7 +119,7 @@ def compress_(
             the calibration data does not fit the model.
         TypeError: if the calibration data is of an unknown kind.
     """
-    config = config or CompreSSMConfig()
+    config = (config or CompreSSMConfig()).after_training()
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))  # before the long part
     return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
