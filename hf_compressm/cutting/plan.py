@@ -181,6 +181,7 @@ def make_report(
                 energy_kept=float(spectrum[:, :size].sum() / spectrum.sum()) if spectrum.sum() > 0 else 1.0,
                 output_error=0.0 if realization is None else realization.error,
                 channels=layer.channels,
+                realization="" if realization is None else realization.kind or realization.name,
             )
         )
     added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .singular_values import cross_factor, gramian_factor
+from .singular_values import cross_factor, gramian_factor, in_parts
 from .systems import DiagonalSystem, StateSpace
 
 RANK_TOLERANCE = 1e-10
@@ -73,7 +73,7 @@ def balance(L_Q: Tensor, L_P: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     n = L_P.shape[-1]
     if not 1 <= r <= n:
         raise ValueError(f"the reduced state size must be in 1..{n}, not {r}")
-    U, sigma, Vh = torch.linalg.svd(cross_factor(L_Q, L_P))
+    U, sigma, Vh = in_parts(torch.linalg.svd, cross_factor(L_Q, L_P))
     scale = torch.where(_is_significant(sigma), sigma.rsqrt(), 0)[..., None, :r]
     Rm = L_P.to(Vh.dtype) @ Vh.mH[..., :r] * scale
     Lm = L_Q.to(U.dtype) @ U[..., :r] * scale

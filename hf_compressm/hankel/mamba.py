@@ -22,6 +22,8 @@ from .systems import lti_gramian
 
 # How many tokens of each sequence choose the candidates, if not all states are.
 FIRST_TOKENS = 16
+# States whose K_t are computed at once by the kernel, which holds a token's in registers.
+TOGETHER = 64
 # Numbers in the largest temporary tensor of a fused update.
 WORKING_SET = 2**26
 
@@ -31,7 +33,7 @@ class MambaStatistics(Statistics):
 
     Args:
         channels, size: of the layer.
-        mean_lti: use the paper's surrogate, the time mean of Abar with second moments of its inputs and outputs,
+        mean_lti: use the paper's surrogate, Abar at the mean step size with second moments of its inputs and outputs,
             instead of the time-varying scan.
     """
 
@@ -39,17 +41,16 @@ class MambaStatistics(Statistics):
         self.mean_lti = mean_lti
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros(channels, dtype=torch.float64, device=device)
-        self.decay = torch.zeros(channels, size, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(channels, size, dtype=torch.float64, device=device)
         self.P = torch.zeros(channels, size, size, device=device)
         self.Q = torch.zeros(channels, size, size, device=device)
         self.groups = [ReadoutMoments(size, device, readout=True)]
 
     def update(self, system: MambaSystem) -> None:
         """Add the tokens of a batch."""
-        count = system.valid.sum()
-        self.tokens += count
+        self.tokens += system.valid.sum()
         self.weight += system.gate.square().sum((0, 1))
-        self.decay += count * torch.exp(system.delta.mean((0, 1))[:, None] * system.A)
+        self.rates += (system.delta * system.valid[..., None]).sum((0, 1))[:, None] * system.A
         if self.mean_lti:
             drive = (system.delta * system.u).square() * system.valid[..., None]
             self.P += torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
@@ -87,9 +88,17 @@ class MambaStatistics(Statistics):
                 moments.add(outputs.flatten(0, 1), K.flatten(0, 1))
             else:
                 starts, y = chunk_starts(inputs, steps, A, B[some], outputs, gates)
-                K, moved = output_gram(inputs, steps, A[:, kept], B[some][..., kept], gates, starts[:, :, kept], y)
                 M = contribution(inputs, steps, A, B[some], outputs, gates)
-                moments.add(outputs.flatten(0, 1), K.flatten(0, 1), moved.flatten(0, 1), M)
+                outputs, c = outputs.flatten(0, 1), len(kept)
+                step = max(1, TOGETHER - c)
+                for beside in (slice(n, n + step) for n in range(0, size - c, step)):
+                    states = torch.cat([kept, moments.rest[beside]])
+                    gram = output_gram(
+                        inputs, steps, A[:, states], B[some][..., states], gates, starts[:, :, states], y
+                    )
+                    K, moved = (part.flatten(0, 1) for part in gram)
+                    moments.add_beside(outputs.double(), K[:, :c, c:].double(), beside)
+                moments.add(outputs, K[:, :c, :c], moved[:, :c], M)
 
     def _update_by_chunks(self, system: MambaSystem) -> None:
         """The same in plain torch, a few tokens at a time."""
@@ -107,8 +116,12 @@ class MambaStatistics(Statistics):
         P, Q = self.P.double() / self.tokens, self.Q.double() / self.tokens
         if not self.mean_lti:
             return P, Q
-        decay = self.decay / self.tokens
-        return lti_gramian(decay, P), lti_gramian(decay, Q)
+        return lti_gramian(self.decay, P), lti_gramian(self.decay, Q)
+
+    @property
+    def decay(self) -> Tensor:
+        """Abar at the mean step size, [channels, N]."""
+        return torch.exp(self.rates / self.tokens)
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The layer's spectrum, [1, N]: its channels' own, [channels, N], averaged with their output weights."""
@@ -119,7 +132,7 @@ class MambaStatistics(Statistics):
         """AIRE-style score of each state, [1, N]: the modes' gains c^2 p / (1 - |abar|^2), averaged over channels."""
         energy = self.P.diagonal(dim1=1, dim2=2).double()
         output = self.groups[0].output.diagonal()
-        return (self.weight @ (energy * output / (1 - (self.decay / self.tokens).square())))[None]
+        return (self.weight @ (energy * output / (1 - self.decay.square())))[None]
 
     def state_power(self) -> Tensor:
         """The diagonal of P, summed over the channels with their output weights, [1, N]."""

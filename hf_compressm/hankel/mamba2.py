@@ -24,15 +24,26 @@ class Mamba2Statistics(Statistics):
     """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
 
     All heads of a group share B and C, and Abar is a scalar per head, so that a group is one system with the Gramians
-    sum over heads of w P_h and of w Q_h.
+    sum over heads of w P_h and of w Q_h. In Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known
+    before the last: they are kept for each head.
+
+    Attributes:
+        tokens: that were seen.
+        weight: sum over tokens of w, [heads].
+        rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
+        controllable: sum over tokens of w P_t, [groups, N, N]; with `mean_lti`, of B B^T times the input's energy in each
+            head, [heads, N, N].
+        observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
     """
 
     def __init__(self, heads: int, groups: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
         self.mean_lti = mean_lti
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self.weight = torch.zeros(heads, dtype=torch.float64, device=device)
-        self.P = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
-        self.Q = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
+        self.tokens, self.weight, self.rates = zeros(), zeros(heads), zeros(heads)
+        self.controllable = zeros(heads if mean_lti else groups, size, size)
+        self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
 
     def update(self, system: Mamba2System) -> None:
@@ -40,7 +51,9 @@ class Mamba2Statistics(Statistics):
         self.tokens += system.valid.sum()
         self.weight += system.gate.square().sum((0, 1, 3))
         if self.mean_lti:
-            self._update_mean_lti(system)
+            self.rates += (system.delta * system.valid[..., None]).sum((0, 1)) * system.A
+            drive = (system.delta[..., None] * system.x).square().sum(-1)
+            self.controllable += _outer_products(drive * system.valid[..., None], system.B)
         if kernels.fused(system.x):
             self._update_fused(system)
         else:
@@ -53,8 +66,8 @@ class Mamba2Statistics(Statistics):
         x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
         if not self.mean_lti:
             P, reach = controllability(x, delta, A, B, gate, system.valid)
-            self.P += P
-            self.Q += self._observability(system, reach)
+            self.controllable += P
+            self.observable += _outer_products(reach * system.valid[..., None], C)
         output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
         contributions = contribution(x, delta, A, B, C, gate)
         for moments, part, M in zip(self.groups, output, contributions, strict=True):
@@ -68,15 +81,26 @@ class Mamba2Statistics(Statistics):
             gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
             K = gated.mT @ gated  # [batch, time, groups, N, N]
             if not self.mean_lti:
-                self.P += K.sum((0, 1))
+                self.controllable += K.sum((0, 1))
             for group, moments in enumerate(self.groups):
                 moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
         if not self.mean_lti:
-            self.Q += self._observability(system, observability_reach(system.delta, system.A, system.valid))
+            reach = observability_reach(system.delta, system.A, system.valid)
+            self.observable += _outer_products(reach * system.valid[..., None], system.C)
+
+    @property
+    def P(self) -> Tensor:  # noqa: N802
+        """The sum over tokens and a group's heads of w P, [groups, N, N]."""
+        return self._over_heads(self.controllable) if self.mean_lti else self.controllable
 
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [groups, N, N]."""
-        return self.P / self.tokens, self.Q / self.tokens
+        if self.mean_lti:
+            outputs = torch.stack([moments.output for moments in self.groups])
+            observable = outputs.repeat_interleave(len(self.weight) // len(outputs), dim=0)
+        else:
+            observable = self.observable
+        return self.P / self.tokens, self._over_heads(observable) / self.tokens
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The groups' spectra as they are, [groups, N]."""
@@ -91,21 +115,22 @@ class Mamba2Statistics(Statistics):
         """The diagonal of P, which holds the output weights already, [groups, N]."""
         return self.P.diagonal(dim1=1, dim2=2)
 
-    def _observability(self, system: Mamba2System, reach: Tensor) -> Tensor:
-        """sum over heads, batch and t of w_h Q_ht, from the heads' G [batch, length, heads]."""
-        groups = system.C.shape[2]
-        weight = system.gate.square().sum((0, 1, 3)) / system.valid.sum()
-        reach = (reach * weight).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
-        return torch.einsum("blgi,blgj->gij", reach[..., None] * system.C, system.C)
+    def _over_heads(self, sums: Tensor) -> Tensor:
+        """Add up the heads of each group with their mean weights; with `mean_lti`, also over all later tokens."""
+        weight = self.weight / self.tokens
+        if self.mean_lti:
+            weight = weight / (1 - torch.exp(2 * self.rates / self.tokens))
+        return (weight[:, None, None] * sums).unflatten(0, (len(self.groups), -1)).sum(1)
 
-    def _update_mean_lti(self, system: Mamba2System) -> None:
-        groups = system.B.shape[2]
-        count = system.valid.sum()
-        decay = torch.exp((system.delta * system.valid[..., None]).sum((0, 1)) / count * system.A)
-        gain = 1 / (1 - decay.square())
-        weight = system.gate.square().sum((0, 1, 3)) / count
-        drive = (system.delta[..., None] * system.x).square().mean(-1) * weight * gain * system.x.shape[-1]
-        drive = drive.unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
-        reach = (weight * gain).unflatten(-1, (groups, -1)).sum(-1) * system.valid[..., None]
-        self.P += torch.einsum("blg,blgi,blgj->gij", drive, system.B, system.B)
-        self.Q += torch.einsum("blg,blgi,blgj->gij", reach, system.C, system.C)
+
+def _outer_products(weight: Tensor, x: Tensor) -> Tensor:
+    """sum over tokens of weight x x^T for each head, [heads, N, N], head by head: only one is as large as x.
+
+    Args:
+        weight: [batch, length, heads].
+        x: of each group, [batch, length, groups, N].
+    """
+    per_group = weight.shape[2] // x.shape[2]
+    rows = [x[:, :, group].flatten(0, 1) for group in range(x.shape[2])]
+    heads = enumerate(weight.flatten(0, 1).unbind(1))
+    return torch.stack([(w[:, None] * rows[head // per_group]).mT @ rows[head // per_group] for head, w in heads])

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The least-squares read-out's normal matrix has (candidates * N)^2 entries.
 MAX_READOUT = 4096
+"""Rows of the largest normal matrix of a read-out or a refit: states that take any row of C, times N."""
 
 
 class ReadoutMoments:
@@ -26,9 +26,12 @@ class ReadoutMoments:
         output: sum over t of C_t C_t^T, [N, N].
         contribution: M, the sum over t of K_t * C_t C_t^T (elementwise), [N, N].
         cross: sum over t of (K_t C_t) C_t^T, [N, N].
-        candidates: the c states that a least-squares read-out may keep, [c]; empty if it is not asked for.
+        candidates: the c states whose least-squares read-out may be any map of C, [c]; empty if it is not asked for.
+        rest: the states beside them, [N - c]; empty if there are no candidates.
         normal_pairs: sum over t of K_t (x) C_t C_t^T over pairs of candidates and pairs of states,
             [c (c + 1) / 2, N (N + 1) / 2].
+        beside: sum over t of K_tsd C_td C_tn for candidates s, states d beside them and all states n: what the candidates'
+            read-out can take of the others, [c, N - c, N].
     """
 
     def __init__(self, size: int, device: torch.device, *, readout: bool) -> None:
@@ -36,8 +39,7 @@ class ReadoutMoments:
         self.readout = readout
         self.output = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.contribution, self.cross = self.output.clone(), self.output.clone()
-        self.candidates = torch.arange(size if readout and size**2 <= MAX_READOUT else 0, device=device)
-        self.normal_pairs = self._empty_pairs()
+        self._take(torch.arange(size if readout and size**2 <= MAX_READOUT else 0, device=device))
 
     def update(self, K: Tensor, C: Tensor) -> None:
         """Add tokens: K [tokens, N, N] and C [tokens, N]."""
@@ -52,6 +54,8 @@ class ReadoutMoments:
             k, j = torch.tril_indices(len(c), len(c), device=K.device)
             a, b = torch.tril_indices(self.size, self.size, device=K.device)
             self.normal_pairs += K[:, c[k], c[j]].T @ outer[:, a, b]
+            if len(self.rest):
+                self.add_beside(C, K[:, c[:, None], self.rest], slice(None))
 
     def add(self, C: Tensor, K: Tensor, moved: Tensor | None = None, contribution: Tensor | None = None) -> None:
         """Add tokens of which the kernels have taken only what is needed.
@@ -78,10 +82,20 @@ class ReadoutMoments:
             self.cross[c] += moved.double().mT @ C
         self.contribution += contribution
 
+    def add_beside(self, C: Tensor, K: Tensor, some: slice) -> None:
+        """Add tokens' part of `beside` for some of the states in `rest`.
+
+        Args:
+            C: output maps, [tokens, N].
+            K: K_t of the candidates with these states, [tokens, c, states].
+            some: which they are.
+        """
+        moved = (K * C[:, None, self.rest[some]]).flatten(1)
+        self.beside[:, some] += (moved.mT @ C).view(len(self.candidates), -1, self.size)
+
     def choose_candidates(self, contribution: Tensor) -> None:
         """There are too many states for a fit over all of them: take those that matter most on the first tokens."""
-        self.candidates = elimination_order(contribution)[: max(1, MAX_READOUT // self.size)].sort().values
-        self.normal_pairs = self._empty_pairs()
+        self._take(elimination_order(contribution)[: max(1, MAX_READOUT // self.size)].sort().values)
 
     def normal_matrix(self) -> Tensor:
         """The least-squares normal matrix over all candidates, [c * N, c * N], rows ordered by (candidate, state)."""
@@ -89,9 +103,14 @@ class ReadoutMoments:
         normal = self.normal_pairs[rows[:, None, :, None], columns[None, :, None, :]]
         return normal.reshape(2 * [len(self.candidates) * self.size])
 
-    def _empty_pairs(self) -> Tensor:
-        c = len(self.candidates)
-        return self.output.new_zeros(c * (c + 1) // 2, self.size * (self.size + 1) // 2)
+    def _take(self, candidates: Tensor) -> None:
+        self.candidates, c, N = candidates, len(candidates), self.size
+        beside = torch.ones(N, dtype=torch.bool, device=candidates.device)
+        beside[candidates] = False
+        # Nothing is beside no candidates: there is no read-out, or they are not chosen yet.
+        self.rest = beside.nonzero()[:, 0][: N * c]
+        self.normal_pairs = self.output.new_zeros(c * (c + 1) // 2, N * (N + 1) // 2)
+        self.beside = self.output.new_zeros(c, len(self.rest), N)
 
 
 def _pair_index(items: Tensor) -> Tensor:

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .mamba import MambaStatistics
 from .realization import Selection
-from .refit import RIDGE, fit_dynamics, fit_inputs, gated_output, scaled_states, solve
+from .refit import RIDGE, fit_dynamics, fit_inputs, gated_output, parts_to_fit, scaled_states, solve, without_others
 from .selective import MambaSystem
 
 HALVINGS = 3
@@ -115,8 +116,11 @@ def refit_normalised(
     A = systems[0].A.double()[:, start.kept]
     start = replace(start, A=A, skip=A.new_zeros(len(A)))
     best = min(fit.with_gain(start, start.gain), fit.with_gain(start), key=lambda cut: cut.error)
-    for turn in range(rounds):
-        for step in ([fit.step_dynamics] if turn else []) + [fit.step_inputs, fit.step_readout]:
+    for turn, parts in enumerate(parts_to_fit(start.readout, rounds)):
+        steps: list[Callable[[NormalisedCut], Move]] = [fit.step_dynamics] if turn else []
+        for part in parts:
+            steps += [partial(fit.step_inputs, part=part), partial(fit.step_readout, part=part)]
+        for step in steps:
             move = step(best)
             for halving in range(HALVINGS + 1):
                 trial = fit.with_gain(move(0.5**halving))
@@ -159,9 +163,12 @@ class _Fit:
         error = (_energy(self._rest(cut)) - explained) / self.energy if self.energy else 0.0
         return replace(cut, gain=gain, error=error)
 
-    def step_inputs(self, cut: NormalisedCut) -> Move:
+    def step_inputs(self, cut: NormalisedCut, part: Tensor) -> Move:
         assert cut.A is not None
-        inputs = fit_inputs(self._with_denominators(cut), self._rest(cut), cut.A, cut.gain[:, None] * cut.readout)
+        systems, readout = self._with_denominators(cut), cut.gain[:, None] * cut.readout
+        rest = without_others(systems, self._rest(cut), part, cut.A, cut.inputs, readout)
+        inputs = cut.inputs.clone()
+        inputs[part] = fit_inputs(systems, rest, cut.A[:, part], readout[part])
         return lambda length: replace(cut, inputs=cut.inputs + length * (inputs - cut.inputs))
 
     def step_dynamics(self, cut: NormalisedCut) -> Move:
@@ -175,11 +182,11 @@ class _Fit:
             cut, A=A * (length * step).clamp(-1, 1).exp(), skip=skip + length * (fitted - skip)
         )
 
-    def step_readout(self, cut: NormalisedCut) -> Move:
+    def step_readout(self, cut: NormalisedCut, part: Tensor) -> Move:
         """With v = norm(R C) and y' = sum_s g_s v_s h_s: dy'/dR_sj = (g_s h_s - v_s y' / r) C_j / rms(R C)."""
         assert cut.A is not None
-        r, N = cut.readout.shape
-        normal, right = cut.A.new_zeros(r, N, r, N), cut.A.new_zeros(r, N)
+        (r, N), p = cut.readout.shape, len(part)
+        normal, right = cut.A.new_zeros(p, N, p, N), cut.A.new_zeros(p, N)
         scaled = self._with_denominators(cut)
         for system, raw, rest in zip(self._normalised(cut), scaled, self._rest(cut), strict=True):
             for time, h in scaled_states(system, cut.A.float(), system.B):
@@ -187,12 +194,13 @@ class _Fit:
                 v, C = system.C[:, time, None], raw.C[:, time].flatten(0, 1)
                 y = (h * v).sum(-1, keepdim=True)
                 error = rest[:, time, :, None] - y
-                h = h - v * y / r
+                h = (h - v * y / r)[..., part]
                 K = (h.mT @ h).flatten(0, 1)
                 outer = (C[:, :, None] * C[:, None]).flatten(1)
-                normal += (K.flatten(1).mT @ outer).view(r, r, N, N).transpose(1, 2)
+                normal += (K.flatten(1).mT @ outer).view(p, p, N, N).transpose(1, 2)
                 right += torch.einsum("bti,bto->io", (h.mT @ error)[..., 0], raw.C[:, time])
-        step = solve(normal.view(r * N, r * N), right.flatten(), READOUT_DAMPING).view(r, N)
+        step = torch.zeros_like(cut.readout)
+        step[part] = solve(normal.view(p * N, p * N), right.flatten(), READOUT_DAMPING).view(p, N)
         return lambda length: replace(cut, readout=cut.readout + length * step)
 
     def _normalised(self, cut: NormalisedCut) -> list[MambaSystem]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,11 +69,13 @@ def select(moments: ReadoutMoments, order: Tensor) -> dict[int, Selection]:
 
 
 def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[int, Selection]:
-    """Keep r states and fit C' = R C to the output that all N states give, for every r up to the candidates' number.
+    """Keep r states and fit C' = R C to the output that all N states give, for every r.
 
     R minimises E[w (y - sum_s (R C)_s h_s)^2]. Backward elimination: of the states still there, the one goes whose loss
-    costs least after the others' read-out was fitted again (the block form of the optimal brain surgeon), starting
-    from all candidates. The normal matrix is scaled to a unit diagonal, to which `ridge` is added.
+    costs least after the others' read-out was fitted again (the block form of the optimal brain surgeon). The states
+    beside the candidates go first; while they are there, theirs are multiples of their own rows of C. Each size's
+    read-outs contain those of the size below, so that more states never lose more. The normal matrix is scaled to a
+    unit diagonal, to which `ridge` is added.
 
     Args:
         moments: of the group, with candidates.
@@ -104,9 +107,15 @@ def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Se
     target = torch.stack([entry.cross[entry.candidates].flatten() for entry in moments])
     energy = torch.stack([entry.contribution.sum() for entry in moments])
     scale = normal.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
-    inverse = _ridge_inverse(normal * scale[:, :, None] * scale[:, None], ridge)
+    inverse, ridge = _ridge_inverse(normal * scale[:, :, None] * scale[:, None], ridge)
     target = target * scale
     solution = (inverse @ target[..., None])[..., 0]
+    sizes: list[dict[int, Selection]] = [
+        _eliminate_rest(entry, inverse[index], solution[index], target[index], scale[index], ridge)
+        if len(entry.rest)
+        else {}
+        for index, entry in enumerate(moments)
+    ]
     layer, state = torch.arange(layers, device=kept.device)[:, None], torch.arange(N, device=kept.device)
     steps, lost = [], []
     for r in range(kept.shape[1], 0, -1):
@@ -127,25 +136,93 @@ def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Se
         inverse = inverse[layer[..., None], flat[..., None], flat[:, None]] - gain @ beside
         target, scale, kept = target[layer, flat], scale[layer, flat], kept[layer, stays]
     errors = torch.stack([*lost, energy]).T.tolist()
-    return [
-        {
-            states.shape[1]: Selection(states[index], readout[index], _share(error[step], error[-1]))
-            for step, (states, readout) in enumerate(steps)
-        }
-        for index, error in enumerate(errors)
-    ]
+    for index, error in enumerate(errors):
+        for step, (states, readout) in enumerate(steps):
+            sizes[index][states.shape[1]] = Selection(states[index], readout[index], _share(error[step], error[-1]))
+    return sizes
 
 
-def _ridge_inverse(normal: Tensor, ridge: float) -> Tensor:
-    """(normal + ridge I)^-1 of symmetric matrices with a diagonal of ones, [layers, n, n].
+def _eliminate_rest(
+    moments: ReadoutMoments, inverse: Tensor, solution: Tensor, target: Tensor, scale: Tensor, ridge: float
+) -> dict[int, Selection]:
+    """Backward elimination of the states beside the candidates, all of which are kept, in one layer.
+
+    Such a state has the one feature C_d h_d. What the candidates' features explain is taken out of the others' normal
+    matrix (its Schur complement), in which the others then are eliminated.
+
+    Args:
+        moments: of the layer.
+        inverse, solution, target, scale: of the candidates' read-out alone, all but `scale` scaled.
+        ridge: that it was fitted with.
+    """
+    candidates, rest, N = moments.candidates, moments.rest, moments.size
+    M = moments.contribution
+    own = M[rest, rest].clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
+    beside = moments.beside.transpose(1, 2).flatten(0, 1) * scale[:, None] * own
+    explained = inverse @ beside
+    normal = M[rest][:, rest] * own[:, None] * own - beside.mT @ explained
+    right = M[rest].sum(1) * own - beside.mT @ solution
+    (inverse_rest,), _ = _ridge_inverse(normal[None], ridge)
+    dropped, gains, gained = _eliminate_features(inverse_rest, right)
+    readouts = ((solution[:, None] - explained @ gains.mT) * scale[:, None]).view(len(candidates), N, -1)
+    energy = float(M.sum())
+    errors = (energy - solution @ target - gained).tolist()
+    path = {}
+    for step, error in enumerate(errors):
+        others = dropped[step:]
+        kept, order = torch.cat([candidates, rest[others]]).sort()
+        readout = torch.cat([readouts[..., step], readouts.new_zeros(len(others), N)])
+        readout[torch.arange(len(candidates), len(kept)), rest[others]] = (gains[step] * own)[others]
+        path[len(kept)] = Selection(kept, readout[order], _share(error, energy))
+    return path
+
+
+def _eliminate_features(inverse: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward elimination of single features.
+
+    Args:
+        inverse: of their normal matrix, [m, m].
+        right: the right-hand side, [m].
+
+    Returns:
+        the order in which they are dropped, [m]; the solutions before each drop, [m, m], zero for what is dropped; and
+        the energy that these explain, [m].
+    """
+    # Many small steps, each of which looks at the one before: not for a GPU, nor for tensors.
+    H, b = inverse.cpu().numpy().copy(), right.cpu().numpy()
+    solution, m = H @ b, len(b)
+    there = np.ones(m, dtype=bool)
+    dropped, solutions, explained = np.empty(m, dtype=np.int64), np.empty((m, m)), np.empty(m)
+    for step in range(m):
+        solutions[step], explained[step] = solution, solution @ b
+        power = np.where(there, H.diagonal(), 1)
+        d = dropped[step] = np.where(there, solution**2 / power, np.inf).argmin()
+        column = H[:, d] / power[d]
+        solution = np.where(there, solution - column * solution[d], 0)
+        H -= column[:, None] * H[d]
+        there[d] = False
+        solution[d] = 0
+    order, gains, gained = (torch.from_numpy(x).to(inverse.device) for x in (dropped, solutions, explained))
+    return order, gains, gained
+
+
+def _ridge_inverse(normal: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """(normal + ridge I)^-1 of symmetric matrices with a diagonal of ones, [layers, n, n], and the ridge."""
+    ridge = safe_ridge(normal, ridge)
+    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal + ridge * identity).L), ridge
+
+
+def safe_ridge(normal: Tensor, ridge: float) -> float:
+    """A ridge for normal matrices with a diagonal of ones, [..., n, n].
 
     Their entries are sums of float32 numbers, whose rounding can make the smallest eigenvalues negative. The ridge is
     raised tenfold until it is twice as large as that.
     """
-    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     while ridge < 0.1 and torch.linalg.cholesky_ex(normal + ridge / 2 * identity).info.any():
         ridge *= 10
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal + ridge * identity).L)
+    return ridge
 
 
 def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:

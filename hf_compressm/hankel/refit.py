@@ -11,18 +11,22 @@
 The layer's output is linear in each of T, R and D while the others stand still, so T and R are alternating least
 squares; A is per channel and takes Gauss-Newton steps with the states' sensitivities to it. All of it minimises
 E sum_d w (y - sum_s (R C)_s h'_s - D' u)^2, on the inputs that the full model gives the layer.
+
+The normal matrices of T and R have (r N)^2 entries. Where that is too many, a part of the states is fitted to what the
+others leave, and then another part (`parts_to_fit`); A and D are always fitted as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.reference import mamba_sensitivities, mamba_states
-from .realization import Selection
+from . import moments
+from .realization import Selection, safe_ridge
 from .selective import MambaSystem
 
 RIDGE = 1e-6
@@ -60,35 +64,67 @@ def refit(systems: list[MambaSystem], selection: Selection, rounds: int) -> Refi
         rounds: of least squares, with a Gauss-Newton step between any two. The best round is kept.
 
     Returns:
-        the fit, in float64. Its error is at most that of the selection, up to rounding.
+        the fit, in float64. Its error is at most that of the selection, up to rounding and the ridge.
     """
     N, kept = systems[0].A.shape[1], selection.kept
     identity = torch.eye(N, dtype=torch.float64, device=kept.device)
     A, inputs = systems[0].A.double()[:, kept], identity[kept]
-    readout = identity[kept] if selection.readout is None else selection.readout.double()
+    readout = identity[kept] if selection.readout is None else selection.readout.double().clone()
     skip = A.new_zeros(len(A))
     targets = [gated_output(system) for system in systems]
     energy = sum(float(y.double().square().sum()) for y in targets)
+    parts = parts_to_fit(readout, rounds)
     best = None
     for turn in range(rounds):
         if turn:
             step, skip = fit_dynamics(systems, targets, A, inputs, readout)
             A = A * step.clamp(-1, 1).exp()
-        rest = [y - system.gate * system.u * skip.float() for system, y in zip(systems, targets, strict=True)]
-        inputs = fit_inputs(systems, rest, A, readout)
-        readout, gain = _fit_readout(systems, rest, A, inputs)
+        full = [y - system.gate * system.u * skip.float() for system, y in zip(systems, targets, strict=True)]
+        for part in parts[turn]:
+            rest = without_others(systems, full, part, A, inputs, readout)
+            inputs[part] = fit_inputs(systems, rest, A[:, part], readout[part])
+            readout[part], gain = _fit_readout(systems, rest, A[:, part], inputs[part])
         error = (sum(float(y.double().square().sum()) for y in rest) - gain) / energy if energy else 0.0
         if best is None or error < best.error:
-            best = Refit(kept, A, inputs, readout, skip, max(error, 0.0))
+            best = Refit(kept, A, inputs.clone(), readout.clone(), skip, max(error, 0.0))
     assert best is not None
     return best
 
 
+def parts_to_fit(readout: Tensor, rounds: int) -> list[list[Tensor]]:
+    """The kept states whose rows of T and R are fitted together, one part after the other, in each round.
+
+    All at once, or as many as the normal matrices can take: in each round first those whose read-out takes most of other
+    rows of C than one (the candidates of the read-out), and then some of the others, in turns.
+    """
+    mixed = readout.square().sum(1) - readout.square().amax(1)
+    first, *others = mixed.argsort(descending=True, stable=True).split(max(1, moments.MAX_READOUT // readout.shape[1]))
+    first = first.sort().values
+    return [[first, others[turn % len(others)]] if others else [first] for turn in range(rounds)]
+
+
+def without_others(
+    systems: list[MambaSystem], targets: list[Tensor], part: Tensor, A: Tensor, inputs: Tensor, readout: Tensor
+) -> list[Tensor]:
+    """What the states beside a part leave of the targets."""
+    if len(part) == len(readout):
+        return targets
+    others = torch.ones(len(readout), dtype=torch.bool, device=part.device)
+    others[part] = False
+    A, T, R = A[:, others].float(), inputs[others].float().mT, readout[others].float().mT
+    beside = (replace(system, A=A, B=system.B @ T, C=system.C @ R) for system in systems)
+    return [target - gated_output(system) for target, system in zip(targets, beside, strict=True)]
+
+
 def scaled_states(system: MambaSystem, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The states, times the channels' gates."""
-    chunk = WORKING_SET // (len(system.u) * A.numel())
-    for time, h in mamba_states(system.u, system.delta, A, B, chunk=min(max(chunk, 1), 16)):
+    for time, h in mamba_states(system.u, system.delta, A, B, chunk=_chunk(system, A)):
         yield time, h.mul_(system.gate[:, time, :, None])
+
+
+def _chunk(system: MambaSystem, A: Tensor) -> int:
+    """Tokens that are scanned at once."""
+    return min(max(WORKING_SET // (len(system.u) * A.numel()), 1), 16)
 
 
 def gated_output(system: MambaSystem) -> Tensor:
@@ -135,7 +171,8 @@ def fit_dynamics(
     normal, right = A.new_zeros(channels, r + 1, r + 1), A.new_zeros(channels, r + 1)
     for system, target in zip(systems, targets, strict=True):
         C = (system.C @ readout.float().mT)[:, :, None]
-        scan = mamba_sensitivities(system.u, system.delta, A.float(), system.B @ inputs.float().mT)
+        B = system.B @ inputs.float().mT
+        scan = mamba_sensitivities(system.u, system.delta, A.float(), B, chunk=_chunk(system, A))
         for time, h, sensitivity in scan:
             gate = system.gate[:, time]
             error = target[:, time] - gate * (h * C[:, time]).sum(-1)
@@ -148,8 +185,9 @@ def fit_dynamics(
 
 
 def solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solve normal equations, scaled to a unit diagonal to which the ridge is added."""
+    """Solve normal equations, scaled to a unit diagonal to which the ridge is added; see `safe_ridge`."""
     scale = normal.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(normal.dtype).tiny).rsqrt()
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    scaled = normal * scale[..., :, None] * scale[..., None, :] + ridge * identity
+    scaled = normal * scale[..., :, None] * scale[..., None, :]
+    scaled += safe_ridge(scaled, ridge) * identity
     return torch.linalg.solve(scaled, (right * scale)[..., None])[..., 0] * scale

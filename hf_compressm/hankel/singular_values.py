@@ -12,10 +12,24 @@ balancing transformations (1987), for the square-root form σ = svd(L_Q^H L_P), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .systems import double
+
+TOGETHER = 1024
+"""Matrices that are factorised at once: a GPU's solvers take a workspace many times as large as their input."""
+
+
+def in_parts(factorise: Callable[[Tensor], tuple[Tensor, ...]], X: Tensor) -> tuple[Tensor, ...]:
+    """What a factorisation gives of matrices [..., n, n], a bounded number of them at a time."""
+    flat = X.reshape(-1, *X.shape[-2:])
+    if len(flat) <= TOGETHER:
+        return factorise(X)
+    parts = zip(*(factorise(part) for part in flat.split(TOGETHER)), strict=True)
+    return tuple(torch.cat(part).unflatten(0, X.shape[:-2]) for part in parts)
 
 
 def check_finite(P: Tensor, name: str) -> None:
@@ -39,7 +53,7 @@ def gramian_factor(P: Tensor, name: str = "Gramian") -> Tensor:
     """
     check_finite(P, name)
     P = double(P)
-    eigenvalues, eigenvectors = torch.linalg.eigh((P + P.mH) / 2)
+    eigenvalues, eigenvectors = in_parts(torch.linalg.eigh, (P + P.mH) / 2)
     return eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
 
 
@@ -58,7 +72,8 @@ def hankel_singular_values(P: Tensor, Q: Tensor) -> Tensor:
     """
     L_P = gramian_factor(P, "controllability Gramian P")
     L_Q = gramian_factor(Q, "observability Gramian Q")
-    return torch.linalg.svdvals(cross_factor(L_Q, L_P))
+    (sigma,) = in_parts(lambda X: (torch.linalg.svdvals(X),), cross_factor(L_Q, L_P))
+    return sigma
 
 
 def cross_factor(L_Q: Tensor, L_P: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .singular_values import check_finite, hankel_singular_values
+from .singular_values import TOGETHER, check_finite, hankel_singular_values
 from .statistics import Statistics
 
 # The largest matrices that the factorisations of a GPU take many at a time.
@@ -19,17 +19,32 @@ BATCHED = 32
 
 
 def hankel_spectra(statistics: Sequence[Statistics]) -> list[Tensor]:
-    """The Hankel singular values of many layers, [1 or groups, N] each; layers of one size are factorised together."""
-    pairs = [entry.gramians() for entry in statistics]
-    spectra: list[Tensor] = [P for P, _ in pairs]
-    for size in {P.shape[-1] for P, _ in pairs}:
-        alike = [index for index, (P, _) in enumerate(pairs) if P.shape[-1] == size]
-        P, Q = (torch.cat(part) for part in zip(*(pairs[index] for index in alike), strict=True))
-        values = hankel_singular_values(P, Q) if size <= BATCHED else _on_threads(P, Q)
-        sigma = values.split([len(pairs[index][0]) for index in alike])
-        for index, part in zip(alike, sigma, strict=True):
-            spectra[index] = statistics[index].spectrum(part)
-    return spectra
+    """The Hankel singular values of many layers, [1 or groups, N] each.
+
+    Layers of one size are factorised together, as many as it takes for one part of the factorisations: the Gramians of all
+    layers in float64 may be more than a GPU holds.
+    """
+    spectra: dict[int, Tensor] = {}
+    waiting: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+    for index, entry in enumerate(statistics):
+        alike = waiting.setdefault(entry.groups[0].size, [])
+        alike.append((index, *entry.gramians()))
+        if sum(len(P) for _, P, _ in alike) >= TOGETHER:
+            spectra |= _spectra(statistics, alike)
+            alike.clear()
+    for alike in waiting.values():
+        if alike:
+            spectra |= _spectra(statistics, alike)
+    return [spectra[index] for index in range(len(statistics))]
+
+
+def _spectra(statistics: Sequence[Statistics], alike: list[tuple[int, Tensor, Tensor]]) -> dict[int, Tensor]:
+    """The spectra of layers of one size, by index, from their Gramians."""
+    indices, *pairs = zip(*alike, strict=True)
+    P, Q = (torch.cat(part) for part in pairs)
+    values = hankel_singular_values(P, Q) if P.shape[-1] <= BATCHED else _on_threads(P, Q)
+    sigma = values.split([len(part) for part in pairs[0]])
+    return {index: statistics[index].spectrum(part) for index, part in zip(indices, sigma, strict=True)}
 
 
 def _on_threads(P: Tensor, Q: Tensor) -> Tensor:

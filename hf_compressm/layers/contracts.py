@@ -122,6 +122,8 @@ class Realization(ABC):
 
     name: ClassVar[str]
     """In `CompreSSMConfig.realization`, reports and cards."""
+    kind: ClassVar[str] = ""
+    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project"."""
     stock: ClassVar[bool] = True
     """Whether what it makes is a stock layer, which transformers loads without this package."""
 

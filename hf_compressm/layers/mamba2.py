@@ -59,7 +59,7 @@ class Mamba2Select(Select):
 class Project(Realization):
     """Scan a balanced projection of the state, by two maps that follow the convolution. `groups` are `Projection`s."""
 
-    name = "project"
+    name = kind = "project"
     stock = False
 
     @classmethod

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hankel.moments import MAX_READOUT
 from ..hankel.normalised import NormalisedCut, NormalisedStatistics, refit_normalised
 from ..hankel.realization import Selection
 from .contracts import MixerInputs, Realization
@@ -24,7 +23,8 @@ class NormalisedSelect(Select):
     @classmethod
     def of_selections(cls, layer: Any, statistics: Any, selections: tuple[Selection, ...]) -> Realization:
         """What a selection becomes behind the norms."""
-        return cls((statistics.realize(selections[0], layer.gamma),))
+        made = NormalisedSelect if selections[0].readout is None else NormalisedReadOut
+        return made((statistics.realize(selections[0], layer.gamma),))
 
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
@@ -38,11 +38,21 @@ class NormalisedSelect(Select):
         return layer.cut(self.groups[0])
 
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
-        """Fit the layer to the full one's output, if the fit is not too large."""
-        if self.size * layer.state_size > MAX_READOUT:
-            return self
+        """Fit the layer to the full one's output."""
         systems = [layer.read(*read) for read in inputs]
-        return type(self)((refit_normalised(systems, self.groups[0], rounds, layer.gamma),))
+        return NormalisedRefit((refit_normalised(systems, self.groups[0], rounds, layer.gamma),))
+
+
+class NormalisedReadOut(NormalisedSelect):
+    """The same, where C is mapped to the read-out that makes up best for the other states."""
+
+    kind = "read-out"
+
+
+class NormalisedRefit(NormalisedSelect):
+    """The same, with all that belongs to the kept states fitted anew."""
+
+    kind = "refit"
 
 
 class NormalisedMambaLayer(MambaLayer):

@@ -1,7 +1,7 @@
 """Realizations that keep some of the states: as they are, with a read-out fitted, or with everything refitted.
 
-`selection="auto"` chooses the states by what the read-out can make up for, where the layer's statistics hold the
-moments for that, and else by greedy elimination. The others are baselines, each an order of the states (`ORDERS`).
+`selection="auto"` chooses the states by what the read-out can make up for, where the family has one, and else by greedy
+elimination. The others are baselines, each an order of the states (`ORDERS`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import CompreSSMConfig
-from ..hankel.moments import MAX_READOUT, elimination_order
+from ..hankel.moments import elimination_order
 from ..hankel.realization import Selection, select, select_each_with_readout
 from .contracts import MixerInputs, Realization
 from .parameters import ParameterCut
@@ -58,7 +58,7 @@ ORDERS: dict[str, Order] = {
 class Select(Realization):
     """Keep some states, with their own rows of B and C. `groups` are `hankel.realization.Selection`s."""
 
-    name = "select"
+    name = kind = "select"
 
     @property
     def kept(self) -> list[list[int]]:
@@ -108,15 +108,16 @@ class Select(Realization):
         return layer.select(torch.stack([group.kept for group in self.groups]))
 
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
-        """Fit the layer to the full one's output, if its family can and the fit is not too large."""
-        if self.size * layer.state_size > MAX_READOUT:
-            return self
+        """Fit the layer to the full one's output, if its family can; itself if that gains nothing."""
         fits = layer.refit(inputs, self.groups, rounds)
-        return self if fits is None else Refit(tuple(fits))
+        fitted = self if fits is None else Refit(tuple(fits))
+        return fitted if fitted.cost <= self.cost else self
 
 
 class ReadOut(Select):
     """Keep some states, and map C to the read-out that makes up best for the others."""
+
+    kind = "read-out"
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The kept rows and columns, and R C in the place of C."""
@@ -126,6 +127,8 @@ class ReadOut(Select):
 
 class Refit(Select):
     """Keep some states, with all that belongs to them fitted anew. `groups` are the family's own."""
+
+    kind = "refit"
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The fitted values."""

@@ -20,6 +20,8 @@ class LayerReport:
     output_error: float
     """Share of the layer's output energy that the cut loses on the calibration data."""
     channels: int
+    realization: str = ""
+    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted) or "project"; empty if not."""
 
 
 @dataclass(frozen=True)

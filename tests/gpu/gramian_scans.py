@@ -148,7 +148,7 @@ def section_correct() -> None:
     pair2[1]._update_by_chunks(plain2)
     a, b = pair2[0].groups[0], pair2[1].groups[0]
     print(
-        f"  Mamba-2 N=128: P {relative(pair2[0].P, pair2[1].P):.1e}, Q {relative(pair2[0].Q, pair2[1].Q):.1e}, "
+        f"  Mamba-2 N=128: P {relative(pair2[0].P, pair2[1].P):.1e}, Q {relative(pair2[0].observable, pair2[1].observable):.1e}, "
         f"contribution {relative(a.contribution, b.contribution):.1e}, output {relative(a.output, b.output):.1e}, "
         f"spectrum {relative(hankel_spectra([pair2[0]])[0], hankel_spectra([pair2[1]])[0]):.1e}",
         flush=True,
@@ -266,8 +266,7 @@ def section_time() -> None:
         K = output_gram(*args, part)[0].flatten(0, 1)
         moments = second_moments.ReadoutMoments(N, torch.device("cuda"), readout=True)
         if N > 64:
-            moments.candidates = keep
-            moments.normal_pairs = moments._empty_pairs()
+            moments._take(keep)
         some = slice(0, mamba.WORKING_SET // N**2)
         C, K = s.C.flatten(0, 1)[some], K[some]
         extra = (C[:, :c], moments.output) if N > 64 else ()

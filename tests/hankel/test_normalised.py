@@ -10,6 +10,7 @@ import torch
 from hf_compressm.hankel.headwise import HeadwiseStatistics
 from hf_compressm.hankel.normalised import NormalisedStatistics, refit_normalised
 from hf_compressm.hankel.realization import Selection, select_with_readout
+from hf_compressm.hankel.refit import parts_to_fit
 from hf_compressm.hankel.selective import MambaSystem
 from hf_compressm.hankel.spectra import hankel_spectra
 from hf_compressm.kernels.reference import mamba_states
@@ -78,6 +79,24 @@ def test_states_that_do_nothing_go_exactly(gamma):
     for readout in (None, torch.eye(N, dtype=torch.float64)[kept]):
         cut = statistics.realize(Selection(kept, readout, 0.0), gamma)
         torch.testing.assert_close(cut_output(system, cut, gamma).float(), output(system), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [None, GAMMA], ids=["no weights", "weights"])
+def test_where_all_rows_are_too_many_to_fit_at_once_parts_are(monkeypatch, gamma):
+    monkeypatch.setattr("hf_compressm.hankel.moments.MAX_READOUT", N)
+    system = make_system(gamma)
+    statistics = NormalisedStatistics(CHANNELS, N, torch.device("cpu"))
+    statistics.update(system)
+    start = statistics.realize(select_with_readout(statistics.groups[0])[R], gamma)
+    (before, cut), full = (refit_normalised([system], start, rounds, gamma) for rounds in (0, 2)), output(system)
+    difference = system.gate * (cut_output(system, cut, gamma) - full)
+    true = float(difference.square().sum() / (system.gate * full).square().sum())
+    assert cut.error == pytest.approx(true, rel=1e-2, abs=1e-5)
+    assert cut.error < 0.9 * before.error
+    fitted = {state for part in parts_to_fit(start.readout, 2) for states in part for state in states.tolist()}
+    (stays,) = set(range(R)) - fitted
+    assert torch.equal(cut.inputs[stays], start.inputs[stays])
+    assert torch.equal(cut.readout[stays], start.readout[stays])
 
 
 @pytest.mark.parametrize("gamma", [None, GAMMA], ids=["no weights", "weights"])

@@ -22,13 +22,17 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return h, torch.randn(TOKENS, N, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture
-def moments(data) -> ReadoutMoments:
+def taken(data) -> ReadoutMoments:
     h, C = data
     moments = ReadoutMoments(N, torch.device("cpu"), readout=True)
     for part in (slice(0, 25), slice(25, None)):
         moments.update(h[part].mT @ h[part], C[part])
     return moments
+
+
+@pytest.fixture
+def moments(data) -> ReadoutMoments:
+    return taken(data)
 
 
 def lost(data, kept, readout=None) -> float:
@@ -95,15 +99,43 @@ def test_rounding_of_float32_grams_does_not_break_the_fit(seed):
     assert lost((h.double(), C.double()), path[2].kept, path[2].readout) < 1e-4
 
 
-def test_candidates_limit_the_fit_when_there_are_many_states(monkeypatch, data):
-    monkeypatch.setattr("hf_compressm.hankel.moments.MAX_READOUT", 3 * N)
-    h, C = data
-    moments = ReadoutMoments(N, torch.device("cpu"), readout=True)
-    moments.update(h.mT @ h, C)
-    path = select_with_readout(moments)
-    assert max(path) == 3
-    for selection in path.values():
+@pytest.fixture
+def limited(monkeypatch, data) -> ReadoutMoments:
+    """Moments that may fit any read-out of 2 of the 5 states."""
+    monkeypatch.setattr("hf_compressm.hankel.moments.MAX_READOUT", 2 * N)
+    return taken(data)
+
+
+def test_every_size_has_a_read_out_where_there_are_too_many_states_to_fit_all(data, limited):
+    path = select_with_readout(limited)
+    assert sorted(path) == list(range(1, N + 1))
+    assert len(limited.candidates) == 2
+    for r, selection in path.items():
+        assert selection.kept.tolist() == sorted(set(selection.kept.tolist()))
+        assert selection.readout.shape == (r, N)
         assert selection.error == pytest.approx(lost(data, selection.kept, selection.readout), abs=1e-5)
+
+
+def test_beside_the_candidates_it_is_least_squares_on_multiples_of_the_states_own_outputs(data, limited):
+    """Which of them goes is the best choice, too, one by one."""
+    h, C = data
+    y = torch.einsum("tdn,tn->td", h, C).flatten()
+    path = select_with_readout(limited, ridge=1e-12)
+    candidates = limited.candidates.tolist()
+
+    def least(kept) -> float:
+        features = [torch.einsum("td,tn->tdn", h[..., s], C).reshape(len(y), N) for s in candidates]
+        own = [(h[..., s] * C[:, None, s]).reshape(len(y), 1) for s in kept if s not in candidates]
+        features = torch.cat(features + own, 1)
+        return float((y - features @ torch.linalg.lstsq(features, y).solution).square().sum() / y.square().sum())
+
+    for r in range(2, N + 1):
+        kept = path[r].kept.tolist()
+        assert set(candidates) <= set(kept)
+        assert path[r].error == pytest.approx(least(kept), abs=1e-8)
+        if r > 2:
+            fewer = [least([s for s in kept if s != gone]) for gone in set(kept) - set(candidates)]
+            assert path[r - 1].error == pytest.approx(min(fewer), abs=1e-8)
 
 
 def test_projection_is_exact_where_the_state_has_low_rank():

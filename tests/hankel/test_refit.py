@@ -7,7 +7,7 @@ import torch
 
 from hf_compressm.hankel.mamba import MambaStatistics
 from hf_compressm.hankel.realization import Selection, select_with_readout
-from hf_compressm.hankel.refit import refit
+from hf_compressm.hankel.refit import RIDGE, parts_to_fit, refit, solve
 from hf_compressm.hankel.selective import MambaSystem
 from hf_compressm.kernels.reference import mamba_sensitivities
 
@@ -77,6 +77,42 @@ def test_the_reported_error_is_that_of_the_cut_layer(size, rounds):
     full = system()
     fit = refit([full], selection(full, size), rounds)
     assert fit.error == pytest.approx(lost_energy(full, fit), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_of_float32_sums_does_not_flatter_the_fit(seed):
+    """Features of rank 4: in all other directions the normal matrix is nothing but rounding, and not even definite."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(2000, 4, generator=generator) @ torch.randn(4, 200, generator=generator)
+    y = torch.randn(2000, generator=generator) + features[:, 0]
+    normal, right = (features.mT @ features).double(), (features.mT @ y).double()
+    solution = solve(normal, right, RIDGE)
+    assert float(solution.abs().max()) < 1
+    true = float((y.double() - features.double() @ solution).square().sum())
+    said = float(y.double().square().sum() - 2 * solution @ right + solution @ normal @ solution)
+    assert said == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_where_all_rows_are_too_many_to_fit_at_once_parts_are(monkeypatch, limit, rounds):
+    monkeypatch.setattr("hf_compressm.hankel.moments.MAX_READOUT", limit * N)
+    full = system()
+    start = selection(full, 4)
+    parts = parts_to_fit(start.readout, rounds)
+    candidates = (start.readout.count_nonzero(dim=1) > 1).nonzero()[:, 0]
+    assert len(candidates) == limit
+    for first, other in parts:
+        assert torch.equal(first, candidates)
+        assert 1 <= len(other) <= limit
+        assert not set(first.tolist()) & set(other.tolist())
+    fit = refit([full], start, rounds)
+    assert fit.error == pytest.approx(lost_energy(full, fit), rel=1e-3, abs=1e-6)
+    assert fit.error < 0.9 * start.error
+    fitted = {state for part in parts for states in part for state in states.tolist()}
+    assert fitted == set(range(4)) or (limit, rounds) == (1, 1)
+    for state in set(range(4)) - fitted:
+        assert torch.equal(fit.readout[state], start.readout[state])
 
 
 @pytest.mark.parametrize("size", [2, 4])

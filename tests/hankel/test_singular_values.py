@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_compressm.hankel.balanced_truncation import balance
 from hf_compressm.hankel.mamba import MambaStatistics
-from hf_compressm.hankel.singular_values import cross_factor, gramian_factor, hankel_singular_values
+from hf_compressm.hankel.singular_values import TOGETHER, cross_factor, gramian_factor, hankel_singular_values
 from hf_compressm.hankel.spectra import BATCHED, hankel_spectra
 from hf_compressm.hankel.systems import DiagonalSystem
 
@@ -163,3 +164,37 @@ def test_large_gramians_on_threads():
     layer.Q[1, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="observability"):
         hankel_spectra([layer])
+
+
+def test_no_factorisation_gets_more_than_its_part(monkeypatch):
+    """On a GPU the workspace of a batch would be many times its size; and of all layers' Gramians only some are at hand."""
+    taken = []
+
+    def recording(factorise):
+        def recorded(X):
+            taken.append(X.shape[:-2].numel())
+            return factorise(X)
+
+        return recorded
+
+    layers = [MambaStatistics(channels, 3, torch.device("cpu")) for channels in (700, 700, 2 * TOGETHER + 1, 5)]
+    for seed, layer in enumerate(layers):
+        layer.tokens += 2
+        layer.weight += torch.rand(len(layer.weight), generator=torch.Generator().manual_seed(seed))
+        layer.P, layer.Q = (random_gramian(3, seed=seed + i, batch=(len(layer.weight),)) for i in (0, 9))
+    expected = []
+    for layer in layers:
+        few = zip(*(X.split(500) for X in layer.gramians()), strict=True)
+        expected.append(layer.spectrum(torch.cat([hankel_singular_values(P, Q) for P, Q in few])))
+    for name in ("eigh", "svdvals", "svd"):
+        monkeypatch.setattr(torch.linalg, name, recording(getattr(torch.linalg, name)))
+    for sigma, right in zip(hankel_spectra(layers), expected, strict=True):
+        torch.testing.assert_close(sigma, right, rtol=1e-12, atol=1e-14)
+    P, Q = layers[2].gramians()
+    whole = balance(gramian_factor(Q), gramian_factor(P), 2)
+    alone = balance(gramian_factor(Q[-1:]), gramian_factor(P[-1:]), 2)
+    for many, one in zip(whole, alone, strict=True):
+        torch.testing.assert_close(many[-1:], one, rtol=1e-12, atol=1e-12)
+    assert max(taken) == TOGETHER
+    # The layers before the third go with each other, the last one by itself.
+    assert taken[:2] == [TOGETHER, 1400 - TOGETHER]
