@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .config import CompreSSMConfig
+from .config import CompreSSMConfig, ConfigLike
 from .cutting import measure
 from .cutting.sizes import check_targets
 from .data.evaluation import describe, evaluation_ids, perplexity
@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 def compress_pretrained(
     name_or_model: str | Path | PreTrainedModel,
-    config: CompreSSMConfig | None = None,
+    config: ConfigLike = None,
     *,
     calibration_data: Any = None,
     tokenizer: Any = None,
@@ -39,7 +39,7 @@ def compress_pretrained(
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
-        config: what to cut; by default 5% of each layer's Hankel energy.
+        config: what to cut, as a config or a dictionary of its values; by default 5% of each layer's Hankel energy.
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
@@ -57,6 +57,7 @@ def compress_pretrained(
         ValueError, TypeError: see `compress_`.
         OSError: if there is no such checkpoint, or a part of it is missing or half written; or if the push failed.
     """
+    config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
         check_login(token)
@@ -93,7 +94,7 @@ def compress_pretrained(
 
 def compress_(
     model: PreTrainedModel,
-    config: CompreSSMConfig | None = None,
+    config: ConfigLike = None,
     calibration_data: Any = None,
     *,
     tokenizer: Any = None,
@@ -118,7 +119,7 @@ def compress_(
             the calibration data does not fit the model.
         TypeError: if the calibration data is of an unknown kind.
     """
-    config = config or CompreSSMConfig()
+    config = CompreSSMConfig.of(config)
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))  # before the long part
     return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)

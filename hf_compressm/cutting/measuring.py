@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import CompreSSMConfig
+from ..config import CompreSSMConfig, ConfigLike
 from ..data.calibration import calibration_batches
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
@@ -23,7 +23,7 @@ SENSITIVITY_SEQUENCES = 2
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, data: Any = None, config: CompreSSMConfig | None = None, *, tokenizer: Any = None
+    model: PreTrainedModel, data: Any = None, config: ConfigLike = None, *, tokenizer: Any = None
 ) -> Measurement:
     """Measure what the states of a model's layers do: once, for any number of plans. The model is not changed.
 
@@ -38,7 +38,7 @@ def measure(
         ValueError: if the model has no SSM layer or weights that can't be cut, or the data does not fit the model.
         TypeError: if the data is of an unknown kind.
     """
-    config = config or CompreSSMConfig()
+    config = CompreSSMConfig.of(config)
     layers = find_layers(model)
     batches = calibration_batches(data, model, tokenizer)
     statistics = empty_statistics(layers, config)
