@@ -208,7 +208,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "tolerance": _number("in [0, 1)", lambda x: 0 <= x < 1, "a share of the Hankel energy"),
     "state_size": _sizes,
     "ratio": _number("in (0, 1]", lambda x: 0 < x <= 1, "the share of the states to keep"),
-    "realization": _one_of(REALIZATIONS),
+    "realization": lambda name, value: _one_of(REALIZATIONS)(name, value),  # which may be added to
     "selection": _one_of(get_args(Selection)),
     "refit": _whole(0),
     "estimator": _one_of(get_args(Estimator)),

@@ -105,7 +105,8 @@ def load(model: str, progress: Progress) -> tuple[Any, Any]:
 
 def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
     """What to measure on, in small batches, for a bar that moves."""
-    from ..data.calibration import BATCH, calibration_batches
+    from ..data.batches import BATCH
+    from ..data.calibration import calibration_batches
     from ..data.texts import windows
 
     data = None

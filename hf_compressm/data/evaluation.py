@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .calibration import check_batches
+from .batches import check_batches
 from .texts import EVALUATION, LENGTH, windows
 
 # Enough tokens for a perplexity that holds to a percent, few enough for a CPU.
