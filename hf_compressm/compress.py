@@ -43,8 +43,8 @@ def compress_pretrained(
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
-        push_to_hub: a repository to push the slim model, its tokenizer and its model card to, in one commit. The login is
-            checked before anything else is done.
+        push_to_hub: a repository to push the slim model, its tokenizer and its model card to, in one commit, if anything
+            was cut. The login is checked before anything else is done.
         private: make that repository a private one, if it is new.
         evaluate: take the perplexity before and after the cut, on a text that the package ships, into the report and the
             model card. By default when pushing, if there is a tokenizer.
@@ -87,7 +87,9 @@ def compress_pretrained(
     if ids is not None:
         measured = Perplexity(before, perplexity(model, ids), describe(ids))
         set_report_(model, replace(report, perplexity=measured))
-    if push_to_hub is not None:
+    if push_to_hub is not None and report.states_after == report.states_before:
+        logger.warning(f"hf_compressm: nothing was cut, so nothing was pushed to {push_to_hub}.")
+    elif push_to_hub is not None:
         publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
     return model
 

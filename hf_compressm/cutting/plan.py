@@ -19,6 +19,7 @@ from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
+from .nothing_to_cut import why_nothing
 from .sensitivity import sensitivities
 from .sizes import check_targets, choose_sizes
 
@@ -83,6 +84,9 @@ class Plan:
         cut_(model, layers, self.realizations, optimizer, backend or OneProcess())
         record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
+        reason = None if self.realizations else why_nothing(self.config, layers, self.report.realization)
+        if reason is not None:
+            logger.warning(f"hf_compressm: nothing to cut: {reason} The model is as it was.")
         return self.report
 
 

@@ -74,6 +74,12 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
     Raises:
         ValueError: if it is one that they can't have.
     """
+    projected = [layer.index for layer in layers if layer.unprojected_state_size is not None]
+    if config.uniform and projected:
+        raise ValueError(
+            f"uniform=True asks for a stock checkpoint, and layer {projected[0]} scans a projected state, which no stock "
+            "class loads: cut the model that it was projected from with uniform=True, or drop uniform=True."
+        )
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     if config.realization == "auto":
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
