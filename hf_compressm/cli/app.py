@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from .console import exit_codes, interruptible
 
 
 def _paragraphs(text: str | None) -> str:
@@ -38,7 +41,14 @@ app = typer.Typer(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    return app.command(help=_paragraphs(function.__doc__))(function)
+    """Make a function a command, with exit codes."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with exit_codes(), interruptible():
+            function(*args, **kwargs)
+
+    return app.command(help=_paragraphs(function.__doc__))(run)
 
 
 def _show_version(wanted: bool) -> None:

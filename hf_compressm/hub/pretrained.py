@@ -1,10 +1,13 @@
 """Load a checkpoint of either layout exactly as it is on disk, or say what is wrong with it."""
 
 import copy
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
@@ -28,6 +31,7 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
         OSError: if there is no such checkpoint, or a file of it is missing, damaged or half written.
         ValueError: if its weights don't fit its config or are quantised, or it is no causal language model.
     """
+    check_name(name_or_path)
     hub_kwargs = only_hub(from_pretrained_kwargs)
     if is_state_spaces_checkpoint(name_or_path, **hub_kwargs):
         return load_state_spaces_model(name_or_path, **from_pretrained_kwargs)
@@ -76,6 +80,28 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
             f"{sorted(info['mismatched_keys'])[:5]}. Are both from the same model?"
         )
     return model
+
+
+def check_name(name_or_path: str | Path) -> None:
+    """Refuse what is neither a folder nor can be the name of a repository.
+
+    Raises:
+        OSError: with what to give instead.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"A model is given by its name on the Hub or its folder, got {type(name_or_path).__name__}: give one of these."
+        )
+    if os.path.isdir(name_or_path):
+        return
+    if os.path.exists(name_or_path):
+        raise OSError(f"{name_or_path} is a file: name the folder that holds it, with config.json and the weights.")
+    try:
+        validate_repo_id(str(name_or_path))
+    except HFValidationError as error:
+        raise OSError(
+            f"There is no folder {str(name_or_path)!r}, and it can't be the name of a repository on the Hub: check the path."
+        ) from error
 
 
 def _check_folder(folder: Path, subfolder: str) -> None:
