@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .cutting import measure
 from .cutting.sizes import check_targets
 from .data.evaluation import describe, evaluation_ids, perplexity
 from .hub import check_login, load_model, load_tokenizer, publish
-from .layers import find_layers, realization_of
+from .layers import find_layers, plain_model, realization_of
 from .reporting.record import set_report_
 from .reporting.report import CompressionReport
 from .reporting.rows import Perplexity
@@ -61,10 +62,10 @@ def compress_pretrained(
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
         check_login(token)
-    if isinstance(name_or_model, PreTrainedModel):
+    if not isinstance(name_or_model, str | os.PathLike):
         if from_pretrained_kwargs:
             raise TypeError(f"A model is already loaded: drop {', '.join(from_pretrained_kwargs)}, or give its name.")
-        model = name_or_model
+        model = plain_model(name_or_model)
     else:
         hub = {
             key: from_pretrained_kwargs[key]
@@ -121,7 +122,7 @@ def compress_(
             the calibration data does not fit the model.
         TypeError: if the calibration data is of an unknown kind.
     """
-    config = CompreSSMConfig.of(config)
+    config, model = CompreSSMConfig.of(config), plain_model(model)
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))  # before the long part
     return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)

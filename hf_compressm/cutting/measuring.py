@@ -14,7 +14,7 @@ from ..config import CompreSSMConfig, ConfigLike
 from ..data.calibration import calibration_batches
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs, find_layers
+from ..layers import Layer, MixerInputs, find_layers, plain_model
 from .measurement import Measurement
 
 # What a ratio measures the layers' sensitivities on, a forward pass for each layer: divergences need few tokens.
@@ -38,7 +38,7 @@ def measure(
         ValueError: if the model has no SSM layer or weights that can't be cut, or the data does not fit the model.
         TypeError: if the data is of an unknown kind.
     """
-    config = CompreSSMConfig.of(config)
+    config, model = CompreSSMConfig.of(config), plain_model(model)
     layers = find_layers(model)
     batches = calibration_batches(data, model, tokenizer)
     statistics = empty_statistics(layers, config)
@@ -58,7 +58,7 @@ def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig) -> list[S
 
 
 def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) -> None:
-    """Refuse statistics of a mixer that never ran.
+    """Refuse statistics of a mixer that never ran, or that are not finite.
 
     Raises:
         ValueError: if there is one.
@@ -66,6 +66,11 @@ def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) ->
     for layer, entry in zip(layers, statistics, strict=True):
         if not entry.tokens:
             raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
+        if not all(torch.isfinite(total).all() for total in entry.sums()):
+            raise ValueError(
+                f"From {layer.name} on, what the model computes on the calibration data is not finite: look for NaN or "
+                "infinity in its weights and those before it, or load the model in float32."
+            )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..backends import Backend, OneProcess
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs, Realization, find_layers, realization_of, realize
+from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
@@ -72,6 +72,7 @@ class Plan:
             ValueError: if the model has other layers than the one that was measured, the new weights are not finite, or
                 the optimizer's state can't follow. Nothing is changed then.
         """
+        model = plain_model(model)
         layers = find_layers(model)
         planned = {row.index: row.old_size for row in self.report.layers}
         found = {layer.index: layer.state_size for layer in layers}
