@@ -6,7 +6,7 @@
 | list of lists, arrays or tensors [L] | token ids, padded on the left |
 | list of texts | what the tokenizer makes of them |
 | dictionary, `datasets.Dataset` or DataFrame | its `input_ids`, with its `attention_mask` if it has one, or its `text` |
-| DataLoader, or list of any of these but lists | batches of its own |
+| DataLoader, or list of tensors [n, L] or dictionaries | batches of its own |
 """
 
 from __future__ import annotations
@@ -171,6 +171,8 @@ def _tensor(values: Any) -> Tensor | None:
         ):
             return None
         tensor = torch.from_numpy(array.astype({"b": bool, "f": np.float64}.get(array.dtype.kind, np.int64)))
+    if tensor.is_complex():
+        return None
     return tensor if tensor.dtype == torch.bool or tensor.is_floating_point() else tensor.long()
 
 
