@@ -14,7 +14,8 @@ from transformers.utils import logging
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import measure
 from .cutting.sizes import check_targets
-from .data.evaluation import describe, evaluation_ids, perplexity
+from .data.evaluation import describe, evaluation_ids
+from .data.evaluation import evaluate as evaluation
 from .hub import check_login, load_model, load_tokenizer, publish
 from .layers import find_layers, plain_model, realization_of
 from .reporting.record import set_report_
@@ -40,7 +41,8 @@ def compress_pretrained(
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
-        config: what to cut, as a config or a dictionary of its values; by default 5% of each layer's Hankel energy.
+        config: what to cut, as a config or a dictionary of its values; by default as much as keeps a `max_divergence` of
+            0.01 nats per token.
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
@@ -83,10 +85,10 @@ def compress_pretrained(
     if evaluate is None:
         evaluate = push_to_hub is not None and tokenizer is not None
     ids = evaluation_ids(tokenizer) if evaluate else None
-    before = perplexity(model, ids) if ids is not None else 0.0
+    before = evaluation(model, ids) if ids is not None else None
     report = compress_(model, config, calibration_data, tokenizer=tokenizer)
     if ids is not None:
-        measured = Perplexity(before, perplexity(model, ids), describe(ids))
+        measured = Perplexity.of(before, evaluation(model, ids), describe(ids))
         set_report_(model, replace(report, perplexity=measured))
     if push_to_hub is not None and report.states_after == report.states_before:
         logger.warning(f"hf_compressm: nothing was cut, so nothing was pushed to {push_to_hub}.")
@@ -110,7 +112,7 @@ def compress_(
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device.
-        config: what to cut; by default 5% of each layer's Hankel energy.
+        config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data, tokenizer: as for `compress_pretrained`.
         optimizer: of a training loop: its state is cut along with the parameters it belongs to.
 
@@ -122,7 +124,7 @@ def compress_(
             the calibration data does not fit the model.
         TypeError: if the calibration data is of an unknown kind.
     """
-    config, model = CompreSSMConfig.of(config), plain_model(model)
+    config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))  # before the long part
     return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)

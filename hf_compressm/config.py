@@ -5,17 +5,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-TARGETS = ("tolerance", "state_size", "ratio")
+TARGETS = ("max_divergence", "tolerance", "state_size", "ratio")
 """The fields of which one at most is given."""
+MAX_DIVERGENCE, TOLERANCE = 0.01, 0.05
+"""Default targets: after training, and in training."""
 REALIZATIONS = ["auto", "select", "project"]
 """What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
+Weights = Literal["auto", "fisher", "gate"]
 Selection = Literal["auto", "greedy", "ghost", "lti_modal", "magnitude", "random"]
 
 
@@ -24,12 +27,14 @@ class CompreSSMConfig:
     """How small the state of each layer becomes, and how the smaller state is made.
 
     Args:
+        max_divergence: the most that the slim model's predictions may diverge from the full one's, as mean Kullback-Leibler
+            divergence in nats per token; 0.01 raises the perplexity by about 1%. The smallest state that keeps it on tokens
+            that neither statistics nor fits have seen. Of a model without a head, the relative error of its last hidden
+            states. The default target after training, at 0.01, when no other is given.
         tolerance: share of each layer's Hankel energy that may be given up (the paper's tau), in [0, 1); 0 means no
-            cut. The default target, at 0.05, when no other is given.
+            cut. The default target in training, at 0.05.
         state_size: the size itself, for all layers or as {layer: size}. Honoured exactly.
-        ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs: how far the
-            model's predictions move when a layer is cut alone, one forward pass on two sequences for each layer; in
-            training, where what follows makes up for it, the share of each layer's output energy that is lost.
+        ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
         realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
             state. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
@@ -38,10 +43,15 @@ class CompreSSMConfig:
         refit: rounds of least squares, with "auto" on Mamba-1 layers, that refit A, B, C and D of a cut layer to the full
             layer's output on the calibration data; 0 refits only the read-out C. Not used while training, which refits
             everything.
+        weights: what a layer's channels and tokens count in statistics and fits. "fisher": as much as the loss depends on
+            them, by its gradient for labels sampled from the model's own predictions, so that what a cut costs is known in
+            nats, over all layers alike. "gate": as much of them as reaches the residual stream. "auto" is "fisher" for a
+            max_divergence or a ratio, where the model has a head and its backward pass is quick, and else "gate".
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
-        multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for
-            Mamba-1, and for Mamba-2 a power of two from 16 up: its kernels pad to these, and tune for each new size.
+        multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for Mamba-1, and
+            for Mamba-2 multiples of 8. "tuned", the default in training, takes few sizes, for which kernels need not be
+            tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
         seed: of the "random" selection.
         start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in
@@ -58,15 +68,17 @@ class CompreSSMConfig:
             given.
     """
 
+    max_divergence: float | None = None
     tolerance: float | None = None
     state_size: int | Mapping[int, int] | None = None
     ratio: float | None = None
     realization: str = "auto"
     selection: Selection = "auto"
     refit: int = 3
+    weights: Weights = "auto"
     estimator: Estimator = "ltv"
     uniform: bool = False
-    multiple_of: int | None = None
+    multiple_of: int | Literal["tuned"] | None = None
     min_state_size: int = 1
     seed: int = 0
     start: float = 0
@@ -84,8 +96,6 @@ class CompreSSMConfig:
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise ValueError(f"Give one target, not {' and '.join(targets)}: drop all but one of them.")
-        if not targets:
-            object.__setattr__(self, "tolerance", 0.05)
         if isinstance(self.state_size, Mapping) and self.uniform:
             raise ValueError("uniform=True takes one state_size for all layers, not one for each: give an int.")
         sizes = self.state_size.values() if isinstance(self.state_size, Mapping) else [self.state_size]
@@ -121,6 +131,21 @@ class CompreSSMConfig:
                 hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}."
                 raise TypeError(f"CompreSSMConfig has no field {name!r}: {hint}")
         return cls(**config)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether any target was given."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    def after_training(self) -> CompreSSMConfig:
+        """With the default target of a cut after training, if none was given."""
+        return self if self.has_target else replace(self, max_divergence=MAX_DIVERGENCE)
+
+    @property
+    def weighs_by_loss(self) -> bool:
+        """Whether channels count as much as the loss depends on them, if it can be had."""
+        by_loss = self.max_divergence is not None or self.ratio is not None
+        return self.weights == "fisher" or (self.weights == "auto" and by_loss)
 
     @property
     def refits(self) -> bool:
@@ -205,15 +230,17 @@ _MOST = 2**32
 
 # What each field takes. None is taken where it is the default.
 _FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "max_divergence": _number("above 0", lambda x: x > 0, "a divergence in nats per token; tolerance=0 cuts nothing"),
     "tolerance": _number("in [0, 1)", lambda x: 0 <= x < 1, "a share of the Hankel energy"),
     "state_size": _sizes,
     "ratio": _number("in (0, 1]", lambda x: 0 < x <= 1, "the share of the states to keep"),
     "realization": lambda name, value: _one_of(REALIZATIONS)(name, value),  # which may be added to
     "selection": _one_of(get_args(Selection)),
     "refit": _whole(0),
+    "weights": _one_of(get_args(Weights)),
     "estimator": _one_of(get_args(Estimator)),
     "uniform": _flag,
-    "multiple_of": _whole(1),
+    "multiple_of": lambda name, value: value if value == "tuned" else _whole(1)(name, value),
     "min_state_size": _whole(1),
     "seed": _whole(0),
     "start": _number("from 0 up", lambda x: x >= 0),

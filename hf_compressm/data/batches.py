@@ -159,15 +159,17 @@ def _tensor(values: Any) -> Tensor | None:
         tensor = values.detach()
     elif not isinstance(values, np.ndarray | Sequence) or isinstance(values, str | bytes):
         return None
-    elif not len(values):
+    elif isinstance(values, Sequence) and not values:
         return torch.zeros(0, dtype=torch.int64)
     else:
         try:
             array = np.array(values, order="C")
         except ValueError:  # rows of several lengths
             return None
-        if array.dtype.kind not in "biuf" or (
-            array.dtype.kind in "iu" and any(isinstance(value, bool) for value in values)
+        if (
+            array.dtype.kind not in "biuf"
+            or not array.ndim
+            or (array.dtype.kind in "iu" and any(isinstance(value, bool) for value in values))
         ):
             return None
         tensor = torch.from_numpy(array.astype({"b": bool, "f": np.float64}.get(array.dtype.kind, np.int64)))

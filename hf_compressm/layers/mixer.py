@@ -28,6 +28,8 @@ class MixerLayer:
     family: ClassVar[str]
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
     unprojected_state_size: int | None = None
+    gradient_at: str | None = None
+    gradient_is_slow: bool = False
 
     def __init__(self, name: str, mixer: Any) -> None:
         self.name = name
