@@ -25,7 +25,7 @@ def test_whole_numbers(name, spelled):
     assert json.dumps(config.to_dict()) == json.dumps(CompreSSMConfig(**{name: 4}).to_dict())
 
 
-@pytest.mark.parametrize("name", ["tolerance", "ratio", "start", "end", "min_reduction", "rollback"])
+@pytest.mark.parametrize("name", ["max_divergence", "tolerance", "ratio", "start", "end", "min_reduction", "rollback"])
 @pytest.mark.parametrize("spelled", [0.0625, np.float64(0.0625), np.float16(0.0625), Fraction(1, 16)])
 def test_numbers(name, spelled):
     config = CompreSSMConfig(**{name: spelled} | ({"end": 1} if name == "start" else {}))
@@ -69,10 +69,10 @@ def test_a_dictionary_is_a_config(mamba, tmp_path, token_ids, config):
 def test_of():
     config = CompreSSMConfig(ratio=0.5)
     assert CompreSSMConfig.of(config) is config
-    assert CompreSSMConfig.of(None) == CompreSSMConfig.of({}) == CompreSSMConfig(tolerance=0.05)
+    assert CompreSSMConfig.of(None) == CompreSSMConfig.of({}) == CompreSSMConfig()
     with pytest.raises(TypeError, match="no field 'tolerence': did you mean tolerance"):
         CompreSSMConfig.of({"tolerence": 0.1})
-    with pytest.raises(TypeError, match="the fields are tolerance, state_size"):
+    with pytest.raises(TypeError, match="the fields are max_divergence, tolerance, state_size"):
         CompreSSMConfig.of({7: 0.1})
     for other in (8, "state_size=8", [0.05], False, CompreSSMConfig):
         with pytest.raises(TypeError, match="CompreSSMConfig"):
@@ -92,5 +92,5 @@ def test_sizes_below_the_minimum_contradict_it():
 
 def test_a_config_stays_valid_when_fields_are_replaced():
     with pytest.raises(ValueError, match="one target"):
-        replace(CompreSSMConfig(), ratio=0.5)
+        replace(CompreSSMConfig(tolerance=0.05), ratio=0.5)
     assert replace(CompreSSMConfig(state_size={0: 4}), state_size={"1": 3.0}).state_size == {1: 3}

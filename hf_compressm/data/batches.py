@@ -94,7 +94,7 @@ def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[B
             raise TypeError(f"`{name}` holds token ids [n, L] or a list of texts, got {type(data).__name__}.")
     if isinstance(data, Tensor | np.ndarray) and data.ndim != 1:
         ids = _ids(data, "[n, L]")
-        mask = _mask(masks, ids)
+        mask = torch.ones_like(ids) if masks is None else _mask(masks, ids)
         step = at_a_time or max(1, len(ids))
         for some, its_mask in zip(ids.split(step), mask.split(step), strict=True):
             yield {"input_ids": some, "attention_mask": its_mask}
@@ -105,7 +105,7 @@ def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[B
     if any(isinstance(sequence, str) for sequence in sequences):
         sequences = _tokenized(sequences, tokenizer)
     rows = [_ids(sequence, "[L] in each row") for sequence in sequences]
-    masks = [None] * len(rows) if masks is None else list(masks)
+    masks = [torch.ones_like(ids) for ids in rows] if masks is None else list(masks)
     if len(masks) != len(rows):
         raise ValueError(f"There are {len(rows)} calibration sequences and {len(masks)} masks: give one for each.")
     row_masks = [_mask(mask, ids) for mask, ids in zip(masks, rows, strict=True)]
@@ -137,9 +137,7 @@ def _ids(values: Any, shape: str) -> Tensor:
 
 
 def _mask(values: Any, ids: Tensor) -> Tensor:
-    """The attention mask of token ids as int64; ones where there is none."""
-    if values is None:
-        return torch.ones_like(ids)
+    """The attention mask of token ids as int64."""
     mask = _tensor(values)
     if mask is None or not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(

@@ -36,7 +36,8 @@ def test_the_reason_and_the_knob(warnings, token_ids, make, target, reason):
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
-    plan = measure(model, token_ids).plan(CompreSSMConfig(**target, refit=0))
+    cut = CompreSSMConfig(**target, refit=0)
+    plan = measure(model, token_ids, cut).plan(cut)
     assert not plan.realizations
     assert warnings() == []
     plan.apply_(model)
