@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .config import CompreSSMConfig
+from .config import CompreSSMConfig, ConfigLike
 from .cutting import measure
 from .cutting.sizes import check_targets
 from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
 from .hub import check_login, load_model, load_tokenizer, publish
-from .layers import find_layers, realization_of
+from .layers import find_layers, plain_model, realization_of
 from .reporting.record import set_report_
 from .reporting.report import CompressionReport
 from .reporting.rows import Perplexity
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 def compress_pretrained(
     name_or_model: str | Path | PreTrainedModel,
-    config: CompreSSMConfig | None = None,
+    config: ConfigLike = None,
     *,
     calibration_data: Any = None,
     tokenizer: Any = None,
@@ -40,12 +41,13 @@ def compress_pretrained(
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
-        config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
+        config: what to cut, as a config or a dictionary of its values; by default as much as keeps a `max_divergence` of
+            0.01 nats per token.
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
-        push_to_hub: a repository to push the slim model, its tokenizer and its model card to, in one commit. The login is
-            checked before anything else is done.
+        push_to_hub: a repository to push the slim model, its tokenizer and its model card to, in one commit, if anything
+            was cut. The login is checked before anything else is done.
         private: make that repository a private one, if it is new.
         evaluate: take the perplexity before and after the cut, on a text that the package ships, into the report and the
             model card. By default when pushing, if there is a tokenizer.
@@ -58,13 +60,14 @@ def compress_pretrained(
         ValueError, TypeError: see `compress_`.
         OSError: if there is no such checkpoint, or a part of it is missing or half written; or if the push failed.
     """
+    config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
         check_login(token)
-    if isinstance(name_or_model, PreTrainedModel):
+    if not isinstance(name_or_model, str | os.PathLike):
         if from_pretrained_kwargs:
             raise TypeError(f"A model is already loaded: drop {', '.join(from_pretrained_kwargs)}, or give its name.")
-        model = name_or_model
+        model = plain_model(name_or_model)
     else:
         hub = {
             key: from_pretrained_kwargs[key]
@@ -87,14 +90,16 @@ def compress_pretrained(
     if ids is not None:
         measured = Perplexity.of(before, evaluation(model, ids), describe(ids))
         set_report_(model, replace(report, perplexity=measured))
-    if push_to_hub is not None:
+    if push_to_hub is not None and report.states_after == report.states_before:
+        logger.warning(f"hf_compressm: nothing was cut, so nothing was pushed to {push_to_hub}.")
+    elif push_to_hub is not None:
         publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
     return model
 
 
 def compress_(
     model: PreTrainedModel,
-    config: CompreSSMConfig | None = None,
+    config: ConfigLike = None,
     calibration_data: Any = None,
     *,
     tokenizer: Any = None,
@@ -119,7 +124,7 @@ def compress_(
             the calibration data does not fit the model.
         TypeError: if the calibration data is of an unknown kind.
     """
-    config = (config or CompreSSMConfig()).after_training()
+    config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))  # before the long part
     return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)

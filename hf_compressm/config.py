@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
 
 TARGETS = ("max_divergence", "tolerance", "state_size", "ratio")
+"""The fields of which one at most is given."""
 MAX_DIVERGENCE, TOLERANCE = 0.01, 0.05
 """Default targets: after training, and in training."""
 REALIZATIONS = ["auto", "select", "project"]
@@ -59,7 +64,8 @@ class CompreSSMConfig:
             keeps all cuts.
 
     Raises:
-        ValueError: if a value is out of range or two targets are given.
+        ValueError: if a value is not what its field takes or out of range, or contradicts another; or if two targets are
+            given.
     """
 
     max_divergence: float | None = None
@@ -83,57 +89,48 @@ class CompreSSMConfig:
     rollback: float | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                object.__setattr__(self, field.name, _FIELDS[field.name](field.name, value))
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise ValueError(f"Give one target, not {' and '.join(targets)}: drop all but one of them.")
-        if self.max_divergence is not None and not 0 < self.max_divergence < math.inf:
-            raise ValueError(
-                f"max_divergence must be positive, got {self.max_divergence}: it is a divergence in nats per token, such as "
-                "0.01. tolerance=0 cuts nothing."
-            )
-        if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise ValueError(
-                f"tolerance must lie in [0, 1), got {self.tolerance}: it is a share of the Hankel energy."
-            )
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must lie in (0, 1], got {self.ratio}: it is the share of the states to keep.")
-        if isinstance(self.state_size, Mapping):
-            # JSON turns the layer numbers into strings.
-            object.__setattr__(self, "state_size", {int(i): int(r) for i, r in self.state_size.items()})
-        sizes = self.state_size.values() if isinstance(self.state_size, Mapping) else [self.state_size]
-        if any(size is not None and size != int(size) for size in sizes):
-            raise ValueError(f"state_size must be a whole number, got {self.state_size}.")
-        if any(size is not None and size < 1 for size in sizes):
-            raise ValueError(f"state_size must be at least 1, got {self.state_size}.")
         if isinstance(self.state_size, Mapping) and self.uniform:
             raise ValueError("uniform=True takes one state_size for all layers, not one for each: give an int.")
+        sizes = self.state_size.values() if isinstance(self.state_size, Mapping) else [self.state_size]
+        if any(size is not None and size < self.min_state_size for size in sizes):
+            raise ValueError(
+                f"state_size={self.state_size} is below min_state_size={self.min_state_size}: drop min_state_size, which "
+                "is for sizes that the library chooses, or lower it."
+            )
         if self.uniform and self.realization == "project":
             raise ValueError("uniform=True makes a stock checkpoint, which realization='project' can't be: drop one.")
-        for name, values in (
-            ("realization", tuple(REALIZATIONS)),
-            ("selection", get_args(Selection)),
-            ("weights", get_args(Weights)),
-            ("estimator", get_args(Estimator)),
-        ):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
-        if isinstance(self.multiple_of, str) and self.multiple_of != "tuned":
-            raise ValueError(f'multiple_of must be a whole number or "tuned", got {self.multiple_of!r}.')
-        for name in ("multiple_of", "min_state_size", "num_reductions", "calibration_batches"):
-            value = getattr(self, name)
-            if value is not None and value != "tuned" and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-
-        if self.start < 0 or self.end <= 0:
-            raise ValueError(f"start must be at least 0 and end positive, got {self.start} and {self.end}.")
         if (self.start < 1) == (self.end < 1) and self.start >= self.end:
             raise ValueError(f"start must come before end, got {self.start} and {self.end}.")
-        if not 0 <= self.min_reduction < 1:
-            raise ValueError(
-                f"min_reduction must lie in [0, 1), got {self.min_reduction}: it is a share of the states."
+
+    @classmethod
+    def of(cls, config: ConfigLike) -> CompreSSMConfig:
+        """A config from itself, from its values as a dictionary, or the default one from None.
+
+        Raises:
+            TypeError: if it is none of these, or the dictionary names a field that there is not.
+            ValueError: if a value is out of range or two targets are given.
+        """
+        if config is None or isinstance(config, cls):
+            return config or cls()
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"A config is a CompreSSMConfig or a dictionary of its values, got {config!r}: write, for example, "
+                "CompreSSMConfig(state_size=8)."
             )
-        if self.rollback is not None and not self.rollback >= 0:
-            raise ValueError(f"rollback must be at least 0, got {self.rollback}: it is a change of the metric.")
+        known = [field.name for field in fields(cls)]
+        for name in config:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}."
+                raise TypeError(f"CompreSSMConfig has no field {name!r}: {hint}")
+        return cls(**config)
 
     @property
     def has_target(self) -> bool:
@@ -161,3 +158,95 @@ class CompreSSMConfig:
         if isinstance(self.state_size, Mapping):
             values["state_size"] = {str(i): r for i, r in self.state_size.items()}
         return values
+
+
+ConfigLike: TypeAlias = CompreSSMConfig | Mapping[str, Any] | None
+"""A config, its values as a dictionary, or None for the default."""
+
+
+def _is_number(value: Any) -> bool:
+    """Of Python or numpy, finite; True and False are none."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and (isinstance(value, Integral) or math.isfinite(value))
+
+
+def _number(interval: str, lies_in: Callable[[float], bool], what: str = "") -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if not _is_number(value) or not lies_in(value):
+            raise ValueError(f"{name} must be a number {interval}, got {value!r}{what and f': it is {what}'}.")
+        return int(value) if isinstance(value, Integral) else float(value)
+
+    return check
+
+
+def _whole(least: int) -> Callable[[str, Any], int]:
+    """From `least` up, also as a float (8.0) or a numpy integer."""
+
+    def check(name: str, value: Any) -> int:
+        if not _is_number(value) or value != int(value):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        if not least <= value < _MOST:
+            raise ValueError(
+                f"{name} must be at least {least}{f' and below {_MOST}' if value > least else ''}, got {value!r}."
+            )
+        return int(value)
+
+    return check
+
+
+def _one_of(values: Sequence[str]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}.")
+        return str.__str__(value)
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def _sizes(name: str, value: Any) -> int | dict[int, int]:
+    """One size, or {layer: size}, whose layers are strings once they were in JSON."""
+    if not isinstance(value, Mapping):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            raise ValueError(f"{name} of each layer is given as {{layer: size}}, got {value!r}.")
+        return _whole(1)(name, value)
+    sizes: dict[int, int] = {}
+    for key, size in value.items():
+        layer = _whole(0)(f"The layer in {name}", int(key) if isinstance(key, str) and key.isdecimal() else key)
+        if layer in sizes:
+            raise ValueError(f"{name} names layer {layer} twice, got {value!r}.")
+        sizes[layer] = _whole(1)(f"{name} of layer {layer}", size)
+    if not sizes:
+        raise ValueError(f"{name}={{}} names no layer: give {{layer: size}}, or one size for all layers.")
+    return sizes
+
+
+_MOST = 2**32
+
+# What each field takes. None is taken where it is the default.
+_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "max_divergence": _number("above 0", lambda x: x > 0, "a divergence in nats per token; tolerance=0 cuts nothing"),
+    "tolerance": _number("in [0, 1)", lambda x: 0 <= x < 1, "a share of the Hankel energy"),
+    "state_size": _sizes,
+    "ratio": _number("in (0, 1]", lambda x: 0 < x <= 1, "the share of the states to keep"),
+    "realization": lambda name, value: _one_of(REALIZATIONS)(name, value),  # which may be added to
+    "selection": _one_of(get_args(Selection)),
+    "refit": _whole(0),
+    "weights": _one_of(get_args(Weights)),
+    "estimator": _one_of(get_args(Estimator)),
+    "uniform": _flag,
+    "multiple_of": lambda name, value: value if value == "tuned" else _whole(1)(name, value),
+    "min_state_size": _whole(1),
+    "seed": _whole(0),
+    "start": _number("from 0 up", lambda x: x >= 0),
+    "end": _number("above 0", lambda x: x > 0),
+    "num_reductions": _whole(1),
+    "min_reduction": _number("in [0, 1)", lambda x: 0 <= x < 1, "a share of the states"),
+    "calibration_batches": _whole(1),
+    "rollback": _number("from 0 up", lambda x: x >= 0, "a change of the metric"),
+}

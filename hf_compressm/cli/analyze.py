@@ -17,6 +17,7 @@ from .console import (
     Json,
     Model,
     calibration_batches_of,
+    check_figure,
     exit_codes,
     load,
     measuring,
@@ -55,7 +56,10 @@ def analyze(
     from ..hankel.ranks import energy_rank
 
     with exit_codes():
-        CompreSSMConfig(tolerance=tolerance)  # refuses what is no share, before the long part
+        # Before the long part.
+        CompreSSMConfig(tolerance=tolerance)
+        if figure is not None:
+            check_figure(figure)
         with progress_bar() as progress:
             loaded, tokenizer = load(model, progress)
             batches = calibration_batches_of(loaded, tokenizer, calibration, progress)

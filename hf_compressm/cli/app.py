@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from .console import exit_codes, interruptible
 
 
 def _paragraphs(text: str | None) -> str:
@@ -29,8 +32,8 @@ app = typer.Typer(
     The slim model loads with from_pretrained like any other: after [bold]import hf_compressm[/bold], or anywhere with
     trust_remote_code=True. With --uniform it is a stock checkpoint that needs neither.
 
-    Exit codes: 0 done, 1 can't be done (the message says why), 2 unknown option, 130 stopped by Ctrl-C. Whatever stops it,
-    an output folder is complete or not there, and so is what is pushed. Results go to stdout, all else to stderr."""),
+    Exit codes: 0 done, 1 can't be done (the message says why), 2 unknown option or a value that is none, 3 there was nothing
+    to cut, so nothing was written, 130 stopped by Ctrl-C. Whatever stops it, an output folder is complete or not there, and so is what is pushed. Results go to stdout, all else to stderr."""),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -38,7 +41,14 @@ app = typer.Typer(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    return app.command(help=_paragraphs(function.__doc__))(function)
+    """Make a function a command, with exit codes."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with exit_codes(), interruptible():
+            function(*args, **kwargs)
+
+    return app.command(help=_paragraphs(function.__doc__))(run)
 
 
 def _show_version(wanted: bool) -> None:

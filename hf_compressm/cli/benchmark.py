@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import command
-from .console import Json, exit_codes, note, progress_bar
+from .console import Json, note, progress_bar
 
 
 @command
@@ -21,17 +21,19 @@ def benchmark(
     ],
     state_size: Annotated[
         list[int] | None,
-        typer.Option(help="Compare with this state size; may be given several times. By default an eighth of it."),
+        typer.Option(
+            min=1, help="Compare with this state size; may be given several times. By default an eighth of it."
+        ),
     ] = None,
     realization: Annotated[
         str, typer.Option(help="How Mamba-2 gets there: project, select, or auto, which is project.")
     ] = "auto",
-    length: Annotated[int, typer.Option(help="Tokens of a sequence in training and prefill.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Sequences in training and prefill.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence in training and prefill.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in training and prefill.")] = 8,
     decode_batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences that are decoded together; may be given several times.")
+        list[int] | None, typer.Option(min=1, help="Sequences that are decoded together; may be given several times.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed steps, of which the median counts.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps, of which the median counts.")] = 10,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cuda or cpu. By default cuda, if there is one.")] = None,
     as_json: Json = False,
@@ -44,28 +46,27 @@ def benchmark(
     """
     import torch
 
-    from .speed import Workload, load_config, missing_kernels
+    from .speed import Workload, find_device, load_config, missing_kernels
     from .speed import benchmark as run
 
-    with exit_codes():
-        if dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype}.")
-        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        work = Workload(length, batch, batch, tuple(decode_batch or (1, 64, 512)), getattr(torch, dtype), repeats)
-        config = load_config(model)
-        columns: list[dict[str, float]] = []
-        with progress_bar() as progress:
-            task = progress.add_task("building the model", total=None)
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype}.")
+    on = find_device(device)
+    work = Workload(length, batch, batch, tuple(decode_batch or (1, 64, 512)), getattr(torch, dtype), repeats)
+    config = load_config(model)
+    columns: list[dict[str, float]] = []
+    with progress_bar() as progress:
+        task = progress.add_task("building the model", total=None)
 
-            def time_all(size: int | None) -> None:
-                columns.append({})
-                for row, value in run(config, size, realization, on, work):
-                    columns[-1][row] = value
-                    progress.update(task, description=f"state size {columns[-1]['state size']:.0f}: {row} done")
+        def time_all(size: int | None) -> None:
+            columns.append({})
+            for row, value in run(config, size, realization, on, work):
+                columns[-1][row] = value
+                progress.update(task, description=f"state size {columns[-1]['state size']:.0f}: {row} done")
 
-            time_all(None)
-            for size in state_size or [max(1, int(columns[0]["state size"]) // 8)]:
-                time_all(size)
+        time_all(None)
+        for size in state_size or [max(1, int(columns[0]["state size"]) // 8)]:
+            time_all(size)
     missing = missing_kernels(on)
     if as_json:
         typer.echo(json.dumps({"device": str(on), "missing_kernels": missing, "results": columns}, indent=2))

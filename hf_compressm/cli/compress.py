@@ -104,8 +104,10 @@ def compress(
     """
     from ..compress import compress_
     from ..config import CompreSSMConfig
+    from ..cutting.nothing_to_cut import why_nothing
     from ..data.evaluation import describe, evaluation_ids
     from ..hub import check_login, publish
+    from ..layers import find_layers
     from ..reporting.record import set_report_
     from ..reporting.rows import Perplexity
 
@@ -137,11 +139,12 @@ def compress(
             before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
             with measuring(slim, batches, progress, then="choosing the states to keep"):
                 report = compress_(slim, config, batches)
-            if ids is not None:
+            nothing_cut = report.states_after == report.states_before
+            if ids is not None and not nothing_cut:
                 after = timed_evaluation(slim, ids, progress, "perplexity after")
                 report = replace(report, perplexity=Perplexity.of(before, after, describe(ids)))
                 set_report_(slim, report)
-            if output is not None and not dry_run:
+            if output is not None and not dry_run and not nothing_cut:
                 progress.add_task("saving", total=None)
                 with new_folder(output) as folder:
                     slim.save_pretrained(folder)
@@ -149,7 +152,11 @@ def compress(
                         tokenizer.save_pretrained(folder)
     if not as_json:
         Console().print(report)
-    if dry_run:
+    if nothing_cut:
+        reason = why_nothing(config, find_layers(slim), report.realization)
+        note(escape(f"nothing to cut: {reason or 'the target asks for none.'} Nothing was written."))
+        output = push_to_hub = None
+    elif dry_run:
         note("dry run: nothing was written")
         output = push_to_hub = None
     elif tokenizer is None:
@@ -164,3 +171,5 @@ def compress(
     if as_json:
         where = {"saved_in": str(output) if output is not None else None, "pushed_to": push_to_hub}
         typer.echo(json.dumps(report.to_dict() | where, indent=2))
+    if nothing_cut:
+        raise typer.Exit(3)

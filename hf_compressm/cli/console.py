@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +54,19 @@ def exit_codes() -> Iterator[None]:
         raise fail(error) from error
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in here, so that what was begun is tidied up, whatever it does elsewhere."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def empty_folder(folder: Path) -> Path:
     """Refuse a folder that holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -60,19 +76,62 @@ def empty_folder(folder: Path) -> Path:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside it, which takes its name once everything is written and vanishes if something fails."""
+    """A folder beside it, which takes its name once everything is written and vanishes if something fails.
+
+    What processes that were killed have left of the same output is removed.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    from safetensors import SafetensorError
+
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        if not _is_running(left.name.removeprefix(f".{folder.name}.").removesuffix(".partial")):
+            shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
         yield partial
-        if folder.exists():
+        if os.name == "nt" and folder.exists():
             folder.rmdir()
-        partial.rename(folder)
-    except BaseException:
+        partial.replace(folder)  # of an empty folder, too
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # as where the disk is full
+            raise OSError(f"{folder} could not be written, and nothing of it was left: {error}") from error
         raise
+
+
+def _is_running(process: str) -> bool:
+    """Whether another process has this number."""
+    if not process.isdecimal() or os.name == "nt":
+        return True
+    if int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a figure that could not be written.
+
+    Raises:
+        OSError, ValueError: with the reason.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().lstrip(".") not in formats:
+        raise ValueError(f"A figure is a file in one of the formats {', '.join(formats)}, got {path}: name a .png.")
+    if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"{path} can't be written: name a file in a folder that is there.")
 
 
 @contextmanager
@@ -105,14 +164,18 @@ def load(model: str, progress: Progress) -> tuple[Any, Any]:
 
 def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
     """What to measure on, in small batches, for a bar that moves."""
-    from ..data.calibration import BATCH, calibration_batches, sequences_for
+    from ..data.batches import BATCH
+    from ..data.calibration import calibration_batches, sequences_for
     from ..data.texts import windows
 
     data = None
     if text is not None:
         if tokenizer is None:
             raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
-        data = windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
+        try:
+            data = windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{text} is no text in UTF-8 ({error}): give another file to --calibration.") from error
     task = progress.add_task("preparing calibration data", total=None)
     batches = calibration_batches(data, model, tokenizer)
     progress.remove_task(task)

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from .app import command
-from .console import Model, empty_folder, exit_codes, load, new_folder, note, progress_bar
+from .console import Model, empty_folder, load, new_folder, note, progress_bar
 
 
 @command
@@ -25,7 +25,7 @@ def export(
     from ..hub import export_mamba_ssm
 
     empty_folder(output)
-    with exit_codes(), progress_bar() as progress:
+    with progress_bar() as progress:
         loaded, _ = load(model, progress)
         progress.add_task("saving", total=None)
         with new_folder(output) as folder:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .app import command
-from .console import Json, exit_codes, note
+from .console import Json, note
 
 
 @command
@@ -21,8 +21,7 @@ def show(
     """Show what was done to a slim model: each of its cuts, by the record that is saved with it."""
     from ..reporting.record import read_record
 
-    with exit_codes():
-        cuts = read_record(model)
+    cuts = read_record(model)
     if as_json:
         typer.echo(json.dumps([cut.to_dict() for cut in cuts], indent=2))
         return

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 from ..cutting.first_states import cut_to_first_states_
+from ..hub.pretrained import check_name
 from ..hub.state_spaces import is_state_spaces_checkpoint, load_state_spaces_config
 from ..layers import find_layers
 
@@ -51,6 +52,19 @@ class Workload:
     repeats: int = 10
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; by default a GPU, if there is one.
+
+    Raises:
+        ValueError: if it is not here.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name is not None and name not in here:
+        raise ValueError(f"--device must be one of what is here, {', '.join(here)}, got {name}.")
+    return torch.device(name or ("cuda" if gpus else "cpu"))
+
+
 def missing_kernels(device: torch.device) -> list[str]:
     """The packages without which transformers runs its slow scan in plain torch; on a CPU there are none."""
     if device.type != "cuda":
@@ -73,6 +87,7 @@ def build(config: Any, device: torch.device, size: int | None = None, realizatio
 
 def load_config(name: str) -> Any:
     """The config of a checkpoint in either layout, or of a folder with a config.json and nothing else."""
+    check_name(name)
     return load_state_spaces_config(name) if is_state_spaces_checkpoint(name) else AutoConfig.from_pretrained(name)
 
 

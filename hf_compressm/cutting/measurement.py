@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import CompreSSMConfig
+from ..config import CompreSSMConfig, ConfigLike
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
 from ..layers import Layer, MixerInputs
@@ -40,7 +40,7 @@ class Measurement:
     sample: Mapping[str, Tensor] | None = None
     held_out: Sequence[Mapping[str, Tensor]] = ()
 
-    def plan(self, config: CompreSSMConfig | None = None) -> Plan:
+    def plan(self, config: ConfigLike = None) -> Plan:
         """Choose the sizes and the states; nothing is changed.
 
         Args:
@@ -49,7 +49,7 @@ class Measurement:
         Raises:
             ValueError: if the target can't be reached, or asks for what was not measured; or if the model was cut since.
         """
-        config = (config or CompreSSMConfig()).after_training()
+        config = CompreSSMConfig.of(config).after_training()
         if config.estimator != self.estimator:
             raise ValueError(
                 f"The model was measured with estimator={self.estimator!r}, and the config has {config.estimator!r}: "

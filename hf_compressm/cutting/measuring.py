@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import CompreSSMConfig
+from ..config import CompreSSMConfig, ConfigLike
 from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs, find_layers
+from ..layers import Layer, MixerInputs, find_layers, plain_model
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
 
@@ -23,7 +23,7 @@ SENSITIVITY_SEQUENCES = 4
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, data: Any = None, config: CompreSSMConfig | None = None, *, tokenizer: Any = None
+    model: PreTrainedModel, data: Any = None, config: ConfigLike = None, *, tokenizer: Any = None
 ) -> Measurement:
     """Measure what the states of a model's layers do: once, for any number of plans. The model is not changed.
 
@@ -39,7 +39,7 @@ def measure(
         ValueError: if the model has no SSM layer or weights that can't be cut, or the data does not fit the model.
         TypeError: if the data is of an unknown kind.
     """
-    config = (config or CompreSSMConfig()).after_training()
+    config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     layers = find_layers(model)
     batches = calibration_batches(data, model, tokenizer)
     held_out: list[dict[str, Tensor]] = []
@@ -68,7 +68,7 @@ def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig) -> list[S
 
 
 def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) -> None:
-    """Refuse statistics of a mixer that never ran.
+    """Refuse statistics of a mixer that never ran, or that are not finite.
 
     Raises:
         ValueError: if there is one.
@@ -76,3 +76,8 @@ def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) ->
     for layer, entry in zip(layers, statistics, strict=True):
         if not entry.tokens:
             raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
+        if not all(torch.isfinite(total).all() for total in entry.sums()):
+            raise ValueError(
+                f"From {layer.name} on, what the model computes on the calibration data is not finite: look for NaN or "
+                "infinity in its weights and those before it, or load the model in float32."
+            )

@@ -14,13 +14,14 @@ from ..backends import Backend, OneProcess
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs, Realization, find_layers, realization_of, realize
+from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
 from .budget import Ladder, keep_budget
 from .divergence import Divergence, cut_for_a_while
+from .nothing_to_cut import why_nothing
 from .sensitivity import cost_curves, errors
 from .sizes import check_targets, choose_sizes, sizes_to_choose_from
 
@@ -73,6 +74,7 @@ class Plan:
             ValueError: if the model has other layers than the one that was measured, the new weights are not finite, or
                 the optimizer's state can't follow. Nothing is changed then.
         """
+        model = plain_model(model)
         layers = find_layers(model)
         planned = {row.index: row.old_size for row in self.report.layers}
         found = {layer.index: layer.state_size for layer in layers}
@@ -85,6 +87,9 @@ class Plan:
         cut_(model, layers, self.realizations, optimizer, backend or OneProcess())
         record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
+        reason = None if self.realizations else why_nothing(self.config, layers, self.report.realization)
+        if reason is not None:
+            logger.warning(f"hf_compressm: nothing to cut: {reason} The model is as it was.")
         return self.report
 
 

@@ -32,10 +32,13 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
             raise ValueError(f"state_size names layer {index}; the SSM layers are {sorted(by_index)}.")
         layer = by_index[index]
         if size >= layer.state_size:
-            raise ValueError(
-                f"Layer {index} has {layer.state_size} states, so it can't be cut to {size}: ask for fewer, or leave the "
-                "layer out of {layer: size}."
+            smallest = min(layer.state_size for layer in layers)
+            todo = (
+                "ask for fewer, or leave the layer out of {layer: size}"
+                if isinstance(config.state_size, Mapping)
+                else f"ask for fewer than {smallest}"
             )
+            raise ValueError(f"Layer {index} has {layer.state_size} states, so it can't be cut to {size}: {todo}.")
         layer.realizations[name].check_size(layer, size)
 
 
@@ -78,5 +81,12 @@ def choose_sizes(
         assert config.tolerance is not None
         sizes = [int(energy_rank(spectrum, config.tolerance).max()) for spectrum in spectra]
     if config.uniform:
-        sizes = [max(sizes)] * len(sizes)
+        in_all = sorted(set.intersection(*map(set, choices)))
+        size = next((r for r in in_all if r >= max(sizes)), None)
+        if size is None:
+            raise ValueError(
+                f"A layer needs {max(sizes)} states, and the sizes that all layers can have are {in_all}: uniform=True is "
+                "not for this model with this target. Name a state_size, give up more, or drop uniform=True."
+            )
+        return [size] * len(sizes)
     return [next(r for r in choice if r >= size) for size, choice in zip(sizes, choices, strict=True)]

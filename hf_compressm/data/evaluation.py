@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .calibration import check_batches
+from .batches import check_batches
 from .texts import EVALUATION, LENGTH, windows
 
 # Spread over the whole text, so that they represent it; few enough for a CPU.

@@ -21,7 +21,7 @@ def export_mamba_ssm(model: PreTrainedModel, folder: str | Path) -> None:
 
     Raises:
         ValueError: if the original layout cannot hold the model.
-        FileExistsError: if the folder holds anything.
+        OSError: if the folder holds anything, or can't be written.
     """
     config = _to_original_config(model)
     weights = {
@@ -36,7 +36,10 @@ def export_mamba_ssm(model: PreTrainedModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: export to a new folder, mamba_ssm reads no other layout there.")
-    torch.save(weights, folder / WEIGHTS_NAME)
+    try:
+        torch.save(weights, folder / WEIGHTS_NAME)
+    except RuntimeError as error:  # as where the disk is full
+        raise OSError(f"{folder / WEIGHTS_NAME} could not be written: {error}") from error
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,15 +1,19 @@
 """Load a checkpoint of either layout exactly as it is on disk, or say what is wrong with it."""
 
 import copy
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, logging
 
-from .state_spaces import is_state_spaces_checkpoint, load_state_spaces_model, only_hub
+from .state_spaces import is_state_spaces_checkpoint, load_state_spaces_model, only_hub, refuse_nested_weights
 
 logger = logging.get_logger(__name__)
 
@@ -18,7 +22,7 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     """Load a causal language model from the Hub or a folder, in the layout of transformers or of `state-spaces/*`.
 
     Stricter than `from_pretrained`: a weight that is not in the checkpoint is an error, where transformers warns and
-    draws it at random.
+    draws it at random, and so is one that the model has no place for, where transformers leaves it out.
 
     Args:
         name_or_path: a name on the Hub or a local folder.
@@ -28,6 +32,7 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
         OSError: if there is no such checkpoint, or a file of it is missing, damaged or half written.
         ValueError: if its weights don't fit its config or are quantised, or it is no causal language model.
     """
+    check_name(name_or_path)
     hub_kwargs = only_hub(from_pretrained_kwargs)
     if is_state_spaces_checkpoint(name_or_path, **hub_kwargs):
         return load_state_spaces_model(name_or_path, **from_pretrained_kwargs)
@@ -53,6 +58,7 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
             kwargs["config"].rescale_prenorm_residual = False
         else:
             kwargs["rescale_prenorm_residual"] = False
+    weights = Path(name_or_path) / hub_kwargs.get("subfolder", "") / WEIGHTS_NAME
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
@@ -65,11 +71,20 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
         if "PytorchStreamReader" not in str(error):
             raise
         raise _incomplete(name_or_path, error) from error
+    except AttributeError:
+        _check_weights(weights)
+        raise
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
-        raise _incomplete(name_or_path, f"{len(missing)} weights are not in it: {shown}")
+        _check_weights(weights)
+        raise _incomplete(name_or_path, f"{len(missing)} weights are not in it: {_some(missing)}")
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        raise ValueError(
+            f"{name_or_path} holds {len(unexpected)} weights that the model of its config.json has no place for: "
+            f"{_some(unexpected)}. It would be another model without them: are both files from the same one?"
+        )
     if info["mismatched_keys"]:
         raise ValueError(
             f"Weights of {name_or_path} have other shapes than its config.json says: "
@@ -78,12 +93,43 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     return model
 
 
+def check_name(name_or_path: str | Path) -> None:
+    """Refuse what is neither a folder nor can be the name of a repository.
+
+    Raises:
+        OSError: with what to give instead.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"A model is given by its name on the Hub or its folder, got {type(name_or_path).__name__}: give one of these."
+        )
+    if os.path.isdir(name_or_path):
+        return
+    if os.path.exists(name_or_path):
+        raise OSError(f"{name_or_path} is a file: name the folder that holds it, with config.json and the weights.")
+    try:
+        validate_repo_id(str(name_or_path))
+    except HFValidationError as error:
+        raise OSError(
+            f"There is no folder {str(name_or_path)!r}, and it can't be the name of a repository on the Hub: check the path."
+        ) from error
+
+
 def _check_folder(folder: Path, subfolder: str) -> None:
     if folder.is_dir() and not (folder / subfolder / CONFIG_NAME).is_file():
         raise OSError(
             f"{folder / subfolder} has no {CONFIG_NAME}, so it holds no whole checkpoint: name the folder that "
             "save_pretrained wrote, or save or download it again."
         )
+
+
+def _check_weights(path: Path) -> None:
+    if path.is_file():
+        refuse_nested_weights(path, torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 def _incomplete(name: str | Path, reason: object) -> OSError:

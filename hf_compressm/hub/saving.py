@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from ..compat import PUSH_FROM_CHECKPOINT, UPLOAD
 from ..modeling.modeling_compressm import is_slimmed, wrap_once, write_source
-from ..reporting.card import write_model_card
-from ..reporting.record import history_of, write_record
+from ..reporting.card import card_files, write_model_card
+from ..reporting.files import write_files_whole
+from ..reporting.record import record_files
 
 
 def install() -> None:
@@ -34,8 +35,11 @@ def install() -> None:
 
 def write_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
     """Write what belongs to a slimmed model beside its weights and config: history and card, if it was ever cut."""
-    write_record(model, folder)
-    write_model_card(model, folder, repo_id)
+    write_files_whole(folder, _files(model, folder, repo_id))
+
+
+def _files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> dict[str, bytes]:
+    return record_files(model) | card_files(model, folder, repo_id)
 
 
 def _with_files(stock_save: Callable) -> Callable:
@@ -43,10 +47,10 @@ def _with_files(stock_save: Callable) -> Callable:
         self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
         _install_in_trainer()
-        history_of(self)  # before anything is written over the checkpoint that it came from
+        # Before anything is written over the checkpoint that it came from, and so that nothing takes time in between.
+        files = _files(self, save_directory) if is_main_process else {}
         result = stock_save(self, save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            write_files(self, save_directory)
+        write_files_whole(save_directory, files)
         return result
 
     return save_pretrained

@@ -127,7 +127,7 @@ def load_state_spaces_model(
     weights = {name.replace("backbone.embedding.", "backbone.embeddings."): w for name, w in weights.items()}
     _check_weights(weights, model_class, config, str(name_or_path))
     if config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+        weights.pop("lm_head.weight", None)
     model = model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs)
     model.config.name_or_path = str(name_or_path)
     return model
@@ -155,9 +155,25 @@ def _read_weights(name_or_path: str | Path, hub_kwargs: dict[str, Any]) -> dict[
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise _damaged(path, error) from error
+    refuse_nested_weights(path, weights)
     if not isinstance(weights, dict) or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise _damaged(path, "a dictionary of tensors is expected")
     return weights
+
+
+def refuse_nested_weights(path: str | Path, loaded: Any) -> None:
+    """Refuse the checkpoint of a training run, which holds its weights under a name.
+
+    Raises:
+        ValueError: with how to take them out.
+    """
+    inside = [name for name, value in loaded.items() if isinstance(value, dict)] if isinstance(loaded, dict) else []
+    if inside:
+        name = next((name for name in ("model", "state_dict", "model_state_dict") if name in inside), inside[0])
+        raise ValueError(
+            f"{path} holds {', '.join(map(repr, loaded))} and not weights alone: take them out, "
+            f"torch.save(torch.load(path, weights_only=True)[{name!r}], path)."
+        )
 
 
 def _find(name_or_path: str | Path, filename: str, hub_kwargs: dict[str, Any]) -> str:
@@ -227,6 +243,8 @@ def _check_weights(weights: dict[str, torch.Tensor], model_class, config, name: 
     with torch.device("meta"):
         wanted = {key: tuple(weight.shape) for key, weight in model_class(config).state_dict().items()}
     found = {key: tuple(weight.shape) for key, weight in weights.items()}
+    if config.tie_word_embeddings and "lm_head.weight" not in found:
+        del wanted["lm_head.weight"]  # which is that of the embeddings
     problems = [f"missing {key}" for key in wanted.keys() - found.keys()]
     problems += [f"unexpected {key}" for key in found.keys() - wanted.keys()]
     problems += [
@@ -240,9 +258,8 @@ def _check_weights(weights: dict[str, torch.Tensor], model_class, config, name: 
             f"The weights of {name} do not fit its config.json ({len(problems)} differences):\n  {shown}\n"
             "Are both files from the same model?"
         )
-    if config.tie_word_embeddings and not torch.equal(
-        weights["lm_head.weight"], weights["backbone.embeddings.weight"]
-    ):
+    head = weights.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None and not head.equal(weights["backbone.embeddings.weight"]):
         raise ValueError(
             f"{name} has an lm_head of its own, but its config.json ties it to the embeddings: set `tie_embeddings` "
             "to false there."

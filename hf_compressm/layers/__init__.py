@@ -3,7 +3,7 @@
 from .contracts import Layer, MixerInputs, Realization, new_data
 from .mixer import MixerLayer
 from .parameters import ParameterCut, set_data_
-from .registry import find_layers, realization_of, realize, register, register_realization
+from .registry import find_layers, plain_model, realization_of, realize, register, register_realization
 
 __all__ = [
     "Layer",
@@ -13,6 +13,7 @@ __all__ = [
     "Realization",
     "find_layers",
     "new_data",
+    "plain_model",
     "realization_of",
     "realize",
     "register",

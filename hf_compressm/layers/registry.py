@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..compat import uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
@@ -43,6 +45,28 @@ def register_realization(family: Any, realization: type[Realization]) -> None:
     family.realizations = family.realizations | {realization.name: realization}
     if realization.name not in REALIZATIONS:
         REALIZATIONS.append(realization.name)
+
+
+def plain_model(model: Any) -> PreTrainedModel:
+    """The model inside of `torch.compile`, or itself.
+
+    Raises:
+        TypeError: if it is wrapped in anything else, or no model of transformers.
+    """
+    model = uncompiled(model)
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(model, nn.Module) and hasattr(model, "merge_and_unload"):
+        todo = (
+            "merge its adapters first (merge_and_unload), or cut the base model and train the adapter on the slim one"
+        )
+    elif isinstance(model, nn.Module):
+        inside = next((name for name, part in model.named_modules() if isinstance(part, PreTrainedModel)), None)
+        todo = f"pass the model inside of it, get_submodule({inside!r})" if inside else "pass the whole model"
+    else:
+        todo = "pass a loaded model"
+    kind = model.__name__ if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"{kind} is no PreTrainedModel, as the models of transformers are: {todo}.")
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -74,6 +98,12 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
     Raises:
         ValueError: if it is one that they can't have.
     """
+    projected = [layer.index for layer in layers if layer.unprojected_state_size is not None]
+    if config.uniform and projected:
+        raise ValueError(
+            f"uniform=True asks for a stock checkpoint, and layer {projected[0]} scans a projected state, which no stock "
+            "class loads: cut the model that it was projected from with uniform=True, or drop uniform=True."
+        )
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     if config.realization == "auto":
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"

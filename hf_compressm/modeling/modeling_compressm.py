@@ -32,7 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+
+NEEDS = "5.23"
+
+# The first thing that happens where remote code is trusted: with an older one, names below would be missing.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, NEEDS.split("."))):
+    raise ImportError(
+        f"This model needs transformers {NEEDS} or newer, and {transformers.__version__} is installed: "
+        f"pip install 'transformers>={NEEDS}'"
+    )
+
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.accelerate import force_accelerate_hooks
@@ -88,9 +99,18 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
 
     @torch.no_grad()
     def init_mamba2_weights(self):
-        """Initialise as the stock mixer does; the projections start by selecting the first r states."""
-        super().init_mamba2_weights()
+        """Initialise as the stock mixer does; the projections start by selecting the first r states.
+
+        Raises:
+            ValueError: if the mixer's other weights came from a checkpoint that lacks the projections.
+        """
         projection = self.BC_projection
+        if getattr(self.A_log, "_is_hf_initialized", False) and not getattr(projection, "_is_hf_initialized", False):
+            raise ValueError(
+                f"The checkpoint has no BC_projection for layer {self.layer_idx}, without which its state is another one: "
+                "save or download it again."
+            )
+        super().init_mamba2_weights()
         identity = torch.eye(*projection.shape[1:], dtype=projection.dtype, device=projection.device)
         init.copy_(projection, identity.expand_as(projection))
 
@@ -272,10 +292,15 @@ def is_slimmed(config: Any) -> bool:
 
 
 def update_auto_map(config: PreTrainedConfig) -> None:
-    """Name this file in `config.auto_map` if the model needs it, take its name out if it does not. In place."""
+    """Name this file in `config.auto_map` if the model needs it, take its name out if it does not. In place.
+
+    Other code for config and models, of the checkpoint that it was cut from, knows no layers of different sizes: its entries
+    make room. Those of tokenizers and processors stay.
+    """
     entries = getattr(config, "auto_map", None) or {}
     auto_map = {key: name for key, name in entries.items() if MODULE_NAME not in str(name)}
     if config.is_heterogeneous and config.model_type in ARCHITECTURES:
+        auto_map = {key: name for key, name in auto_map.items() if not key.startswith(("AutoConfig", "AutoModel"))}
         prefix = ARCHITECTURES[config.model_type].prefix
         auto_map |= {key: f"{MODULE_NAME}.{prefix}{suffix}" for key, suffix in AUTO_CLASSES.items()}
     if auto_map == entries:
@@ -368,8 +393,10 @@ def _write_source_beside(stock_to_json_file: Callable) -> Callable:
 
 
 def write_source(folder: Path) -> None:
-    """Write this file to a folder."""
-    (folder / f"{MODULE_NAME}.py").write_text(SOURCE, encoding="utf-8")
+    """Write this file to a folder, whole or not at all."""
+    partial = folder / f".{MODULE_NAME}.py.partial"
+    partial.write_text(SOURCE, encoding="utf-8")
+    partial.replace(folder / f"{MODULE_NAME}.py")
 
 
 install()

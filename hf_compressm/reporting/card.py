@@ -5,6 +5,7 @@ The card is a section between two comments, so that a README.md with a text of i
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..data.texts import STATE_SPACES_TOKENIZER as TOKENIZER
+from .files import write_files_whole
 from .record import RECORD, Cut, base_model, history_of
 from .report import CompressionReport
 
@@ -57,28 +59,34 @@ def model_card(model: PreTrainedModel, repo_id: str | None = None) -> ModelCard:
 
 
 def write_model_card(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
-    """Write `README.md` and `spectra.png` for a model that was cut; nothing for any other.
+    """Write `README.md` and `spectra.png` for a model that was cut; nothing for any other. See `card_files`."""
+    write_files_whole(folder, card_files(model, folder, repo_id))
 
-    A card that is there already keeps its text and metadata, and the section is put in its place or at the end. A
+
+def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> dict[str, bytes]:
+    """`README.md` and `spectra.png` of a model that was cut, by their names; nothing for any other.
+
+    A card that is in the folder already keeps its text and metadata, and the section is put in its place or at the end. A
     README.md without metadata is no model card and stays as it is.
 
     Args:
         model: that was cut, or not.
-        folder: where the model is saved.
+        folder: where the model is, or is to be, saved.
         repo_id: the repository that it is for, if known.
     """
     history = history_of(model)
     if not history:
-        return
+        return {}
     path = Path(folder) / CARD
     card = model_card(model, repo_id)
     old = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True) if path.exists() else None
     if old is not None and not old.data.to_dict():
-        return
-    history[-1].report.plot().savefig(Path(folder) / FIGURE, dpi=150)
+        return {}
+    figure = io.BytesIO()
+    history[-1].report.plot().savefig(figure, dpi=150)
     if old is not None:
         _keep_text_and_metadata(old, card, _section(model, repo_id))
-    card.save(path)
+    return {CARD: str(card).encode(), FIGURE: figure.getvalue()}
 
 
 def _keep_text_and_metadata(old: Any, card: Any, section: str) -> None:

@@ -116,12 +116,13 @@ class Recorded:
                 delattr(self.model, name)
 
 
-def write_record(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write `compressm.json` for a model that was ever cut; nothing for any other."""
+def record_files(model: PreTrainedModel) -> dict[str, bytes]:
+    """`compressm.json` of a model that was ever cut, by its name; nothing for any other."""
     history = history_of(model)
-    if history:
-        record = {"schema_version": SCHEMA_VERSION, "cuts": [cut.to_dict() for cut in history]}
-        (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not history:
+        return {}
+    record = {"schema_version": SCHEMA_VERSION, "cuts": [cut.to_dict() for cut in history]}
+    return {RECORD: f"{json.dumps(record, indent=1)}\n".encode()}
 
 
 def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:

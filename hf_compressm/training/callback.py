@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..backends import Backend, OneProcess, find_backend
 from ..compat import calling_trainer, checkpoint_parent
-from ..config import CompreSSMConfig
+from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
 from ..cutting.optimizer import check_optimizer, unwrap, verify_optimizer
 from ..cutting.snapshot import Snapshot
@@ -90,12 +90,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def __init__(
         self,
-        config: CompreSSMConfig | dict[str, Any] | None = None,
+        config: ConfigLike = None,
         calibration_data: Any = None,
         *,
         tokenizer: Any = None,
     ) -> None:
-        self.config = CompreSSMConfig(**config) if isinstance(config, dict) else config or CompreSSMConfig()
+        self.config = CompreSSMConfig.of(config)
         self._config = training_config(self.config)
         self.calibration_data = calibration_data
         self.tokenizer = tokenizer

@@ -138,3 +138,27 @@ def test_slim_models_with_rescaling_reload_exactly(tmp_path, token_ids, name, fr
     model.save_pretrained(tmp_path / "slim")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype=torch.float32)
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_weights_without_a_place_are_refused(tmp_path, mamba2, token_ids):
+    """Else a smaller or an unprojected model would be loaded, without a word."""
+    compress_(mamba2, CompreSSMConfig(state_size=8), token_ids)
+    mamba2.save_pretrained(tmp_path / "projected")
+    tiny_mamba2().config.save_pretrained(tmp_path / "projected")
+    tiny_mamba(layers=3).save_pretrained(tmp_path / "deep")
+    tiny_mamba(layers=2).config.save_pretrained(tmp_path / "deep")
+    for name, weight in (("projected", r"layers\.0\.mixer\.BC_projection"), ("deep", r"layers\.2\.mixer\.A_log")):
+        with pytest.raises(ValueError, match=f"no place for: backbone.{weight}"):
+            load_model(tmp_path / name)
+
+
+def test_a_projection_that_is_missing_is_refused(tmp_path, mamba2, token_ids):
+    compress_(mamba2, CompreSSMConfig(state_size=8), token_ids)
+    mamba2.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path), token_ids), logits(mamba2, token_ids))
+    weights = load_file(tmp_path / WEIGHTS)
+    del weights["backbone.layers.1.mixer.BC_projection"]
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    for load in (load_model, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="no BC_projection for layer 1"):
+            load(tmp_path)

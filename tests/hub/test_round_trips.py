@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from hf_compressm import CompreSSMConfig, compress_
+from hf_compressm.hub import load_model
 from hf_compressm.modeling import modeling_compressm
 from hf_compressm.modeling.state_sizes import get_state_sizes, get_unprojected_state_sizes, set_state_sizes
 from tests.modeling.models import LAYERS, NOT_UNIFORM, UNIFORM, build, mamba2_config, mamba_config, slim, tokens
@@ -133,15 +135,42 @@ def test_plugin_in_bfloat16_on_a_device_map(folder, models, name):
     torch.testing.assert_close(model(tokens()).logits, models[name](tokens()).logits, atol=0.5, rtol=0.1)
 
 
-def test_projections_that_a_checkpoint_lacks_start_by_selecting(tmp_path):
-    """The weights of a stock model, the config of a projected one: the rest is loaded, not drawn again."""
-    stock = build(mamba2_config())
-    stock.save_pretrained(tmp_path)
+def test_a_checkpoint_that_lacks_its_projections_is_refused(tmp_path):
+    """The weights of a stock model, the config of a projected one: they are two models."""
+    build(mamba2_config()).save_pretrained(tmp_path)
     config = mamba2_config()
     set_state_sizes(config, dict.fromkeys(range(LAYERS), 8), dict.fromkeys(range(LAYERS), 8))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
-    assert get_unprojected_state_sizes(model.config) == [8] * LAYERS
-    assert_same(model(tokens()).logits, stock)
+    with pytest.raises(ValueError, match="no BC_projection for layer 0"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    fresh = AutoModelForCausalLM.from_config(config)
+    for layer in fresh.backbone.layers:
+        assert torch.equal(layer.mixer.BC_projection, torch.eye(8).expand(2 * layer.mixer.n_groups, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["mamba_mixed", "mamba2_projected", "mamba_uniform"])
+def test_remote_code_of_a_model_whose_source_had_some_of_its_own(models, name, tmp_path, monkeypatch):
+    """Its config and model files are not beside the slim model, and would not build it; its tokenizer's entry stays."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = build(mamba_config() if name.startswith("mamba_") else mamba2_config())
+    source.save_pretrained(tmp_path / "source")
+    own = {
+        "AutoConfig": "configuration_own.C",
+        "AutoModelForCausalLM": "modeling_own.M",
+        "AutoModel": "modeling_own.B",
+    }
+    config = read_config(tmp_path / "source") | {"auto_map": own | {"AutoTokenizer": ["tokenization_own.T", None]}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path / "source")
+    if name == "mamba_uniform":  # a stock checkpoint as its source is
+        model.save_pretrained(tmp_path / "again")
+        assert read_config(tmp_path / "again")["auto_map"] == config["auto_map"]
+        return
+    compress_(model, CompreSSMConfig(state_size={0: 3} if name == "mamba_mixed" else 4), tokens(4, 24))
+    model.save_pretrained(tmp_path / "slim")
+    assert read_config(tmp_path / "slim")["auto_map"].keys() == {"AutoModel", "AutoModelForCausalLM", "AutoTokenizer"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", trust_remote_code=True)
+    assert get_state_sizes(again.config) == get_state_sizes(model.config)
+    assert_same(again(tokens()).logits, model)
 
 
 def test_disk_offload(folder, models, tmp_path):

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM, MambaForCausalLM, PreTrainedTokenizerFast
 
-from hf_compressm.hub import export_mamba_ssm, is_state_spaces_checkpoint, load_state_spaces_model, load_tokenizer
+from hf_compressm.hub import (
+    export_mamba_ssm,
+    is_state_spaces_checkpoint,
+    load_model,
+    load_state_spaces_model,
+    load_tokenizer,
+)
 from hf_compressm.modeling.state_sizes import set_state_sizes
 from tests.modeling.models import build, mamba2_config, mamba_config, slim
 
@@ -308,6 +314,33 @@ def test_missing_files_are_named(tmp_path):
     torch.save([1, 2], tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="dictionary of tensors"):
         load_state_spaces_model(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_may_lack_the_head(tmp_path, tied):
+    config = MAMBA | {"tie_embeddings": tied}
+    weights = random_weights(config)
+    del weights["lm_head.weight"]
+    write(tmp_path, config, weights)
+    if not tied:
+        with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+            load_state_spaces_model(tmp_path)
+        return
+    model = load_state_spaces_model(tmp_path)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    assert torch.equal(model.lm_head.weight, weights["backbone.embedding.weight"])
+
+
+@pytest.mark.parametrize("name", ["model", "state_dict", "net"])
+def test_checkpoints_of_training_runs_say_where_the_weights_are(tmp_path, name):
+    original = write(tmp_path / "original", MAMBA, {name: random_weights(MAMBA), "step": 3})
+    ours = tmp_path / "transformers"
+    build(mamba_config()).save_pretrained(ours)
+    (ours / "model.safetensors").unlink()
+    torch.save({name: build(mamba_config()).state_dict(), "step": 3}, ours / "pytorch_model.bin")
+    for folder in (original, ours):
+        with pytest.raises(ValueError, match=rf"holds '{name}', 'step' and not weights alone.*\['{name}'\]"):
+            load_model(folder)
 
 
 def test_code_in_the_weights_is_not_run(tmp_path):

@@ -41,7 +41,7 @@ def sizes(model) -> list[int]:
 
 def outside_the_mixers(model) -> dict[str, torch.Tensor]:
     inside = tuple(layer.name + "." for layer in find_layers(model))
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith(inside)}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForCausalLM, Mamba2Model
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+import hf_compressm
 from hf_compressm.modeling import modeling_compressm
 from hf_compressm.modeling.modeling_compressm import ProjectedMamba2Mixer, install, project_
 from tests.conftest import cache_of
@@ -188,6 +189,22 @@ def test_installing_again_wraps_nothing():
     assert Mamba2Mixer.__init__ is before
     assert namespace["ProjectedMamba2Mixer"] is not ProjectedMamba2Mixer
     slim(mamba2_config(), [3, 3, 3], {0: 8, 1: 8, 2: 8})
+
+
+@pytest.mark.parametrize("version", ["4.57.3", "5.9.0.dev0"])
+def test_an_older_transformers_is_told_what_is_needed(monkeypatch, version):
+    """Before any name that it lacks is asked for."""
+    monkeypatch.setattr("transformers.__version__", version)
+    monkeypatch.delattr("transformers.PreTrainedConfig")
+    with pytest.raises(
+        ImportError, match=rf"needs transformers 5\.23 or newer, and {version} is installed: pip install"
+    ):
+        exec(compile(modeling_compressm.SOURCE, "copy", "exec"), {"__name__": "copy", "__file__": __file__})
+
+
+def test_the_oldest_transformers_is_that_of_the_package():
+    project = Path(hf_compressm.__file__).parents[1] / "pyproject.toml"
+    assert f'"transformers>={modeling_compressm.NEEDS},' in project.read_text()
 
 
 def test_the_file_stands_alone():

@@ -50,14 +50,15 @@ def test_a_resumed_run_is_the_whole_run(whole, tmp_path, step, restore):
 
 
 def test_every_checkpoint_loads_by_itself(whole):
-    _, folder, trainer = whole
+    kind, folder, trainer = whole
     seen = []
     for step in (1, 3, 6, 8):
         model = AutoModelForCausalLM.from_pretrained(folder / f"checkpoint-{step}")
         seen.append(sizes(model))
         for name, parameter in model.named_parameters():
             assert torch.isfinite(parameter).all(), name
-    assert seen[0] != seen[1] or seen[1] != seen[2]
+    # A chosen Mamba-2 size of less than 16 is none of the tuned ones: layer 1 goes from 16 to 8 in one step.
+    assert list(map(sum, seen)) == {"mamba": [16, 12, 8, 8], "mamba2": [32, 32, 24, 24]}[kind]
     assert seen[-1] == sizes(trainer.model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[name])

@@ -1,0 +1,206 @@
+"""Calibration data, in whatever form people have it, as batches of `input_ids` and `attention_mask`.
+
+| given | read as |
+|---|---|
+| tensor or numpy array [n, L] | token ids |
+| list of lists, arrays or tensors [L] | token ids, padded on the left |
+| list of texts | what the tokenizer makes of them |
+| dictionary, `datasets.Dataset` or DataFrame | its `input_ids`, with its `attention_mask` if it has one, or its `text` |
+| DataLoader, or list of tensors [n, L] or dictionaries | batches of its own |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from .texts import LENGTH
+
+Batch = dict[str, Tensor]
+
+BATCH = 8
+# The first tokens see an empty state; much shorter sequences would measure little else.
+MIN_LENGTH = 8
+
+
+def batches_of(data: Any, tokenizer: Any = None) -> list[Batch]:
+    """Batches of token ids and masks, int64 [n, L] each.
+
+    Args:
+        data: in one of the forms above. Rows are taken 8 at a time, batches as they come.
+        tokenizer: needed for texts.
+
+    Raises:
+        ValueError: if there are no sequences, or a mask does not fit its ids or holds other numbers than 0 and 1.
+        TypeError: if the data is of another kind, or texts come without a tokenizer.
+    """
+    if hasattr(data, "tolist") and not isinstance(data, Tensor | np.ndarray):  # a column of a DataFrame
+        data = data.tolist()
+    if _holds_rows(data):
+        return list(_rows(data, tokenizer, BATCH))
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable) or hasattr(data, "column_names"):
+        raise TypeError(
+            f"Calibration data of type {type(data).__name__} is not known: give a LongTensor or integer array [n, L], a "
+            "list of texts, a datasets.Dataset (not streamed), DataFrame or dictionary with `input_ids` or `text`, or a "
+            "DataLoader."
+        )
+    batches: list[Batch] = []
+    for batch in data:
+        if not _holds_rows(batch):
+            raise TypeError(
+                f"The batches of calibration data hold token ids [n, L], got {type(batch).__name__}: let the DataLoader "
+                "give dictionaries with `input_ids`."
+            )
+        batches += _rows(batch, tokenizer)
+    if not batches:
+        raise _empty()
+    return batches
+
+
+def _holds_rows(data: Any) -> bool:
+    """Whether it is one table of sequences, and not several batches of them."""
+    if isinstance(data, Tensor | np.ndarray) or _columns(data) is not None:
+        return True
+    if not isinstance(data, Sequence) or isinstance(data, str | bytes):
+        return False
+    first = data[0] if len(data) else None
+    return first.ndim < 2 if isinstance(first, Tensor | np.ndarray) else _columns(first) is None
+
+
+def _columns(data: Any) -> list[Any] | None:
+    """The names of a table's columns, or None. A dataset that is streamed has no length, and may not know them."""
+    names = data.keys() if isinstance(data, Mapping) else getattr(data, "column_names", getattr(data, "columns", None))
+    return None if names is None or not isinstance(data, Sized) else list(names)
+
+
+def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[Batch]:
+    """The sequences of a table in batches of so many (None: in one), padded if they differ in length."""
+    masks: Any = None
+    columns = _columns(data)
+    if columns is not None:
+        name = next((name for name in ("input_ids", "text") if name in columns), None)
+        if name is None:
+            raise TypeError(f"Calibration data needs `input_ids` or `text`, it has {columns}.")
+        if name == "input_ids" and "attention_mask" in columns:
+            masks = data["attention_mask"]
+        data = data[name]
+        if isinstance(data, str | bytes) or not isinstance(data, Iterable):
+            raise TypeError(f"`{name}` holds token ids [n, L] or a list of texts, got {type(data).__name__}.")
+    if isinstance(data, Tensor | np.ndarray) and data.ndim != 1:
+        ids = _ids(data, "[n, L]")
+        mask = torch.ones_like(ids) if masks is None else _mask(masks, ids)
+        step = at_a_time or max(1, len(ids))
+        for some, its_mask in zip(ids.split(step), mask.split(step), strict=True):
+            yield {"input_ids": some, "attention_mask": its_mask}
+        return
+    sequences = list(data)
+    if not sequences:
+        raise _empty()
+    if any(isinstance(sequence, str) for sequence in sequences):
+        sequences = _tokenized(sequences, tokenizer)
+    rows = [_ids(sequence, "[L] in each row") for sequence in sequences]
+    masks = [torch.ones_like(ids) for ids in rows] if masks is None else list(masks)
+    if len(masks) != len(rows):
+        raise ValueError(f"There are {len(rows)} calibration sequences and {len(masks)} masks: give one for each.")
+    row_masks = [_mask(mask, ids) for mask, ids in zip(masks, rows, strict=True)]
+    step = at_a_time or len(rows)
+    for start in range(0, len(rows), step):
+        # On the left, so that the scan meets padding before it has a state.
+        yield {
+            name: pad_sequence(some[start : start + step], batch_first=True, padding_side="left")
+            for name, some in (("input_ids", rows), ("attention_mask", row_masks))
+        }
+
+
+def _tokenized(texts: list[Any], tokenizer: Any) -> list[list[int]]:
+    if tokenizer is None:
+        raise TypeError("Calibration texts need a tokenizer: pass tokenizer=, or token ids [n, L].")
+    other = next((text for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        raise TypeError(f"A list of calibration texts holds {type(other).__name__}, too: give texts only.")
+    return [tokenizer(str(text), truncation=True, max_length=LENGTH)["input_ids"] for text in texts]
+
+
+def _ids(values: Any, shape: str) -> Tensor:
+    """Token ids of that shape as int64."""
+    ids = _tensor(values)
+    if ids is None or ids.dim() != shape.count(",") + 1 or ids.dtype != torch.int64:
+        found = type(values).__name__ if ids is None else f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+        raise TypeError(f"Calibration data holds token ids, whole numbers {shape}, got {found}.")
+    return ids
+
+
+def _mask(values: Any, ids: Tensor) -> Tensor:
+    """The attention mask of token ids as int64."""
+    mask = _tensor(values)
+    if mask is None or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "An attention mask of the calibration data holds other values than 0 and 1: 1 is a token, 0 is padding."
+        )
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"An attention mask of the calibration data is {list(mask.shape)} and its token ids are {list(ids.shape)}: "
+            "give a mask of the same shape."
+        )
+    return mask.to(ids.device, torch.int64)
+
+
+def _tensor(values: Any) -> Tensor | None:
+    """Numbers in rows of one length as a tensor, whole ones as int64; None for anything else."""
+    if isinstance(values, Tensor):
+        tensor = values.detach()
+    elif not isinstance(values, np.ndarray | Sequence) or isinstance(values, str | bytes):
+        return None
+    elif isinstance(values, Sequence) and not values:
+        return torch.zeros(0, dtype=torch.int64)
+    else:
+        try:
+            array = np.array(values, order="C")
+        except ValueError:  # rows of several lengths
+            return None
+        if (
+            array.dtype.kind not in "biuf"
+            or not array.ndim
+            or (array.dtype.kind in "iu" and any(isinstance(value, bool) for value in values))
+        ):
+            return None
+        tensor = torch.from_numpy(array.astype({"b": bool, "f": np.float64}.get(array.dtype.kind, np.int64)))
+    if tensor.is_complex():
+        return None
+    return tensor if tensor.dtype == torch.bool or tensor.is_floating_point() else tensor.long()
+
+
+def _empty() -> ValueError:
+    return ValueError("The calibration data is empty: give at least one sequence.")
+
+
+def check_batches(batches: list[Batch], model: PreTrainedModel) -> None:
+    """Refuse batches that the model can't read, or that are too short to tell anything.
+
+    Raises:
+        ValueError, TypeError: as `calibration_batches`.
+    """
+    for batch in batches:
+        _ids(batch["input_ids"], "[n, L]")
+    if not batches or any(batch["input_ids"].numel() == 0 for batch in batches):
+        raise _empty()
+    longest = max(int(batch["attention_mask"].sum(1).max()) for batch in batches)
+    if longest < MIN_LENGTH:
+        raise ValueError(
+            f"The longest calibration sequence has {longest} tokens, too few for the scan to warm up: give sequences of "
+            f"at least {MIN_LENGTH} tokens, better {LENGTH}."
+        )
+    vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    low = min(int(batch["input_ids"].min()) for batch in batches)
+    high = max(int(batch["input_ids"].max()) for batch in batches)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"Calibration token ids run from {low} to {high}, the model's vocabulary from 0 to {vocabulary - 1}: use the "
+            "model's own tokenizer."
+        )

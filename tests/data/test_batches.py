@@ -1,0 +1,165 @@
+"""Calibration data in every form that people have it: the same batches, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
+
+from hf_compressm import hankel_singular_values
+from hf_compressm.data.batches import BATCH, batches_of
+from hf_compressm.data.calibration import sample
+from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
+
+N, L = 10, 12
+IDS = torch.randint(1, VOCABULARY, (N, L), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, :4] = MASK[3, -5:] = MASK[9, :1] = 0
+LISTS, MASKS = IDS.tolist(), MASK.tolist()
+TABLE = {"input_ids": LISTS, "attention_mask": MASKS}
+
+
+class Letters:
+    """A tokenizer that knows the letters."""
+
+    def __call__(self, text: str, truncation: bool = False, max_length: int | None = None) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - ord("a") for letter in text][:max_length]}
+
+
+TEXTS = ["".join(chr(ord("a") + i % 26) for i in row) for row in LISTS]
+OF_TEXTS = torch.tensor([[i % 26 for i in row] for row in LISTS])
+
+
+def same(data, ids: torch.Tensor, mask: torch.Tensor | None = None, tokenizer=None) -> bool:
+    batches = batches_of(data, tokenizer)
+    assert [len(batch["input_ids"]) for batch in batches] == [BATCH, len(ids) - BATCH]
+    found = [torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "attention_mask")]
+    assert all(tensor.dtype == torch.int64 for tensor in found)
+    return torch.equal(found[0], ids) and torch.equal(found[1], torch.ones_like(ids) if mask is None else mask)
+
+
+def loader(**columns) -> Iterator:
+    return DataLoader(datasets.Dataset.from_dict(columns).with_format("torch"), batch_size=BATCH)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        IDS,
+        IDS.int(),
+        IDS.to(torch.uint8),
+        IDS.numpy(),
+        IDS.numpy().astype(np.uint16),
+        IDS.numpy()[:, ::-1][:, ::-1],
+        np.asfortranarray(IDS.numpy()),
+        LISTS,
+        tuple(map(tuple, LISTS)),
+        list(IDS),
+        list(IDS.numpy()),
+        [[np.int32(i) for i in row] for row in LISTS],
+        {"input_ids": IDS},
+        {"input_ids": LISTS, "labels": LISTS},
+        BatchEncoding({"input_ids": IDS}),
+        datasets.Dataset.from_dict({"input_ids": LISTS}),
+        datasets.Dataset.from_dict({"input_ids": LISTS, "text": TEXTS}).with_format("numpy"),
+        pd.DataFrame({"input_ids": LISTS}),
+        pd.DataFrame({"input_ids": LISTS})["input_ids"],
+        [IDS[:BATCH], IDS[BATCH:]],
+        [{"input_ids": IDS[:BATCH]}, {"input_ids": LISTS[BATCH:]}],
+        loader(input_ids=LISTS),
+    ],
+)
+def test_token_ids(data):
+    assert same(data, IDS)
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.float(), MASK.numpy(), MASKS, MASK.bool().tolist()])
+@pytest.mark.parametrize("ids", [IDS, LISTS])
+def test_masks(ids, mask):
+    assert same({"input_ids": ids, "attention_mask": mask}, IDS, MASK)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        datasets.Dataset.from_dict(TABLE),
+        datasets.Dataset.from_dict(TABLE).with_format("torch"),
+        datasets.Dataset.from_dict(TABLE).with_format("pandas"),
+        pd.DataFrame(TABLE),
+        loader(**TABLE),
+    ],
+)
+def test_tables_with_masks(data):
+    assert same(data, IDS, MASK)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXTS,
+        tuple(TEXTS),
+        np.array(TEXTS),
+        {"text": TEXTS},
+        datasets.Dataset.from_dict({"text": TEXTS, "label": [0] * N}),
+        pd.DataFrame({"text": TEXTS}),
+        pd.DataFrame({"text": TEXTS})["text"],
+        DataLoader(TEXTS, batch_size=BATCH),
+    ],
+)
+def test_texts(data):
+    assert same(data, OF_TEXTS, tokenizer=Letters())
+    with pytest.raises(TypeError, match="tokenizer"):
+        batches_of(data)
+
+
+def test_other_lengths_are_padded_on_the_left():
+    rows, masks = [[1, 2, 3], [4], []], [[1, 0, 1], [1], []]
+    expected = {"input_ids": torch.tensor([[1, 2, 3], [0, 0, 4], [0, 0, 0]])}
+    for data, mask in ((rows, [1, 1, 1]), ({"input_ids": rows, "attention_mask": masks}, [1, 0, 1])):
+        (batch,) = batches_of(data)
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert batch["attention_mask"].tolist() == [mask, [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_dataset_measures_as_its_dataloader(make, side):
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    padding = slice(None, 5) if side == "left" else slice(-5, None)
+    ids[::2, padding] = mask[::2, padding] = 0
+    columns = {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
+    model = make()
+    reports = [
+        hankel_singular_values(model, data) for data in (datasets.Dataset.from_dict(columns), loader(**columns))
+    ]
+    assert reports[0] == reports[1]
+    assert reports[0] != hankel_singular_values(model, ids)
+
+
+def test_sampling_leaves_all_random_numbers_where_they_were(mamba, monkeypatch):
+    state = torch.random.get_rng_state()
+    assert torch.equal(sample(mamba, 2, 12), sample(mamba, 2, 12))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+    def fail(*args, **kwargs):
+        torch.rand(3)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(mamba, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(mamba, 2, 12)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sampling_leaves_a_gpus_random_numbers_where_they_were(mamba, device):
+    state = torch.cuda.get_rng_state()
+    sample(mamba.to(device), 2, 12)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
