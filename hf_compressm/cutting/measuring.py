@@ -14,6 +14,7 @@ from ..config import CompreSSMConfig
 from ..data.calibration import calibration_batches
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
+from ..interrupts import restoring, uninterrupted
 from ..layers import Layer, MixerInputs, find_layers
 from .measurement import Measurement
 
@@ -94,9 +95,9 @@ def observing(
 
         return layer.mixer.register_forward_pre_hook(hook, with_kwargs=True)
 
-    handles = [observe(layer, entry) for layer, entry in zip(layers, statistics, strict=True)]
-    try:
+    handles: list[Any] = []
+    with restoring(lambda: [handle.remove() for handle in handles]):
+        with uninterrupted():  # a hook without a handle could not be removed
+            for layer, entry in zip(layers, statistics, strict=True):
+                handles.append(observe(layer, entry))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,13 +14,16 @@ from ..backends import Backend, OneProcess
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
+from ..interrupts import uninterrupted
 from ..layers import Layer, MixerInputs, Realization, find_layers, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
+from .optimizer import as_list
 from .sensitivity import sensitivities
 from .sizes import check_targets, choose_sizes
+from .snapshot import undone_on_error
 
 logger = logging.get_logger(__name__)
 
@@ -53,24 +56,32 @@ class Plan:
     def apply_(
         self,
         model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         *,
         backend: Backend | None = None,
     ) -> CompressionReport:
         """Make the cut, in the model, its config and the optimizer's state. In place.
 
+        All of it is made, or, after an error or an interrupt, nothing. Ctrl-C waits until all of it is made.
+
         Args:
             model: that was measured, or another with the same layers of the same sizes.
-            optimizer: of a training loop: its state is cut along with the parameters it belongs to.
+            optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
+                parameters that they belong to.
             backend: of a training loop on several processes.
 
         Returns:
             the report, which is also `model.compression_report`.
 
         Raises:
-            ValueError: if the model has other layers than the one that was measured, the new weights are not finite, or
-                the optimizer's state can't follow. Nothing is changed then.
+            ValueError: if the model has other layers than the one that was measured, the new weights are not finite,
+                a trainable parameter is in no optimizer, or a state can't follow; or if there are several processes and
+                no `backend`. Nothing is changed then.
         """
+        if backend is None:
+            backend = OneProcess()
+            backend.refuse()
+        optimizers = as_list(optimizer)
         layers = find_layers(model)
         planned = {row.index: row.old_size for row in self.report.layers}
         found = {layer.index: layer.state_size for layer in layers}
@@ -80,8 +91,9 @@ class Plan:
                 "again."
             )
         earlier = history_of(model)
-        cut_(model, layers, self.realizations, optimizer, backend or OneProcess())
-        record_cut_(model, self.report, self.config, earlier)
+        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_):
+            cut_(model, layers, self.realizations, optimizers, backend)
+            record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
         return self.report
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.evaluation import evaluating
+from ..interrupts import restoring
 from ..layers import Layer, Realization, new_data
 
 
@@ -66,8 +67,6 @@ def _cut_alone(model: nn.Module, layer: Layer, cut: Realization) -> Iterator[Non
     cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
     parent, _, name = layer.name.rpartition(".")
     owner = model.get_submodule(parent)
-    setattr(owner, name, other.mixer)
-    try:
+    with restoring(lambda: setattr(owner, name, layer.mixer)):
+        setattr(owner, name, other.mixer)
         yield
-    finally:
-        setattr(owner, name, layer.mixer)

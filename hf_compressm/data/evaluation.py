@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..interrupts import restoring
 from .calibration import check_batches
 from .texts import EVALUATION, LENGTH, windows
 
@@ -57,10 +58,12 @@ def perplexity(model: PreTrainedModel, ids: Tensor, advance: Callable[[int], Any
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards each of its modules is in the mode it was in."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
+    modes = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, training in modes:
+            module.training = training
+
+    with restoring(restore):
+        model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
