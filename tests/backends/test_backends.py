@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_compressm import CompreSSMConfig
+from hf_compressm import CompreSSMConfig, compress_, measure
 from hf_compressm.backends import Backend, OneProcess, find_backend, register
 from hf_compressm.backends import find as module
 from hf_compressm.backends.refused import DataParallel, Sharded
@@ -90,3 +90,16 @@ def test_sums_are_all_that_grows_with_tokens():
             total += other
         torch.testing.assert_close(hankel_spectra([halves[0]])[0], hankel_spectra([whole])[0], rtol=1e-3, atol=1e-6)
         assert halves[0].tokens == whole.tokens
+
+
+def test_one_of_several_processes_is_told_what_to_do_instead(monkeypatch, token_ids):
+    model, config = tiny_mamba(), CompreSSMConfig(state_size=4)
+    plan = measure(model, token_ids).plan(config)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for attempt in (lambda: compress_(model, config, token_ids), lambda: plan.apply_(model)):
+        with pytest.raises(ValueError, match=r"one of 2 processes.*CompreSSMCallback.*in one process before"):
+            attempt()
+    assert sizes(model) == [8, 8]
+    plan.apply_(model, backend=OneProcess())  # whoever names a backend knows
+    assert sizes(model) == [4, 4]
