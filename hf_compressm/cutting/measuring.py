@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..config import CompreSSMConfig
 from ..data.calibration import calibration_batches
 from ..data.evaluation import evaluating
+from ..data.packing import unpacked
 from ..hankel.statistics import Statistics
 from ..interrupts import restoring, uninterrupted
 from ..layers import Layer, MixerInputs, find_layers
@@ -86,7 +87,9 @@ def observing(
             hidden_states = args[0] if args else kwargs["hidden_states"]
             mask: Tensor | None = kwargs.get("attention_mask")
             rows = None if max_tokens is None else max(1, max_tokens // hidden_states.shape[1])
-            read = (hidden_states[:rows], None if mask is None else mask[:rows])
+            read: tuple[Tensor, Tensor | None] = (hidden_states[:rows], None if mask is None else mask[:rows])
+            if layer.keeps_samples_apart and kwargs.get("seq_idx") is not None:
+                read = unpacked(*read, kwargs["seq_idx"][:rows])
             system = layer.read(*read)
             with torch.autocast(hidden_states.device.type, enabled=False):
                 entry.update(system)

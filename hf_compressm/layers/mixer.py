@@ -27,6 +27,7 @@ class MixerLayer:
     """Further parameters, buffers and modules that the mixer may have."""
     family: ClassVar[str]
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
+    keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
 
     def __init__(self, name: str, mixer: Any) -> None:
