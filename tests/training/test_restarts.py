@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_
+from hf_compressm.layers import find_layers
 from hf_compressm.reporting.record import history_of
+from hf_compressm.training.resuming import read_attributes
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
 
@@ -29,8 +31,10 @@ class Fail(TrainerCallback):
             raise error
 
 
-@pytest.mark.parametrize("target", [{"ratio": 0.5}, {"state_size": 4}, {"tolerance": 0.3, "min_reduction": 0}])
-@pytest.mark.parametrize("failing_step", [3, 5])
+@pytest.mark.parametrize(
+    ("target", "failing_step"),
+    [({"ratio": 0.5}, 3), ({"state_size": 4}, 5), ({"tolerance": 0.3, "min_reduction": 0}, 3)],
+)
 def test_a_restarted_loop_goes_on_from_the_cuts_that_were_made(tmp_path, target, failing_step):
     """After an out-of-memory with `auto_find_batch_size`, between the cuts and after them."""
     model = tiny_mamba()
@@ -182,13 +186,23 @@ def _set(*path):
         _set("history", 0, "states", "0", [[0, 1]]),
     ],
 )
-def test_damaged_or_edited_state_is_refused_before_the_first_step(checkpoint, tmp_path, edit):
+def test_damaged_or_edited_state_is_refused(checkpoint, edit):
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["CompreSSMCallback"]
+    layers = find_layers(tiny_mamba(6))
+    assert read_attributes(saved, layers)["initial_sizes"] == {0: 8, 1: 8}
+    edit(saved["attributes"])
+    with pytest.raises(ValueError, match=r"trainer_state.json is damaged or of another run .*another checkpoint"):
+        read_attributes(saved, layers)
+
+
+@pytest.mark.parametrize("entry", [{}, [], "damaged"])
+def test_damaged_state_is_refused_before_the_first_step(checkpoint, tmp_path, entry):
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(checkpoint, folder)
     state = json.loads((folder / "trainer_state.json").read_text())
-    edit(state["stateful_callbacks"]["CompreSSMCallback"]["attributes"])
+    state["stateful_callbacks"]["CompreSSMCallback"] = entry
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    _refused(folder, tmp_path, r"trainer_state.json is damaged or of another run .*resume from another checkpoint")
+    _refused(folder, tmp_path, "trainer_state.json is damaged")
 
 
 def test_damaged_batches_are_refused_before_the_first_step(checkpoint, tmp_path):
@@ -209,8 +223,6 @@ def _refused(folder, tmp_path, message):
 
 
 def test_a_projected_model_is_selected_further_while_it_trains(tmp_path, token_ids):
-    from hf_compressm import compress_
-
     model = tiny_mamba2()
     compress_(model, CompreSSMConfig(state_size=12), token_ids)
     maps = [layer.mixer.BC_projection for layer in model.backbone.layers]
