@@ -16,7 +16,8 @@ from .config import CompreSSMConfig
 from .cutting import measure
 from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
-from .data.evaluation import describe, evaluation_ids, perplexity
+from .data.evaluation import describe, evaluation_ids
+from .data.evaluation import evaluate as evaluation
 from .hub import check_login, load_model, load_tokenizer, publish
 from .layers import find_layers, realization_of
 from .reporting.record import set_report_
@@ -42,7 +43,7 @@ def compress_pretrained(
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
-        config: what to cut; by default 5% of each layer's Hankel energy.
+        config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
             package ships, if there is a tokenizer, else samples of the model itself.
         tokenizer: for texts; by default the checkpoint's.
@@ -84,10 +85,10 @@ def compress_pretrained(
     if evaluate is None:
         evaluate = push_to_hub is not None and tokenizer is not None
     ids = evaluation_ids(tokenizer) if evaluate else None
-    before = perplexity(model, ids) if ids is not None else 0.0
+    before = evaluation(model, ids) if ids is not None else None
     report = compress_(model, config, calibration_data, tokenizer=tokenizer)
     if ids is not None:
-        measured = Perplexity(before, perplexity(model, ids), describe(ids))
+        measured = Perplexity.of(before, evaluation(model, ids), describe(ids))
         set_report_(model, replace(report, perplexity=measured))
     if push_to_hub is not None:
         publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
@@ -110,7 +111,7 @@ def compress_(
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device.
-        config: what to cut; by default 5% of each layer's Hankel energy.
+        config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data, tokenizer: as for `compress_pretrained`.
         optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
             parameters that they belong to.
@@ -123,8 +124,8 @@ def compress_(
             calibration data does not fit the model, if an optimizer can't follow, or in one of several processes.
         TypeError: if the calibration data is of an unknown kind.
     """
-    config = config or CompreSSMConfig()
     OneProcess().refuse()
+    config = (config or CompreSSMConfig()).after_training()
     layers = find_layers(model)
     # before the long part
     check_targets(config, layers, realization_of(config, layers))

@@ -24,20 +24,34 @@ from .console import (
     progress_bar,
 )
 
+# Of perplexity, about: what a frontier shows.
+BUDGETS = (0.001, 0.003, 0.01, 0.03, 0.1)
+
 
 @command
 def analyze(
     model: Model,
-    figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra to this file.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra, and with --frontier the trade-off.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Show the sizes that this share of Hankel energy asks for.")] = 0.05,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Show the fewest states for divergences of 0.001 to 0.1 nats per token (0.1 to 10% of perplexity), as "
+            "measured on held-out text.",
+        ),
+    ] = False,
     calibration: CalibrationFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the Hankel singular values of every layer; nothing is cut."""
+    """Measure the Hankel singular values of every layer, or with --frontier what fewer states cost; nothing is cut."""
     import torch
 
     from ..compress import hankel_singular_values
     from ..config import CompreSSMConfig
+    from ..cutting import measure
     from ..hankel.ranks import energy_rank
 
     with exit_codes():
@@ -45,19 +59,35 @@ def analyze(
         with progress_bar() as progress:
             loaded, tokenizer = load(model, progress)
             batches = calibration_batches_of(loaded, tokenizer, calibration, progress)
-            with measuring(loaded, batches, progress):
-                report = hankel_singular_values(loaded, batches)
+            with measuring(loaded, batches, progress, then="looking for the fewest states" if frontier else ""):
+                if frontier:
+                    measurement = measure(loaded, batches)
+                    reports = [measurement.plan(CompreSSMConfig(max_divergence=b)).report for b in BUDGETS]
+                else:
+                    reports = [hankel_singular_values(loaded, batches)]
         if figure is not None:
-            report.plot().savefig(figure, dpi=150)
+            reports[len(reports) // 2].plot().savefig(figure, dpi=150)
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
+        found = [report.to_dict() for report in reports]
+        typer.echo(json.dumps(found if frontier else found[0], indent=2))
+    elif frontier:
+        table = Table(title="The fewest states for a divergence, in nats per token on held-out text")
+        for column in ("allowed", "measured", "states", "of", "layer by layer"):
+            table.add_column(column, justify="right")
+        for report in reports:
+            row = report.divergence
+            assert row is not None
+            sizes = " ".join(map(str, report.sizes.values()))
+            of = f"{report.states_before:,}"
+            table.add_row(f"{row.asked:g}", f"{row.measured:.4f}", f"{report.states_after:,}", of, sizes)
+        Console().print(table)
     else:
         table = Table(title=f"States that hold {1 - tolerance:.0%} of the Hankel energy")
         for column in ("layer", "states", "needed"):
             table.add_column(column, justify="right")
-        for row in report.layers:
-            rank = int(energy_rank(torch.tensor(row.hankel_singular_values), tolerance).max())
-            table.add_row(str(row.index), str(row.old_size), str(rank))
+        for layer in reports[0].layers:
+            rank = int(energy_rank(torch.tensor(layer.hankel_singular_values), tolerance).max())
+            table.add_row(str(layer.index), str(layer.old_size), str(rank))
         Console().print(table)
     if figure is not None:
         note(f"figure in {escape(str(figure))}")

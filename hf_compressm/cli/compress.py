@@ -25,7 +25,7 @@ from .console import (
     new_folder,
     note,
     progress_bar,
-    timed_perplexity,
+    timed_evaluation,
 )
 
 
@@ -36,9 +36,15 @@ def compress(
         Path | None,
         typer.Argument(help="A new folder for the slim model; may be left out with --push-to-hub or --dry-run."),
     ] = None,
-    tolerance: Annotated[
+    max_divergence: Annotated[
         float | None,
-        typer.Option(help="Give up this share of each layer's Hankel energy, in [0, 1). The default target, at 0.05."),
+        typer.Option(
+            help="Let the predictions diverge by this much at most, in nats per token on held-out text; 0.01 raises the "
+            "perplexity by about 1%. The smallest state that keeps it is found. The default target, at 0.01."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Give up this share of each layer's Hankel energy, in [0, 1).")
     ] = None,
     state_size: Annotated[int | None, typer.Option(help="Keep this many states in every layer, exactly.")] = None,
     ratio: Annotated[
@@ -61,8 +67,7 @@ def compress(
     multiple_of: Annotated[
         int | None,
         typer.Option(
-            help="Round the sizes that are chosen for you up to a multiple of this. By default not for Mamba, and to "
-            "a power of two from 16 up for Mamba-2, whose kernels are made for these."
+            help="Round the sizes that are chosen for you up to a multiple of this; by default to one of 8 for Mamba-2."
         ),
     ] = None,
     refit: Annotated[
@@ -92,10 +97,10 @@ def compress(
 ) -> None:
     """Write a slim model (and its tokenizer) to a folder, to the Hub, or both.
 
-    Give one target at most: --tolerance, --state-size or --ratio. The table shows for each layer the states before and
+    Give one target at most: --max-divergence, --tolerance, --state-size or --ratio. The table shows for each layer the states before and
     after, the Hankel energy kept, and the share of the layer's output that the cut loses on the calibration text.
 
-    hf-compressm compress state-spaces/mamba-130m slim --tolerance 0.02
+    hf-compressm compress state-spaces/mamba-130m slim --max-divergence 0.02
     """
     from ..compress import compress_
     from ..config import CompreSSMConfig
@@ -110,6 +115,7 @@ def compress(
         empty_folder(output)
     with exit_codes():
         config = CompreSSMConfig(
+            max_divergence=max_divergence,
             tolerance=tolerance,
             state_size=state_size,
             ratio=ratio,
@@ -128,12 +134,12 @@ def compress(
             if evaluate is None:
                 evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
             ids = evaluation_ids(tokenizer) if evaluate else None
-            before = timed_perplexity(slim, ids, progress, "perplexity before") if ids is not None else 0.0
+            before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
             with measuring(slim, batches, progress, then="choosing the states to keep"):
                 report = compress_(slim, config, batches)
             if ids is not None:
-                after = timed_perplexity(slim, ids, progress, "perplexity after")
-                report = replace(report, perplexity=Perplexity(before, after, describe(ids)))
+                after = timed_evaluation(slim, ids, progress, "perplexity after")
+                report = replace(report, perplexity=Perplexity.of(before, after, describe(ids)))
                 set_report_(slim, report)
             if output is not None and not dry_run:
                 progress.add_task("saving", total=None)

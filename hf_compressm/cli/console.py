@@ -21,8 +21,8 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.txt",
-        help="Measure on this text (its first 8 x 512 tokens). By default on prose that the package ships, or, for a "
-        "model without a tokenizer, on samples of the model itself. Best is text like that of the model's use.",
+        help="Measure on this text (64 x 512 tokens spread over it, 16 x 512 on a CPU). By default on code and prose that "
+        "the package ships, or, for a model without a tokenizer, on samples of the model itself. Best is text like that of the model's use.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else there.")]
@@ -105,14 +105,14 @@ def load(model: str, progress: Progress) -> tuple[Any, Any]:
 
 def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
     """What to measure on, in small batches, for a bar that moves."""
-    from ..data.calibration import BATCH, calibration_batches
+    from ..data.calibration import BATCH, calibration_batches, sequences_for
     from ..data.texts import windows
 
     data = None
     if text is not None:
         if tokenizer is None:
             raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
-        data = windows(text.read_text(encoding="utf-8"), tokenizer)
+        data = windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
     task = progress.add_task("preparing calibration data", total=None)
     batches = calibration_batches(data, model, tokenizer)
     progress.remove_task(task)
@@ -142,11 +142,11 @@ def measuring(model: Any, batches: list[Any], progress: Progress, then: str = ""
         progress.remove_task(task)
 
 
-def timed_perplexity(model: Any, ids: Any, progress: Progress, description: str) -> float:
-    """The model's perplexity, with a bar over the sequences."""
-    from ..data.evaluation import perplexity
+def timed_evaluation(model: Any, ids: Any, progress: Progress, description: str) -> Any:
+    """The model's perplexity and recall, with a bar over the sequences."""
+    from ..data.evaluation import evaluate
 
     task = progress.add_task(description, total=len(ids))
-    value = perplexity(model, ids, lambda count: progress.advance(task, count))
+    found = evaluate(model, ids, lambda count: progress.advance(task, count))
     progress.remove_task(task)
-    return value
+    return found

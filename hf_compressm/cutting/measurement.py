@@ -25,47 +25,64 @@ class Measurement:
         layers: its SSM layers.
         statistics: of each of them.
         estimator: that they were taken by.
+        weights: of channels and tokens in them, "fisher" or "gate".
         inputs: what each mixer read, by layer index, for refits; None if it was not kept.
         sample: a few sequences of the data, for the layers' sensitivities; None where all layers shall count the same.
+        held_out: sequences that nothing was measured on, to judge cuts by.
     """
 
     model: PreTrainedModel
     layers: Sequence[Layer]
     statistics: Sequence[Statistics]
     estimator: str = "ltv"
+    weights: str = "gate"
     inputs: Mapping[int, MixerInputs] | None = None
     sample: Mapping[str, Tensor] | None = None
+    held_out: Sequence[Mapping[str, Tensor]] = ()
 
     def plan(self, config: CompreSSMConfig | None = None) -> Plan:
         """Choose the sizes and the states; nothing is changed.
 
         Args:
-            config: what to cut; by default 5% of each layer's Hankel energy.
+            config: what to cut; by default as much as keeps a `max_divergence` of 0.01.
 
         Raises:
             ValueError: if the target can't be reached, or asks for what was not measured; or if the model was cut since.
         """
-        config = config or CompreSSMConfig()
+        config = (config or CompreSSMConfig()).after_training()
         if config.estimator != self.estimator:
             raise ValueError(
                 f"The model was measured with estimator={self.estimator!r}, and the config has {config.estimator!r}: "
                 "measure it with this config."
             )
+        wanted = "gate" if config.tolerance is not None and config.weights == "auto" else config.weights
+        if wanted not in ("auto", self.weights):
+            raise ValueError(
+                f"The model was measured with weights={self.weights!r}, and a cut by this config wants {wanted!r}: measure "
+                "it with this config."
+            )
         if any(
             layer.state_size != entry.groups[0].size for layer, entry in zip(self.layers, self.statistics, strict=True)
         ):
             raise ValueError("The model was cut since it was measured: measure it again.")
-        inputs = self.inputs if config.refits else None
-        if config.refits and inputs is None:
+        if config.refits and self.inputs is None:
             raise ValueError(
                 "The measurement kept no inputs to refit the layers on: measure with refit > 0, or plan with refit=0."
             )
-        predict = None if self.sample is None else self._predict
-        return make_plan(self.model, self.layers, self.statistics, config, inputs, predict)
-
-    def _predict(self) -> Tensor:
-        assert self.sample is not None
-        return self.model(**self.sample, use_cache=False)[0]
+        if config.max_divergence is not None and not self.held_out:
+            raise ValueError(
+                "The measurement held no data back, which a max_divergence is measured on: measure with this config."
+            )
+        return make_plan(
+            self.model,
+            self.layers,
+            self.statistics,
+            config,
+            weights=self.weights,
+            inputs=self.inputs if config.refits else None,
+            sample=self.sample,
+            held_out=self.held_out,
+        )
 
     def report(self) -> CompressionReport:
         """The Hankel singular values of every layer, in a report in which every layer keeps its size."""

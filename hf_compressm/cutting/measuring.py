@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import CompreSSMConfig
-from ..data.calibration import calibration_batches
+from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
-from ..data.packing import unpacked
 from ..hankel.statistics import Statistics
-from ..interrupts import restoring, uninterrupted
 from ..layers import Layer, MixerInputs, find_layers
 from .measurement import Measurement
+from .observing import can_weigh_by_loss, observe_by_loss, observing
 
-# What a ratio measures the layers' sensitivities on, a forward pass for each layer: divergences need few tokens.
-SENSITIVITY_SEQUENCES = 2
+# What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens.
+SENSITIVITY_SEQUENCES = 4
 
 
 @torch.no_grad()
@@ -33,25 +31,35 @@ def measure(
         model: with Mamba or Mamba-2 layers, on any device.
         data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the package
             ships, if there is a tokenizer, else samples of the model itself.
-        config: of which `estimator` counts, and whether it asks for refits: for these, what the mixers read is kept.
+        config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept; for
+            a `max_divergence`, the default, a quarter of the data is held out.
         tokenizer: for texts.
 
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, or the data does not fit the model.
         TypeError: if the data is of an unknown kind.
     """
-    config = config or CompreSSMConfig()
+    config = (config or CompreSSMConfig()).after_training()
     layers = find_layers(model)
     batches = calibration_batches(data, model, tokenizer)
+    held_out: list[dict[str, Tensor]] = []
+    if config.max_divergence is not None:
+        batches, held_out = hold_out(batches, model)
     statistics = empty_statistics(layers, config)
     inputs: dict[int, MixerInputs] | None = {} if config.refits else None
-    with observing(layers, statistics, inputs), evaluating(model):
-        for batch in batches:
+    by_loss = can_weigh_by_loss(model, layers, config)
+    with evaluating(model):
+        for number, batch in enumerate(batches):
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            model.base_model(**on_device, use_cache=False)
+            if by_loss:
+                observe_by_loss(model, layers, statistics, on_device, inputs, seed=config.seed + number)
+            else:
+                with observing(layers, statistics, inputs):
+                    model.base_model(**on_device, use_cache=False)
     check_measured(layers, statistics)
     sample = {name: tensor[:SENSITIVITY_SEQUENCES].to(model.device) for name, tensor in batches[0].items()}
-    return Measurement(model, layers, statistics, config.estimator, inputs, sample)
+    weights = "fisher" if by_loss else "gate"
+    return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
 
 
 def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig) -> list[Statistics]:
@@ -68,39 +76,3 @@ def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) ->
     for layer, entry in zip(layers, statistics, strict=True):
         if not entry.tokens:
             raise ValueError(f"{layer.name} saw no token of the calibration data, so it can't be measured.")
-
-
-@contextmanager
-def observing(
-    layers: Sequence[Layer],
-    statistics: Sequence[Statistics],
-    inputs: dict[int, MixerInputs] | None = None,
-    max_tokens: int | None = None,
-) -> Iterator[None]:
-    """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given.
-
-    Of a batch of more than `max_tokens` tokens, only the first sequences are taken, and one at least.
-    """
-
-    def observe(layer: Layer, entry: Statistics) -> Any:
-        def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            mask: Tensor | None = kwargs.get("attention_mask")
-            rows = None if max_tokens is None else max(1, max_tokens // hidden_states.shape[1])
-            read: tuple[Tensor, Tensor | None] = (hidden_states[:rows], None if mask is None else mask[:rows])
-            if layer.keeps_samples_apart and kwargs.get("seq_idx") is not None:
-                read = unpacked(*read, kwargs["seq_idx"][:rows])
-            system = layer.read(*read)
-            with torch.autocast(hidden_states.device.type, enabled=False):
-                entry.update(system)
-            if inputs is not None:
-                inputs.setdefault(layer.index, []).append(read)
-
-        return layer.mixer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    handles: list[Any] = []
-    with restoring(lambda: [handle.remove() for handle in handles]):
-        with uninterrupted():  # a hook without a handle could not be removed
-            for layer, entry in zip(layers, statistics, strict=True):
-                handles.append(observe(layer, entry))
-        yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,11 @@ from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
+from .budget import Ladder, keep_budget
+from .divergence import Divergence, cut_for_a_while
 from .optimizer import as_list
-from .sensitivity import sensitivities
-from .sizes import check_targets, choose_sizes
+from .sensitivity import cost_curves, errors
+from .sizes import check_targets, choose_sizes, sizes_to_choose_from
 from .snapshot import undone_on_error
 
 logger = logging.get_logger(__name__)
@@ -104,17 +106,21 @@ def make_plan(
     layers: Sequence[Layer],
     statistics: Sequence[Statistics],
     config: CompreSSMConfig,
+    *,
+    weights: str,
     inputs: Mapping[int, MixerInputs] | None = None,
-    predict: Callable[[], Tensor] | None = None,
+    sample: Mapping[str, Tensor] | None = None,
+    held_out: Sequence[Mapping[str, Tensor]] = (),
 ) -> Plan:
     """Choose the sizes and the states; nothing is changed.
 
     Args:
         model, layers, config: what to cut, and how.
-        statistics: of each layer.
+        statistics: of each layer, with their `weights`.
         inputs: what the mixers read, by layer index; layers are refitted on it. None for no refit.
-        predict: runs the model on a few sequences and returns its logits. A `ratio` is allocated by how far they move when
-            a layer is cut (see `sensitivity`); without it, all layers count the same.
+        sample: a few sequences, on which it is looked how far the predictions move when a layer is cut alone (see
+            `sensitivity`), if the weights don't tell; None for all layers to count the same.
+        held_out: what a `max_divergence` is measured on.
 
     Raises:
         ValueError: as `compress_`.
@@ -123,21 +129,46 @@ def make_plan(
     check_targets(config, layers, name)
     spectra = hankel_spectra(statistics)
     paths = realize(layers, statistics, config, name)
+    fitted: dict[tuple[int, int], Realization] = {}
 
-    def sensitivities_at(sizes: list[int]) -> list[float]:
-        if predict is None or len(layers) == 1:
-            return [1.0] * len(layers)
-        return sensitivities(model, layers, [path[size] for path, size in zip(paths, sizes, strict=True)], predict)
+    def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
+        made = {}
+        for layer, path, size in zip(layers, paths, sizes, strict=True):
+            if size < layer.state_size:
+                key = layer.index, size
+                if key not in fitted:
+                    fitted[key] = path[size]
+                    if inputs is not None:
+                        fitted[key] = path[size].refit(layer, inputs[layer.index], config.refit)
+                made[layer.index] = fitted[key]
+        return made
 
-    sizes = choose_sizes(config, layers, name, spectra, paths, sensitivities_at)
-    check_state_sizes(model, {layer.index: size for layer, size in zip(layers, sizes, strict=True)})
-    realizations = {}
-    for layer, path, size in zip(layers, paths, sizes, strict=True):
-        if size < layer.state_size:
-            realizations[layer.index] = path[size]
-            if inputs is not None:
-                realizations[layer.index] = path[size].refit(layer, inputs[layer.index], config.refit)
-    return Plan(config, make_report(model, layers, spectra, realizations, name), realizations)
+    choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
+
+    def costs() -> list[Tensor]:
+        lost = errors(layers, statistics, paths, weights)
+        if sample is None or len(layers) == 1:
+            return lost
+        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]))
+
+    divergence, tradeoff = None, None
+    if config.max_divergence is not None:
+        ladder, distance = Ladder(costs(), choices, config.uniform), Divergence(model, held_out)
+
+        def trial(made: Mapping[int, Realization]) -> float:
+            with cut_for_a_while(model, layers, made):
+                return distance()
+
+        realizations, divergence, factor = keep_budget(
+            ladder, config.max_divergence, realizations_of, trial, distance.tokens
+        )
+        tradeoff = ladder.tradeoff(factor)
+    else:
+        realizations = realizations_of(choose_sizes(config, layers, name, spectra, costs))
+    sizes = {index: made.size for index, made in realizations.items()}
+    check_state_sizes(model, {layer.index: sizes.get(layer.index, layer.state_size) for layer in layers})
+    report = make_report(model, layers, spectra, realizations, name)
+    return Plan(config, replace(report, divergence=divergence, tradeoff=tradeoff), realizations)
 
 
 def make_report(

@@ -1,72 +1,90 @@
-"""How much the model's predictions move when the state of one layer is cut.
+"""What each size of each layer costs the model: how far its predictions move when the state of that layer is cut.
 
 Two layers that lose the same share of their output do not cost the model the same. What a cut of layer l to r states
-costs is taken as k_l * error_l(r), with the share error_l(r) of the layer's output energy that is lost, known for every
-r, and one factor k_l that is measured: cut that layer alone, and see how far the predictions move.
+costs is taken as k_l(r) * error_l(r), with an error that the statistics know for every r, and a factor that is measured at
+a few sizes and interpolated between them: cut that layer alone, and see how far the predictions move.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.evaluation import evaluating
-from ..interrupts import restoring
-from ..layers import Layer, Realization, new_data
+from ..hankel.statistics import Statistics
+from ..layers import Layer, Realization
+from .divergence import Divergence, cut_for_a_while
+
+# Shares of the states at which the factor is measured, a forward pass for each in each layer. On well-trained models two
+# points find better sizes than one, and four hardly better ones than two.
+POINTS = (0.25, 0.75)
+
+Path = Mapping[int, Realization]
+"""A layer's realization at every size."""
 
 
-def sensitivities(
-    model: nn.Module, layers: Sequence[Layer], cuts: Sequence[Realization], predict: Callable[[], Tensor]
-) -> list[float]:
-    """For each layer, how far the predictions move for each unit of its cut's cost, in nats per token.
+def errors(
+    layers: Sequence[Layer], statistics: Sequence[Statistics], paths: Sequence[Path], weights: str
+) -> list[Tensor]:
+    """What keeping r states of a layer loses, by its own statistics, [N] each at r - 1.
+
+    Of statistics weighed by the loss ("fisher") it is half the expected square of the loss's change, in nats per token;
+    else the share of the output's energy.
+    """
+    curves = []
+    for layer, entry, path in zip(layers, statistics, paths, strict=True):
+        scales = [1.0] * len(entry.groups)
+        if weights == "fisher":
+            scales = [float(moments.contribution.sum() / (2 * entry.tokens)) for moments in entry.groups]
+        curves.append(
+            torch.tensor(
+                [
+                    sum(scale * group.error for scale, group in zip(scales, path[r].groups, strict=True))
+                    for r in range(1, layer.state_size + 1)
+                ],
+                dtype=torch.float64,
+            )
+        )
+    return curves
+
+
+@torch.no_grad()
+def cost_curves(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    paths: Sequence[Path],
+    choices: Sequence[Sequence[int]],
+    lost: Sequence[Tensor],
+    divergence: Divergence,
+) -> list[Tensor]:
+    """What keeping r states of a layer costs, [N] each at r - 1, in units of the divergence.
 
     Args:
         model: it is the same afterwards, also after an error.
         layers: of the model.
-        cuts: for each layer what it is cut to.
-        predict: runs the model; see `divergences`.
+        paths: the layers' realizations, which are tried on copies.
+        choices: for each layer the sizes that it may have, ascending; the last is its present one.
+        lost: from `errors`.
+        divergence: of the model from what it is now.
     """
-    with evaluating(model):
-        moved = divergences(model, layers, cuts, predict)
-    return [kl / cut.cost if cut.cost > 0 else 0.0 for kl, cut in zip(moved, cuts, strict=True)]
+    curves = []
+    for layer, path, sizes, curve in zip(layers, paths, choices, lost, strict=True):
+        at, factors = [], []
+        for size in sorted({nearest(sizes, share) for share in POINTS}):
+            if curve[size - 1] > 0:
+                with cut_for_a_while(model, [layer], {layer.index: path[size]}):
+                    at.append(size)
+                    factors.append(divergence() / float(curve[size - 1]))
+        scale = np.interp(np.arange(1, len(curve) + 1), at, factors) if at else np.ones(len(curve))
+        curves.append(curve * torch.from_numpy(scale))
+    return curves
 
 
-@torch.no_grad()
-def divergences(
-    model: nn.Module, layers: Sequence[Layer], cuts: Sequence[Realization], predict: Callable[[], Tensor]
-) -> list[float]:
-    """For each layer, how far the model's predictions move when that layer alone is cut.
+def nearest(choice: Sequence[int], share: float) -> int:
+    """The size below the present one, of those to choose from, that is nearest to a share of it.
 
-    Args:
-        model: in evaluation mode; it is the same afterwards, also after an error.
-        layers: of the model.
-        cuts: for each layer what it is cut to, on a copy.
-        predict: runs the model; its logits [..., classes], or, of a model without a head, its last hidden states.
-
-    Returns:
-        the Kullback-Leibler divergence from the full model's predictions, in nats per token.
+    Where a layer may only stay whole, it is any size below: its cost is that of keeping all, nothing.
     """
-    full = predict().float().log_softmax(-1)
-    moved = []
-    for layer, cut in zip(layers, cuts, strict=True):
-        with _cut_alone(model, layer, cut):
-            slim = predict().float().log_softmax(-1)
-        moved.append(max(0.0, float((full.exp() * (full - slim)).sum(-1).mean())))
-    return moved
-
-
-@contextmanager
-def _cut_alone(model: nn.Module, layer: Layer, cut: Realization) -> Iterator[None]:
-    """The model with a cut copy of one mixer in the place of the mixer itself."""
-    other = copy.copy(layer)
-    other.mixer = copy.deepcopy(layer.mixer)
-    cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
-    parent, _, name = layer.name.rpartition(".")
-    owner = model.get_submodule(parent)
-    with restoring(lambda: setattr(owner, name, layer.mixer)):
-        setattr(owner, name, other.mixer)
-        yield
+    return min(choice[:-1] or [max(1, choice[-1] - 1)], key=lambda size: abs(size - share * choice[-1]))

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..config import CompreSSMConfig
 from ..hankel.ranks import allocate_ranks, energy_rank
-from ..layers import Layer, Realization
-
-Path = Mapping[int, Realization]
-"""A layer's realization at every size."""
+from ..layers import Layer
 
 
 def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:
@@ -53,8 +49,7 @@ def choose_sizes(
     layers: Sequence[Layer],
     name: str,
     spectra: Sequence[Tensor],
-    paths: Sequence[Path],
-    sensitivities: Callable[[list[int]], list[float]],
+    costs: Callable[[], list[Tensor]],
 ) -> list[int]:
     """The size of each layer.
 
@@ -62,8 +57,7 @@ def choose_sizes(
         config, layers: what to cut, and how.
         name: of the realization.
         spectra: the layers' Hankel singular values, [groups, N] each.
-        paths: the layers' realizations.
-        sensitivities: from a size for each layer to how far the model's predictions move for each unit of its cost.
+        costs: what keeping r states costs, for each layer [N] at r - 1.
 
     Raises:
         ValueError: if the layers' smallest sizes add up to more than a `ratio` leaves.
@@ -77,13 +71,7 @@ def choose_sizes(
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
     if config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
-        # Where a layer may only stay whole, any size below does: its cost is that of keeping all, nothing.
-        at = [_nearest(choice, config.ratio) for choice in choices]
-        costs = [
-            factor * torch.tensor([path[r].cost for r in range(1, layer.state_size + 1)])
-            for layer, path, factor in zip(layers, paths, sensitivities(at), strict=True)
-        ]
-        return allocate_ranks(costs, total, sizes=choices)
+        return allocate_ranks(costs(), total, sizes=choices)
     if config.ratio is not None:
         sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
     else:
@@ -92,8 +80,3 @@ def choose_sizes(
     if config.uniform:
         sizes = [max(sizes)] * len(sizes)
     return [next(r for r in choice if r >= size) for size, choice in zip(sizes, choices, strict=True)]
-
-
-def _nearest(choice: list[int], ratio: float) -> int:
-    """The size below the present one, of those to choose from, that is nearest to a share of it."""
-    return min(choice[:-1] or [max(1, choice[-1] - 1)], key=lambda size: abs(size - ratio * choice[-1]))

@@ -10,13 +10,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .texts import CALIBRATION, LENGTH, SEQUENCES, windows
+from .texts import CALIBRATION, LENGTH, windows
 
 logger = logging.get_logger(__name__)
 
 BATCH = 8
+# Of 512 tokens each, from the text that the package ships: as many as pay on a GPU, and as a CPU gets through.
+GPU_SEQUENCES, CPU_SEQUENCES = 64, 16
 # The first tokens see an empty state; much shorter sequences would measure little else.
 MIN_LENGTH = 8
+# Of all held-out tokens together, times the size of the vocabulary.
+HELD_OUT_CLASSES = 2**28
+
+Batch = dict[str, Tensor]
 
 
 def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None) -> list[dict[str, Tensor]]:
@@ -33,8 +39,9 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
         TypeError: if the data is of another kind, or texts come without a tokenizer.
     """
     if data is None and tokenizer is not None:
-        logger.info("hf_compressm: calibrating on the text that the package ships.")
-        data = windows(CALIBRATION.read_text(encoding="utf-8"), tokenizer)
+        data = windows(CALIBRATION.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
+        shape = " x ".join(map(str, data.shape))
+        logger.info(f"hf_compressm: calibrating on {shape} tokens of the text that the package ships.")
     elif data is None:
         logger.info("hf_compressm: no calibration data and no tokenizer, calibrating on samples of the model itself.")
         data = sample(model)
@@ -45,8 +52,54 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     return batches
 
 
+def sequences_for(model: PreTrainedModel) -> int:
+    """How many sequences of a text to measure a model on, by where it is."""
+    return CPU_SEQUENCES if model.device.type == "cpu" else GPU_SEQUENCES
+
+
+def hold_out(batches: list[Batch], model: PreTrainedModel) -> tuple[list[Batch], list[Batch]]:
+    """Part the sequences in those to measure and fit on, and a quarter, spread over all of them, to judge a cut by.
+
+    Of the quarter no more is taken than predictions of 2^28 classes (a GiB) can be kept of. A single sequence is parted
+    in time.
+
+    Raises:
+        ValueError: if there is too little to part.
+    """
+    rows = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for batch in batches for i in _rows(batch)]
+    if len(rows) == 1:
+        (row,) = rows
+        cut = row["input_ids"].shape[1] * 3 // 4
+        rows = [{name: tensor[:, part] for name, tensor in row.items()} for part in (slice(cut), slice(cut, None))]
+        if rows[1]["attention_mask"].sum() < MIN_LENGTH:
+            raise ValueError(
+                f"A max_divergence is measured on tokens that nothing was fitted to, and one sequence of {cut * 4 // 3} "
+                f"tokens is too little to hold any back: give at least two sequences, better {GPU_SEQUENCES} of {LENGTH} tokens."
+            )
+        return [rows[0]], [rows[1]]
+    vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    most = max(1, HELD_OUT_CLASSES // (vocabulary * max(row["input_ids"].shape[1] for row in rows)))
+    apart = set(range(len(rows) - 1, 0, -4)[:most])
+    return (_joined([row for i, row in enumerate(rows) if i not in apart]), _joined([rows[i] for i in sorted(apart)]))
+
+
+def _rows(batch: Batch) -> range:
+    return range(len(batch["input_ids"]))
+
+
+def _joined(rows: list[Batch]) -> list[Batch]:
+    """In batches of neighbours of one length."""
+    batches: list[list[Batch]] = []
+    for row in rows:
+        if batches and len(batches[-1]) < BATCH and batches[-1][0]["input_ids"].shape == row["input_ids"].shape:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [{name: torch.cat([row[name] for row in batch]) for name in batch[0]} for batch in batches]
+
+
 @torch.no_grad()
-def sample(model: PreTrainedModel, sequences: int = SEQUENCES, length: int = 128) -> Tensor:
+def sample(model: PreTrainedModel, sequences: int = CPU_SEQUENCES, length: int = 128) -> Tensor:
     """Sample sequences [sequences, length] from a language model, from its beginning-of-text token on.
 
     Raises:

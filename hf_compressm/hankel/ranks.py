@@ -95,9 +95,7 @@ def allocate_ranks(
     Raises:
         ValueError: `total` is below the sum of the layers' smallest sizes, or a cost is not finite.
     """
-    tables = [cost.detach().cpu().double().numpy() for cost in costs]
-    if not all(np.isfinite(table).all() for table in tables):
-        raise ValueError("the costs must be finite")
+    tables = [_finite(cost) for cost in costs]
     choices = sizes or [allowed_sizes(len(table), minimum, multiple_of) for table in tables]
     least = sum(choice[0] for choice in choices)
     if total < least:
@@ -105,20 +103,53 @@ def allocate_ranks(
             f"a total of {total} states cannot be shared among {len(tables)} layers that need at least {least}: raise "
             "the total, or lower the minimum size or multiple_of (1 allows any size)"
         )
-    # best[l][t] is the least cost of giving t states to the first l layers; infinite where t cannot be reached.
-    total = min(total, sum(choice[-1] for choice in choices))
-    best = [np.full(total + 1, np.inf)]
-    best[0][0] = 0.0
-    for choice, table in zip(choices, tables, strict=True):
-        after = np.full(total + 1, np.inf)
-        for r in choice:
-            np.minimum(after[r:], best[-1][: max(total + 1 - r, 0)] + table[r - 1], out=after[r:])
-        best.append(after)
-    # Walk back from the largest reachable total, repeating the same sums to find which size attained each minimum.
-    t = int(np.flatnonzero(np.isfinite(best[-1]))[-1])
-    ranks: list[int] = []
-    for before, choice, table in zip(reversed(best[:-1]), reversed(choices), reversed(tables), strict=True):
-        r = min((r for r in choice if r <= t), key=lambda r: before[t - r] + table[r - 1])
-        ranks.append(r)
-        t -= r
-    return ranks[::-1]
+    return Allocation(costs, choices).ranks(total)
+
+
+class Allocation:
+    """The best way to share any total of states among layers, at the least summed cost, by dynamic programming.
+
+    Args:
+        costs: for each layer [N_l], where costs[l][r - 1] is the cost of keeping r states in it.
+        sizes: for each layer the sizes that it may have, ascending.
+
+    Attributes:
+        cost: the least cost of each total, [total + 1]; infinite where no sizes add up to it.
+
+    Raises:
+        ValueError: a cost is not finite.
+    """
+
+    def __init__(self, costs: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> None:
+        self._tables = [_finite(cost) for cost in costs]
+        self._sizes = sizes
+        most = sum(choice[-1] for choice in sizes)
+        # best[l][t] is the least cost of giving t states to the first l layers; infinite where t cannot be reached.
+        self._best = [np.full(most + 1, np.inf)]
+        self._best[0][0] = 0.0
+        for choice, table in zip(sizes, self._tables, strict=True):
+            after = np.full(most + 1, np.inf)
+            for r in choice:
+                np.minimum(after[r:], self._best[-1][: most + 1 - r] + table[r - 1], out=after[r:])
+            self._best.append(after)
+        self.cost = self._best[-1]
+
+    def ranks(self, total: int) -> list[int]:
+        """The sizes that add up to `total`, or to the largest reachable sum below."""
+        # Walk back from it, repeating the same sums to find which size attained each minimum.
+        t = int(np.flatnonzero(np.isfinite(self.cost[: total + 1]))[-1])
+        ranks: list[int] = []
+        for before, choice, table in zip(
+            reversed(self._best[:-1]), reversed(self._sizes), reversed(self._tables), strict=True
+        ):
+            r = min((r for r in choice if r <= t), key=lambda r: before[t - r] + table[r - 1])
+            ranks.append(r)
+            t -= r
+        return ranks[::-1]
+
+
+def _finite(cost: Tensor) -> np.ndarray:
+    table = cost.detach().cpu().double().numpy()
+    if not np.isfinite(table).all():
+        raise ValueError("the costs must be finite")
+    return table

@@ -25,8 +25,9 @@ from ..hankel.ranks import allowed_sizes
 from ..hankel.statistics import Statistics
 from .parameters import ParameterCut, set_data_
 
-MixerInputs = list[tuple[Tensor, Tensor | None]]
-"""What a mixer read: hidden states [batch, length, hidden] and attention mask [batch, length] of each batch."""
+MixerInputs = list[tuple[Tensor, Tensor | None, Tensor | None]]
+"""What a mixer read, as `Layer.read` takes it: hidden states [batch, length, hidden], attention mask [batch, length], and
+the loss's gradient [batch, length, channels], of each batch."""
 
 ResizeParameter = Callable[[Tensor, Tensor], None]
 """Gives a parameter new data of another shape, in place."""
@@ -50,6 +51,11 @@ class Layer(Protocol):
     """Of the layer in the model."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
+    gradient_at: str | None
+    """The submodule of the mixer that reads the scan's output first, where `read` wants the loss's gradient; None if the
+    family's channels can't be weighed by the loss."""
+    gradient_is_slow: bool
+    """Whether the backward pass of the stock mixer takes too long here to be taken unasked."""
 
     @classmethod
     def misfit(cls, module: nn.Module) -> list[str]:
@@ -70,8 +76,12 @@ class Layer(Protocol):
     def statistics(self, *, mean_lti: bool) -> Statistics:
         """An empty accumulator for `read`'s systems."""
 
-    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
-        """The mixer's selective system on its input [batch, length, hidden], as the statistics take it."""
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None) -> Any:
+        """The mixer's selective system on its input [batch, length, hidden], as the statistics take it.
+
+        Its channels are weighed by how much of them reaches the residual stream, or, given the loss's gradient by what
+        `gradient_at` reads [batch, length, channels], by how much the loss depends on them.
+        """
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's weights in B and in C, [groups, N]."""
@@ -145,7 +155,8 @@ class Realization(ABC):
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
         """The sizes that may be chosen for a layer, ascending; the last is its present one."""
-        return allowed_sizes(layer.state_size, config.min_state_size, config.multiple_of or 1)
+        step = config.multiple_of if isinstance(config.multiple_of, int) else 1
+        return allowed_sizes(layer.state_size, config.min_state_size, step)
 
     @classmethod
     def check_size(cls, layer: Any, size: int) -> None:

@@ -61,14 +61,17 @@ class HeadwiseMambaLayer(MambaLayer):
         channels = self.channels // self.groups
         return HeadwiseStatistics(self.groups, channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
 
-    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> list[MambaSystem]:
+    def read(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
+    ) -> list[MambaSystem]:
         """The selective system of each head on the mixer's input [batch, length, hidden]."""
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
         projected = linear(hidden_states.float() * valid[..., None], mixer.in_proj)
         x, z = projected[..., 0::2], projected[..., 1::2]  # rows of in_proj: x and z of a channel side by side
+        weight = mixer.out_proj.weight.float().norm(dim=0) if gradient is None else gradient.float()
         u = mixer.act(causal_conv(x, mixer.conv1d)) * valid[..., None]
-        gate = F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0)
+        gate = F.silu(z) * valid[..., None] * weight
         sizes = [mixer.time_step_rank, self.state_size, self.state_size]
         systems = []
         for head, (u_h, gate_h) in enumerate(zip(u.chunk(self.groups, -1), gate.chunk(self.groups, -1), strict=True)):

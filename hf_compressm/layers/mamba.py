@@ -41,12 +41,18 @@ class MambaLayer(MixerLayer):
         ]
     )
     family = "Mamba"
+    gradient_at = "out_proj"
 
     @classmethod
     def expected_shapes(cls, mixer: Any) -> dict[str, list[int | None]]:
         """The shapes of a mixer's tensors, by name (None: any), from its attributes."""
         I, N, R = mixer.intermediate_size, mixer.ssm_state_size, mixer.time_step_rank
         return {"A_log": [I, N], "D": [I], "x_proj.weight": [R + 2 * N, None], "dt_proj.weight": [None, R]}
+
+    @property
+    def gradient_is_slow(self) -> bool:  # type: ignore[override]
+        """On a CPU, where the stock scan is a loop whose backward pass takes the square of the length."""
+        return next(self.mixer.parameters()).device.type == "cpu"
 
     @property
     def state_size(self) -> int:
@@ -62,11 +68,12 @@ class MambaLayer(MixerLayer):
         """An empty accumulator for `read`'s systems."""
         return MambaStatistics(self.channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
 
-    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
+    def read(self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None) -> Any:
         """The mixer's selective system on its input [batch, length, hidden]."""
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
         x, z = linear(hidden_states.float() * valid[..., None], mixer.in_proj).chunk(2, dim=-1)
+        weight = mixer.out_proj.weight.float().norm(dim=0) if gradient is None else gradient.float()
         u = mixer.act(causal_conv(x, mixer.conv1d)) * valid[..., None]
         sizes = [mixer.time_step_rank, self.state_size, self.state_size]
         step, B, C = self._normalise(*linear(u, mixer.x_proj).split(sizes, dim=-1))
@@ -76,7 +83,7 @@ class MambaLayer(MixerLayer):
             A=-torch.exp(mixer.A_log.float()),
             B=B,
             C=C,
-            gate=F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0),
+            gate=F.silu(z) * valid[..., None] * weight,
             valid=valid,
         )
 

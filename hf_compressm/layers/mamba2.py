@@ -22,6 +22,8 @@ from .parameters import ParameterCut, set_data_
 from .selection import Select
 
 PROJECTION = "BC_projection"
+# Bytes of state fall with every size, and tiles of memory and of kernels want a multiple of 8.
+STEP = 8
 
 
 class Mamba2Select(Select):
@@ -29,12 +31,12 @@ class Mamba2Select(Select):
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
-        """Powers of two, unless the config names a step; then what the CUDA convolution takes, too."""
-        if config.multiple_of is None:
-            return _padded_sizes(layer, config)
-        step = config.multiple_of
+        """Multiples of 8, or of what the config names so far as the CUDA convolution takes it; or the tuned ones."""
+        if config.multiple_of == "tuned":
+            return _tuned_sizes(layer, config)
+        multiple = step = config.multiple_of or STEP
         while layer.groups * step % 8:
-            step += config.multiple_of
+            step += multiple
         return allowed_sizes(layer.state_size, config.min_state_size, step)
 
     @classmethod
@@ -67,8 +69,10 @@ class Project(Realization):
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
-        """Powers of two, unless the config names a step."""
-        return _padded_sizes(layer, config) if config.multiple_of is None else super().sizes(layer, config)
+        """Multiples of 8, or of what the config names; or the tuned ones."""
+        if config.multiple_of == "tuned":
+            return _tuned_sizes(layer, config)
+        return allowed_sizes(layer.state_size, config.min_state_size, config.multiple_of or STEP)
 
     @classmethod
     def paths(
@@ -105,8 +109,8 @@ class Project(Realization):
         project_(layer.mixer, **new)
 
 
-def _padded_sizes(layer: Any, config: CompreSSMConfig) -> list[int]:
-    """What the kernels don't pad, and tune for: each new size costs a minute."""
+def _tuned_sizes(layer: Any, config: CompreSSMConfig) -> list[int]:
+    """What the kernels pad to. They tune themselves for each new size, most of a minute in the first training step."""
     return powers_of_two(layer.state_size, max(16, config.min_state_size))
 
 
@@ -171,12 +175,19 @@ class Mamba2Layer(MixerLayer):
         """N before the projection of a projected mixer, else None."""
         return getattr(self.mixer, "unprojected_state_size", None)
 
+    @property
+    def gradient_at(self) -> str:  # type: ignore[override]
+        """The gated norm, after which nothing is linear in the scan's output; Falcon-H1 can do without."""
+        return "norm" if hasattr(self.mixer.norm, "weight") else "out_proj"
+
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
         """An empty accumulator for `read`'s systems."""
         mixer = self.mixer
         return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, mixer.A_log.device, mean_lti=mean_lti)
 
-    def read(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Mamba2System:
+    def read(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
+    ) -> Mamba2System:
         """The mixer's selective system on its input [batch, length, hidden]."""
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
@@ -191,9 +202,7 @@ class Mamba2Layer(MixerLayer):
         if self.unprojected_state_size is not None:
             BC = torch.einsum("blgn,gnr->blgr", BC, mixer.BC_projection.float())
         B, C = BC.chunk(2, dim=2)
-        gate = F.silu(z) * valid[..., None] * mixer.out_proj.weight.float().norm(dim=0)
-        if hasattr(mixer.norm, "weight"):  # Falcon-H1 can do without
-            gate = gate * mixer.norm.weight.float()
+        gate = self._gate(z, gradient) * valid[..., None]
         return Mamba2System(
             x=x.unflatten(-1, (mixer.num_heads, -1)),
             delta=F.softplus(step + mixer.dt_bias.float()).clamp(*mixer.time_step_limit or (0.0, None)),
@@ -203,6 +212,12 @@ class Mamba2Layer(MixerLayer):
             gate=gate.unflatten(-1, (mixer.num_heads, -1)),
             valid=valid,
         )
+
+    def _gate(self, z: Tensor, gradient: Tensor | None) -> Tensor:
+        if gradient is not None:
+            return gradient.float() if self.gradient_at == "norm" else F.silu(z) * gradient.float()
+        gate = F.silu(z) * self.mixer.out_proj.weight.float().norm(dim=0)
+        return gate * self.mixer.norm.weight.float() if self.gradient_at == "norm" else gate
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C in `in_proj`, [groups, N]."""

@@ -29,6 +29,8 @@ class MixerLayer:
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
     keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
+    gradient_at: str | None = None
+    gradient_is_slow: bool = False
 
     def __init__(self, name: str, mixer: Any) -> None:
         self.name = name

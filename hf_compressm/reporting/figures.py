@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .history import Attempt
-from .rows import LayerReport
+from .rows import LayerReport, Tradeoff
 
 
 def plot_spectra(reports: Mapping[str, Sequence[LayerReport]]) -> Any:
@@ -14,37 +14,65 @@ def plot_spectra(reports: Mapping[str, Sequence[LayerReport]]) -> Any:
 
     A line is a layer, solid over the states that it keeps (up to the dot) and pale over those that were cut.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(1.2 + 5.2 * len(reports), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(reports), squeeze=False)[0]
+    figure, panels = _panels(len(reports))
     for axes, (name, layers) in zip(panels, reports.items(), strict=True):
-        count = len(layers)
-        norm = BoundaryNorm([position - 0.5 for position in range(count + 1)], 256)
-        colors = _colors()
-        for position, layer in enumerate(layers):
-            color = colors(norm(position))
-            for spectrum in layer.hankel_singular_values:
-                _draw_spectrum(axes, spectrum, layer, color)
-        values = [value / (s[0] or 1.0) for row in layers for s in row.hankel_singular_values for value in s]
-        axes.set_yscale("log")
-        axes.set_ylim(max(1e-6, min((value for value in values if value > 0), default=1e-6) / 1.6), 1.4)
-        axes.set_xlim(0, max(layer.old_size for layer in layers) + 1)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("state, from the largest singular value down")
-        axes.set_title(_headline(name, layers), loc="left", fontsize=11)
-        _tidy(axes)
-        bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, label="layer", aspect=30, pad=0.02)
-        step = -(-count // 8)
-        bar.set_ticks(range(0, count, step), labels=[str(layer.index) for layer in layers[::step]])
-        bar.ax.tick_params(length=0)
-        bar.ax.minorticks_off()
-        bar.outline.set_visible(False)
+        _draw_spectra(axes, name, layers)
     panels[0].set_ylabel("Hankel singular value / largest of its layer")
     return figure
+
+
+def plot_report(layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff] | None) -> Any:
+    """One model: its spectra, and the divergence to expect of any number of states; a matplotlib Figure."""
+    if tradeoff is None:
+        return plot_spectra({"": layers})
+    figure, (left, right) = _panels(2)
+    _draw_spectra(left, "", layers)
+    left.set_ylabel("Hankel singular value / largest of its layer")
+    points = [point for point in tradeoff if point.divergence > 0]
+    right.plot([point.states for point in points], [point.divergence for point in points], color="0.25", lw=2)
+    now = sum(layer.new_size for layer in layers)
+    right.axvline(now, color=_colors()(0.5), lw=1.2, ls="--")
+    right.annotate(f" {now} states", (now, right.get_ylim()[1]), va="top", color=_colors()(0.5))
+    right.set_yscale("log")
+    right.set_xlabel("states of all layers")
+    right.set_ylabel("divergence of the predictions (nats per token)")
+    right.set_title("What fewer states cost", loc="left", fontsize=11)
+    _tidy(right)
+    return figure
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 5.2 * count, 4.2), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _draw_spectra(axes: Any, name: str, layers: Sequence[LayerReport]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
+
+    count = len(layers)
+    norm = BoundaryNorm([position - 0.5 for position in range(count + 1)], 256)
+    colors = _colors()
+    for position, layer in enumerate(layers):
+        for spectrum in layer.hankel_singular_values:
+            _draw_spectrum(axes, spectrum, layer, colors(norm(position)))
+    values = [value / (s[0] or 1.0) for row in layers for s in row.hankel_singular_values for value in s]
+    axes.set_yscale("log")
+    axes.set_ylim(max(1e-6, min((value for value in values if value > 0), default=1e-6) / 1.6), 1.4)
+    axes.set_xlim(0, max(layer.old_size for layer in layers) + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("state, from the largest singular value down")
+    axes.set_title(_headline(name, layers), loc="left", fontsize=11)
+    _tidy(axes)
+    bar = axes.figure.colorbar(ScalarMappable(norm, colors), ax=axes, label="layer", aspect=30, pad=0.02)
+    step = -(-count // 8)
+    bar.set_ticks(range(0, count, step), labels=[str(layer.index) for layer in layers[::step]])
+    bar.ax.tick_params(length=0)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
 
 
 def _headline(name: str, layers: Sequence[LayerReport]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .figures import plot_spectra
-from .rows import LayerReport, Perplexity
+from .figures import plot_report
+from .rows import Divergence, LayerReport, Perplexity, Tradeoff
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class CompressionReport:
     parameters_before: int
     parameters_after: int
     perplexity: Perplexity | None = None
+    divergence: Divergence | None = None
+    """Asked, predicted and measured, of a cut by `max_divergence`."""
+    tradeoff: list[Tradeoff] | None = None
+    """What other totals of states would have cost, from the fewest up."""
 
     @property
     def states_before(self) -> int:
@@ -57,13 +61,15 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
         """From what `to_dict` gives."""
-        perplexity = values.get("perplexity")
+        perplexity, divergence, tradeoff = (values.get(name) for name in ("perplexity", "divergence", "tradeoff"))
         return cls(
             layers=[LayerReport(**row) for row in values["layers"]],
             realization=values["realization"],
             parameters_before=values["parameters_before"],
             parameters_after=values["parameters_after"],
             perplexity=None if perplexity is None else Perplexity(**perplexity),
+            divergence=None if divergence is None else Divergence(**divergence),
+            tradeoff=None if tradeoff is None else [Tradeoff(**point) for point in tradeoff],
         )
 
     def __rich__(self) -> Any:
@@ -90,16 +96,29 @@ class CompressionReport:
         return capture.get()
 
     def plot(self) -> Any:
-        """The spectra of all layers, each relative to its largest value, with what was kept: a matplotlib Figure."""
-        return plot_spectra({"": self.layers})
+        """The spectra of all layers, each relative to its largest value, with what was kept; and beside them, where it is
+        known, what any other total of states would have cost: a matplotlib Figure."""
+        return plot_report(self.layers, self.tradeoff)
 
     def _summary(self) -> str:
         text = (
             f"state per sequence {self.state_bytes_before / 1024:,.0f} -> {self.state_bytes_after / 1024:,.0f} KiB (fp32)\n"
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,}"
         )
+        if self.divergence is not None:
+            text += (
+                f"\ndivergence {self.divergence.measured:.4f} nats per token on held-out text, "
+                f"{self.divergence.asked:g} allowed\n(predicted: {self.divergence.predicted:.4f})"
+            )
         if self.perplexity is not None:
             text += (
-                f"\nperplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f}\n({self.perplexity.data})"
+                f"\nperplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f}{self._recall()}\n"
+                f"({self.perplexity.data})"
             )
         return text
+
+    def _recall(self) -> str:
+        found = self.perplexity
+        if found is None or found.recall_before is None or found.recall_after is None:
+            return ""
+        return f", of repeated bigrams {found.recall_before:.2f} -> {found.recall_after:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,36 @@ class Perplexity:
     before: float
     after: float
     data: str
+    recall_before: float | None = None
+    """Of the tokens whose bigram occurred earlier in the window, which a state is there to remember."""
+    recall_after: float | None = None
+
+    @classmethod
+    def of(cls, before: Any, after: Any, data: str) -> Perplexity:
+        """From two `data.evaluation.Evaluation`s."""
+        return cls(before.perplexity, after.perplexity, data, before.recall, after.recall)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the slim model's predictions are from the full one's, on tokens that nothing was fitted to.
+
+    In nats per token, or, of a model without a head, the share of its last hidden states' energy.
+    """
+
+    asked: float
+    """The most that was allowed, `max_divergence`."""
+    predicted: float
+    """By the layers' cost curves, before the cut was tried."""
+    measured: float
+    tokens: int
+    """That it was measured on."""
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One way to share states among the layers: how many in all, at which sizes, and the divergence to expect."""
+
+    states: int
+    divergence: float
+    sizes: list[int]

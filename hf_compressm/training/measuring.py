@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,10 +10,11 @@ from transformers import PreTrainedModel
 from ..backends import Backend
 from ..config import CompreSSMConfig
 from ..cutting import Measurement
-from ..cutting.measuring import check_measured, empty_statistics, observing
+from ..cutting.measuring import check_measured, empty_statistics
+from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
-from ..layers import Layer, find_layers
+from ..layers import find_layers
 from .recording import Batch
 
 
@@ -31,7 +31,7 @@ def measure_batches(
     Args:
         model: not wrapped.
         batches: of this process.
-        config: of which `estimator` counts.
+        config: of which `weights` and `estimator` count.
         backend: that the model is trained with.
         max_tokens: of each batch; None for all.
 
@@ -41,9 +41,16 @@ def measure_batches(
     if not batches:
         raise ValueError("No training batch passed through the model before the attempt to cut it.")
     layers = find_layers(model)
+    by_loss = can_weigh_by_loss(model, layers, config)
 
     def run(statistics: list[Statistics], some: Sequence[Batch]) -> list[Statistics]:
-        _run(model, layers, statistics, some, max_tokens)
+        with evaluating(model):
+            for args, kwargs in some:
+                if by_loss and "input_ids" in kwargs:
+                    observe_by_loss(model, layers, statistics, kwargs, args=args, max_tokens=max_tokens)
+                else:
+                    with observing(layers, statistics, max_tokens=max_tokens):
+                        model(*args, **kwargs)
         return statistics
 
     statistics = empty_statistics(layers, config)
@@ -51,16 +58,4 @@ def measure_batches(
     run(statistics, batches)
     backend.sum_(statistics)
     check_measured(layers, statistics)
-    return Measurement(model, layers, statistics, config.estimator)
-
-
-def _run(
-    model: Any,
-    layers: Sequence[Layer],
-    statistics: Sequence[Statistics],
-    batches: Sequence[Batch],
-    max_tokens: int | None,
-) -> None:
-    with observing(layers, statistics, max_tokens=max_tokens), evaluating(model):
-        for args, kwargs in batches:
-            model(*args, **kwargs)
+    return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate")

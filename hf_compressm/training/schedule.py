@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import CompreSSMConfig
+from ..config import TOLERANCE, CompreSSMConfig
 from ..cutting.sizes import check_targets, sizes_to_choose_from
 from ..layers import Layer
 
@@ -54,12 +54,20 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
     Raises:
         ValueError: if a projection is asked for.
     """
+    if config.max_divergence is not None:
+        raise ValueError(
+            "max_divergence is for a trained model: what a cut costs now says little, since training goes on. Give a "
+            "tolerance, ratio or state_size, and rollback for a bound on the evaluation set's metric."
+        )
     if config.realization == "project":
         raise ValueError(
             "realization='project' is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
             "kernel can't take them. Train with realization='select', or call compress_ with 'project' after training."
         )
-    return replace(config, realization="select", refit=0)
+    tolerance = config.tolerance if config.has_target else TOLERANCE
+    return replace(
+        config, realization="select", refit=0, multiple_of=config.multiple_of or "tuned", tolerance=tolerance
+    )
 
 
 def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:

@@ -157,9 +157,12 @@ def test_targets(token_ids):
 
 @pytest.mark.parametrize("realization", ["select", "project"])
 @pytest.mark.parametrize("target", [{"tolerance": 0.3}, {"ratio": 0.5}, {"ratio": 0.7, "min_state_size": 20}])
-def test_chosen_mamba2_sizes_are_powers_of_two(token_ids, realization, target):
+def test_chosen_mamba2_sizes_are_multiples_of_8_or_tuned_ones(token_ids, realization, target):
     model = tiny_mamba2(state_size=48)
     report = compress_(model, CompreSSMConfig(**target, realization=realization), token_ids)
+    assert all(size % 8 == 0 for size in report.sizes.values())
+    model = tiny_mamba2(state_size=48)
+    report = compress_(model, CompreSSMConfig(**target, realization=realization, multiple_of="tuned"), token_ids)
     assert set(report.sizes.values()) <= {16, 32, 48}
     assert min(report.sizes.values()) >= target.get("min_state_size", 1)
     if "ratio" in target:
@@ -177,7 +180,7 @@ def test_chosen_mamba2_sizes_are_powers_of_two(token_ids, realization, target):
 def test_a_mamba2_too_small_for_its_kernels_says_so(mamba2, token_ids):
     before, config = states(mamba2), mamba2.config.to_dict()
     with pytest.raises(ValueError, match="multiple_of"):
-        compress_(mamba2, CompreSSMConfig(ratio=0.5), token_ids)
+        compress_(mamba2, CompreSSMConfig(ratio=0.5, multiple_of="tuned"), token_ids)
     assert same(mamba2, before, config)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.cutting.measuring import empty_statistics, observing
+from hf_compressm.cutting.measuring import empty_statistics
+from hf_compressm.cutting.observing import observing
 from hf_compressm.hankel.spectra import hankel_spectra
 from hf_compressm.layers import find_layers
 from tests.layers.models import build

@@ -38,7 +38,8 @@ def test_a_plan_shows_the_report_of_the_cut(token_ids, name):
 def test_a_projected_layer_is_planned_for_again(token_ids):
     model = tiny_mamba2()
     for size in (9, 4):
-        plan = measure(model, token_ids).plan(CompreSSMConfig(state_size=size))
+        config = CompreSSMConfig(state_size=size)
+        plan = measure(model, token_ids, config).plan(config)
         plan.apply_(model)
         assert plan.report.parameters_after == sum(p.numel() for p in model.parameters())
 
@@ -46,7 +47,7 @@ def test_a_projected_layer_is_planned_for_again(token_ids):
 def test_one_measurement_serves_many_plans(token_ids):
     """On copies of the model, also by way of another process."""
     model = tiny_mamba()
-    measurement = measure(model, token_ids)
+    measurement = measure(model, token_ids, CompreSSMConfig(tolerance=0.05))
     for options in (
         {"state_size": 3},
         {"ratio": 0.5},
@@ -64,7 +65,8 @@ def test_the_report_of_a_measurement_is_the_spectra(token_ids):
     from hf_compressm import hankel_singular_values
 
     model = tiny_mamba2(groups=2)
-    assert measure(model, token_ids).report() == hankel_singular_values(model, token_ids)
+    measured = measure(model, token_ids, CompreSSMConfig(tolerance=0))
+    assert measured.report() == hankel_singular_values(model, token_ids)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,9 @@ def test_the_report_of_a_measurement_is_the_spectra(token_ids):
     [
         ({"estimator": "mean_lti"}, {}, "estimator"),
         ({"refit": 0}, {"state_size": 4}, "refit"),
+        ({"tolerance": 0.1}, {"max_divergence": 0.1}, "held no data back"),
+        ({"weights": "fisher"}, {"tolerance": 0.1}, "weights='fisher'"),
+        ({"weights": "gate"}, {"ratio": 0.5, "weights": "fisher"}, "weights='gate'"),
         ({}, {"state_size": 9}, "can't be cut to 9"),
     ],
 )
@@ -81,7 +86,7 @@ def test_what_was_not_measured_can_not_be_planned(mamba, token_ids, measured, pl
 
 
 def test_a_plan_is_for_layers_of_the_sizes_that_were_measured(mamba, token_ids):
-    measurement = measure(mamba, token_ids)
+    measurement = measure(mamba, token_ids, CompreSSMConfig(state_size=4))
     plan = measurement.plan(CompreSSMConfig(state_size=4))
     for other in (tiny_mamba(state_size=6), tiny_mamba(layers=3)):
         with pytest.raises(ValueError, match="measure this model"):

@@ -192,15 +192,19 @@ def test_a_cut_is_made_whole_or_not_at_all(name):
     assert outcomes["before"] > 100
 
 
-CHANGE_FOR_A_WHILE = ("cutting/measuring.py", "cutting/sensitivity.py", "data/evaluation.py", "interrupts/")
+CHANGE_FOR_A_WHILE = ("cutting/observing.py", "cutting/divergence.py", "data/evaluation.py", "interrupts/")
 
 
-@pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2], ids=["mamba", "mamba2"])
-def test_measuring_and_planning_leave_nothing_behind(make):
-    """With trial cuts for the layers' sensitivities."""
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [(tiny_mamba, {"ratio": 0.6, "refit": 1}), (tiny_mamba2, {"max_divergence": 0.05})],
+    ids=["ratio", "max_divergence"],
+)
+def test_measuring_and_planning_leave_nothing_behind(make, target):
+    """With trial cuts, of each layer alone and of all of them."""
     model = make()
     optimizer = trained(model)
-    config = CompreSSMConfig(ratio=0.6, refit=1, multiple_of=1)
+    config = CompreSSMConfig(**target, multiple_of=1)
     before = picture(model, optimizer)
     mixers = [layer.mixer for layer in model.backbone.layers]
 

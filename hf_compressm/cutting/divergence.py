@@ -1,0 +1,77 @@
+"""How far a model's predictions are from what they were before a cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.evaluation import evaluating
+from ..interrupts import restoring
+from ..layers import Layer, Realization, new_data
+
+
+class Divergence:
+    """The divergence of a model's predictions from those it makes when this is made.
+
+    For a model with a head it is the mean Kullback-Leibler divergence, in nats per token; for one without, the energy of
+    what changes in its last hidden states, as a share of theirs.
+
+    Args:
+        model: as it is before any cut.
+        batches: what to predict on, each with `input_ids` and `attention_mask`.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.model = model
+        self.batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
+        self.has_head = False
+        self.full = list(self._predictions())
+        self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+    @torch.no_grad()
+    def _predictions(self) -> Iterator[Tensor]:
+        with evaluating(self.model):
+            for batch in self.batches:
+                output = self.model(**batch, use_cache=False)
+                self.has_head = hasattr(output, "logits")
+                yield output.logits.float().log_softmax(-1) if self.has_head else output[0].float()
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Of the model as it is now."""
+        moved = of = 0.0
+        for batch, full, now in zip(self.batches, self.full, self._predictions(), strict=True):
+            mask = batch["attention_mask"] if full.dim() == 3 else full.new_ones(len(full))
+            each = (full.exp() * (full - now)).sum(-1) if self.has_head else (full - now).square().sum(-1)
+            moved += float((each * mask).sum())
+            of += float(mask.sum() if self.has_head else (full.square().sum(-1) * mask).sum())
+        return max(0.0, moved / of) if of else 0.0
+
+
+@contextmanager
+def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int, Realization]) -> Iterator[None]:
+    """The model with cut copies of mixers in the places of those mixers, by layer index; afterwards it is as it was."""
+    taken: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def restore() -> None:
+        for owner, name, mixer in taken:
+            setattr(owner, name, mixer)
+
+    with restoring(restore):
+        for layer in layers:
+            if layer.index not in cuts:
+                continue
+            other = copy.copy(layer)
+            other.mixer = copy.deepcopy(layer.mixer)
+            cut = cuts[layer.index]
+            cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
+            parent, _, name = layer.name.rpartition(".")
+            owner = model.get_submodule(parent)
+            taken.append((owner, name, layer.mixer))
+            setattr(owner, name, other.mixer)
+        yield

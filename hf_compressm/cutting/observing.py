@@ -1,0 +1,195 @@
+"""Take statistics of mixers from what passes through them, in the model's own forward (and backward) passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import CompreSSMConfig
+from ..data.packing import unpacked
+from ..hankel.statistics import Statistics
+from ..interrupts import restoring, uninterrupted
+from ..layers import Layer, MixerInputs
+
+# Sequences of a forward and backward pass, whose activations are kept for all layers.
+SEQUENCES = 4
+
+
+@contextmanager
+def observing(
+    layers: Sequence[Layer],
+    statistics: Sequence[Statistics],
+    inputs: dict[int, MixerInputs] | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[None]:
+    """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given.
+
+    Of a batch of more than `max_tokens` tokens, only the first sequences are taken, and one at least.
+    """
+    by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True)}
+
+    def take(layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
+        rows = None if max_tokens is None else max(1, max_tokens // hidden_states.shape[1])
+        read = (hidden_states[:rows], None if mask is None else mask[:rows], None)
+        _add(layer, by_index[layer.index], read, None if seq_idx is None else seq_idx[:rows], inputs)
+
+    with _reading(layers, take):
+        yield
+
+
+def can_weigh_by_loss(model: nn.Module, layers: Sequence[Layer], config: CompreSSMConfig) -> bool:
+    """Whether the config asks for weights from the loss, and the model has predictions and layers that allow it.
+
+    Raises:
+        ValueError: if they are asked for by name and can't be had.
+    """
+    if not config.weighs_by_loss:
+        return False
+    missing = [layer.name for layer in layers if layer.gradient_at is None]
+    headless = getattr(model, "base_model", model) is model
+    if config.weights == "fisher" and (missing or headless):
+        reason = "the model has no head" if headless else f"{missing[0]} does not say where its gradient is"
+        raise ValueError(f"weights='fisher' needs the gradient of a loss, and {reason}: take weights='gate'.")
+    slow = config.weights == "auto" and any(layer.gradient_is_slow for layer in layers)
+    return not (missing or headless or slow)
+
+
+@torch.enable_grad()
+def observe_by_loss(
+    model: Any,
+    layers: Sequence[Layer],
+    statistics: Sequence[Statistics],
+    batch: Mapping[str, Any],
+    inputs: dict[int, MixerInputs] | None = None,
+    *,
+    args: Sequence[Any] = (),
+    seed: int = 0,
+    max_tokens: int | None = None,
+) -> None:
+    """Add what the mixers read of a batch to their statistics, weighed by the loss's gradient by what they give.
+
+    The loss is the model's own if the batch has labels, else that of labels drawn from its predictions: the expectation
+    of the gradient's square is the Fisher information then, and half of it times the square of a small error in what the
+    mixers give the divergence that it makes.
+
+    Args:
+        model: in evaluation mode. No gradient of a parameter is computed.
+        layers, statistics, inputs, max_tokens: as for `observing`.
+        batch, args: what to call the model with.
+        seed: of the labels.
+    """
+    by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True)}
+    sequences = len(batch["input_ids"])
+    if max_tokens is not None:
+        sequences = min(sequences, max(1, max_tokens // batch["input_ids"].shape[1]))
+    for start in range(0, sequences, SEQUENCES):
+        rows = slice(start, min(start + SEQUENCES, sequences))
+        part = {name: value[rows] if _is_by_row(value, batch["input_ids"]) else value for name, value in batch.items()}
+        reads: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        outputs: dict[int, Tensor] = {}
+
+        def take(
+            layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None, reads: dict = reads
+        ) -> None:
+            reads[layer.index] = (hidden_states.detach(), mask, seq_idx)
+
+        with _reading(layers, take), _keeping_outputs(layers, outputs), _grad_from_embeddings(model):
+            loss = _loss(model(*args, **part | {"use_cache": False}), part, seed + start)
+            gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for layer, gradient in zip(layers, gradients, strict=True):
+            hidden_states, mask, seq_idx = reads[layer.index]
+            _add(layer, by_index[layer.index], (hidden_states, mask, gradient.detach()), seq_idx, inputs)
+
+
+@torch.no_grad()
+def _add(
+    layer: Layer,
+    entry: Statistics,
+    read: tuple[Tensor, Tensor | None, Tensor | None],
+    seq_idx: Tensor | None,
+    inputs: dict[int, MixerInputs] | None,
+) -> None:
+    if seq_idx is not None and layer.keeps_samples_apart:
+        read = unpacked(*read, seq_idx)
+    system = layer.read(*read)
+    with torch.autocast(read[0].device.type, enabled=False):
+        entry.update(system)
+    if inputs is not None:
+        inputs.setdefault(layer.index, []).append(read)
+
+
+@contextmanager
+def _reading(layers: Sequence[Layer], take: Any) -> Iterator[None]:
+    """Call `take` with each layer, and the hidden states, mask and samples' numbers that its mixer gets."""
+
+    def hook_of(layer: Layer) -> Any:
+        def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            take(layer, hidden_states, kwargs.get("attention_mask"), kwargs.get("seq_idx"))
+
+        return hook
+
+    with _hooks(layer.mixer.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in layers):
+        yield
+
+
+@contextmanager
+def _keeping_outputs(layers: Sequence[Layer], outputs: dict[int, Tensor]) -> Iterator[None]:
+    """Keep what comes out of the scans, where the layers want the gradient."""
+
+    def hook_of(layer: Layer) -> Any:
+        def hook(module: Any, args: tuple) -> None:
+            outputs[layer.index] = args[0]
+
+        return hook
+
+    modules = [(layer, layer.mixer.get_submodule(str(layer.gradient_at))) for layer in layers]
+    with _hooks(module.register_forward_pre_hook(hook_of(layer)) for layer, module in modules):
+        yield
+
+
+@contextmanager
+def _grad_from_embeddings(model: Any) -> Iterator[None]:
+    """Let autograd follow the activations, also where no parameter wants a gradient."""
+
+    def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    embeddings = model.get_input_embeddings()
+    with _hooks(one.register_forward_hook(hook) for one in [embeddings]):
+        yield
+
+
+@contextmanager
+def _hooks(registered: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks afterwards.
+
+    Args:
+        registered: registers a hook as each of its handles is asked for.
+    """
+    handles: list[Any] = []
+    with restoring(lambda: [handle.remove() for handle in handles]):
+        with uninterrupted():  # a hook without a handle could not be removed
+            handles.extend(registered)
+        yield
+
+
+def _loss(output: Any, batch: Mapping[str, Any], seed: int) -> Tensor:
+    if batch.get("labels") is not None:
+        return output.loss
+    logits = output.logits.float().flatten(0, -2)
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.numel() == len(labels):
+        labels = labels.masked_fill(mask.flatten() == 0, -100)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def _is_by_row(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(ids)

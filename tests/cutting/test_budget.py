@@ -1,0 +1,141 @@
+"""The user says how far the predictions may move, and gets the smallest state that keeps it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm.cutting.budget import Ladder, keep_budget
+from hf_compressm.cutting.divergence import Divergence
+from hf_compressm.layers import find_layers
+from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
+
+COSTS = [torch.tensor([9.0, 4.0, 1.0, 0.0]), torch.tensor([5.0, 0.5, 0.2, 0.0])]
+CHOICES = [[1, 2, 3, 4], [1, 2, 4]]
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2))
+
+
+def held_out(ids) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids[3::4], "attention_mask": torch.ones_like(ids[3::4])}]
+
+
+def test_a_ladder_has_the_best_sizes_of_every_total():
+    ladder = Ladder(COSTS, CHOICES, uniform=False)
+    best: dict[int, float] = {}
+    for sizes in itertools.product(*CHOICES):
+        cost = sum(float(costs[size - 1]) for costs, size in zip(COSTS, sizes, strict=True))
+        best[sum(sizes)] = min(best.get(sum(sizes), 1e9), cost)
+    for number in range(len(ladder)):
+        rung = ladder[number]
+        assert rung.predicted == pytest.approx(best[sum(rung.sizes)])
+        assert all(rung.predicted < cost for total, cost in best.items() if total < sum(rung.sizes))
+    assert ladder[len(ladder) - 1].sizes == [4, 4]
+
+
+def test_a_uniform_ladder_has_one_size():
+    ladder = Ladder(COSTS, CHOICES, uniform=True)
+    assert [ladder[number].sizes for number in range(len(ladder))] == [[1, 1], [2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("budget", [0.01, 0.4, 1.7, 3.0, 100.0])
+def test_the_lowest_rung_within_the_budget_is_found(budget, factor):
+    """Whatever the factor between predicted and measured costs, and though it is not the same on every rung."""
+    ladder = Ladder(COSTS, CHOICES, uniform=False)
+    true = {tuple(ladder[n].sizes): ladder.predicted[n] * factor * (1 + 0.2 * (n % 2)) for n in range(len(ladder))}
+    made, row, _ = keep_budget(ladder, budget, lambda sizes: tuple(sizes), lambda sizes: true[sizes], 7)
+    within = [n for n in range(len(ladder)) if true[tuple(ladder[n].sizes)] <= budget]
+    expected = ladder[within[0]].sizes
+    assert (list(made) if made else [4, 4]) == expected
+    assert row.measured == (true[made] if made else 0.0)
+    assert row.measured <= row.asked == budget
+
+
+@pytest.mark.parametrize("weights", ["fisher", "gate"])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: tiny_mamba(16), {}),
+        (lambda: tiny_mamba(16), {"uniform": True}),
+        (lambda: tiny_mamba2(32, groups=2), {}),
+        (lambda: tiny_mamba2(32), {"realization": "select"}),
+    ],
+    ids=["mamba", "uniform", "mamba2", "select"],
+)
+def test_the_budget_is_kept_as_measured_and_one_rung_less_breaks_it(ids, make, options, weights):
+    model, budget = make(), 0.05
+    full = copy.deepcopy(model)
+    config = CompreSSMConfig(max_divergence=budget, weights=weights, **options)
+    report = compress_(model, config, ids)
+    row = report.divergence
+    assert row.asked == budget
+    assert row.tokens == ids[3::4].numel()
+    assert row.measured <= budget
+    # What the report says is what the model does, on the quarter of the data that was held out.
+    moved = Divergence(full, held_out(ids))
+    for layer, other in zip(find_layers(full), find_layers(model), strict=True):
+        parent, _, name = layer.name.rpartition(".")
+        setattr(full.get_submodule(parent), name, other.mixer)
+    assert moved() == pytest.approx(row.measured, rel=1e-3)
+    assert report.states_after < report.states_before
+    if "uniform" in options:
+        assert len(set(report.sizes.values())) == 1
+    states = [point.states for point in report.tradeoff]
+    costs = [point.divergence for point in report.tradeoff]
+    assert states == sorted(states)
+    assert costs == sorted(costs, reverse=True)
+    assert states[-1] == report.states_before
+
+
+def test_a_larger_budget_never_keeps_more_states(ids):
+    measurement = measure(tiny_mamba(16), ids)
+    kept = [measurement.plan(CompreSSMConfig(max_divergence=b)).report.states_after for b in (0.001, 0.01, 0.1, 1.0)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1]
+
+
+def test_it_is_the_default_after_training(ids):
+    one, two = tiny_mamba(), tiny_mamba()
+    assert compress_(one, None, ids) == compress_(two, CompreSSMConfig(max_divergence=0.01), ids)
+    assert torch.equal(one(ids).logits, two(ids).logits)
+
+
+def test_nothing_is_cut_where_one_state_less_breaks_it(ids):
+    model = tiny_mamba2(16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = compress_(model, CompreSSMConfig(max_divergence=1e-9), ids)
+    assert report.states_after == report.states_before
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_planning_leaves_the_model_as_it_was(ids):
+    model = tiny_mamba()
+    mixers = [layer.mixer for layer in find_layers(model)]
+    logits = model(ids).logits
+    measure(model, ids).plan()
+    assert [layer.mixer for layer in find_layers(model)] == mixers
+    assert torch.equal(model(ids).logits, logits)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_without_a_head(ids):
+    model = tiny_mamba(16).backbone
+    report = compress_(model, CompreSSMConfig(max_divergence=0.02), ids)
+    assert 0 < report.divergence.measured <= 0.02
+    assert report.states_after < report.states_before
+
+
+def test_one_sequence_is_parted_in_time_and_a_short_one_refused(ids):
+    long = ids.reshape(1, -1)
+    report = compress_(tiny_mamba(16), CompreSSMConfig(max_divergence=0.05), long)
+    assert report.divergence.tokens == long.shape[1] // 4
+    with pytest.raises(ValueError, match="two sequences"):
+        compress_(tiny_mamba(), CompreSSMConfig(max_divergence=0.05), ids[:1, :20])
