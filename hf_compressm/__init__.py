@@ -4,6 +4,7 @@ The rooms, from the ground up; each imports only from those above it here:
 
     compat.py      what is private in other libraries, and nothing else
     config.py      every knob
+    interrupts/    what was changed for a while is put back, and Ctrl-C waits while a change runs
     kernels/       scans over time: Triton kernels, and their twins in plain torch
     hankel/        control theory: Gramians, singular values, truncation; tensors in, tensors out
     modeling/      the format of slim models: sizes by layer, the projected mixer, the code that is saved with them

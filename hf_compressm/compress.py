@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .backends import OneProcess
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import measure
+from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
 from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
@@ -103,30 +106,36 @@ def compress_(
     calibration_data: Any = None,
     *,
     tokenizer: Any = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
 ) -> CompressionReport:
     """Make the state of a model's SSM layers smaller, in place.
 
-    Everything is measured and planned before anything is changed: an error leaves the model as it was. Parameters keep
-    their identity and only change their data, except that a projection adds two to each mixer.
+    Everything is measured and planned before anything is changed: an error or interrupt leaves the model as it was, or
+    cut with its config and optimizer. Parameters keep their identity and only change their data, except that a projection
+    adds one to each mixer.
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device.
         config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data, tokenizer: as for `compress_pretrained`.
-        optimizer: of a training loop: its state is cut along with the parameters it belongs to.
+        optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
+            parameters that they belong to.
 
     Returns:
         the report, which is also `model.compression_report`.
 
     Raises:
-        ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, or if
-            the calibration data does not fit the model.
+        ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
+            calibration data does not fit the model, if an optimizer can't follow, or in one of several processes.
         TypeError: if the calibration data is of an unknown kind.
     """
+    OneProcess().refuse()
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     layers = find_layers(model)
-    check_targets(config, layers, realization_of(config, layers))  # before the long part
+    # before the long part
+    check_targets(config, layers, realization_of(config, layers))
+    if optimizer is not None:
+        check_optimizers(as_list(optimizer), model)
     return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
 
 

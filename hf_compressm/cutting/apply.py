@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..backends import Backend
 from ..layers import Layer, Realization, new_data
 from ..modeling.state_sizes import set_state_sizes, text_configs
-from .optimizer import cut_states, set_states_, verify_optimizer
+from .optimizer import NewState, check_optimizers, cut_states, set_states_
 
 
 @torch.no_grad()
@@ -19,16 +19,18 @@ def cut_(
     model: PreTrainedModel,
     layers: Sequence[Layer],
     realizations: Mapping[int, Realization],
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: Sequence[torch.optim.Optimizer],
     backend: Backend,
 ) -> None:
     """Turn layers into their realizations, by layer index. In place.
 
     Raises:
-        ValueError: if the new weights are not finite or the optimizer's state can't follow. Nothing is changed then.
+        ValueError: if the new weights are not finite or the optimizers' states can't follow. Nothing is changed then.
     """
+    if optimizers:
+        check_optimizers(optimizers, model)
     ready: list[tuple[Layer, Realization, dict[str, Tensor]]] = []
-    states = []
+    states: list[NewState] = []
     for layer in layers:
         if layer.index not in realizations:
             continue
@@ -41,19 +43,18 @@ def cut_(
                 f"The cut of layer {layer.index} to {realization.size} states is not finite: look at the model's weights "
                 "and the calibration data. Nothing was changed."
             )
-        if optimizer is not None:
-            for name, cut in cuts.items():
-                parameter = parameters[name] if cut.index is not None else None
-                states.append((parameter, cut_states(optimizer, f"{layer.name}.{name}", parameter, cut)))
+        for name, cut in cuts.items():
+            parameter = parameters[name] if cut.index is not None else None
+            states += cut_states(optimizers, f"{layer.name}.{name}", parameter, cut)
         ready.append((layer, realization, new))
     for layer, realization, new in ready:
         realization.apply_(layer, new, backend.resize_parameter_)
     if ready:
         write_sizes_(model, layers)
         _keep_trained_weights(model)
-    if optimizer is not None:
-        set_states_(optimizer, states)
-        verify_optimizer(optimizer, model)
+    set_states_(states)
+    if optimizers:  # of what a realization of one's own may have changed
+        check_optimizers(optimizers, model)
 
 
 def write_sizes_(model: PreTrainedModel, layers: Sequence[Layer]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.evaluation import evaluating
+from ..interrupts import restoring
 from ..layers import Layer, Realization, new_data
 
 
@@ -55,7 +56,13 @@ class Divergence:
 @contextmanager
 def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int, Realization]) -> Iterator[None]:
     """The model with cut copies of mixers in the places of those mixers, by layer index; afterwards it is as it was."""
-    with ExitStack() as stack:
+    taken: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def restore() -> None:
+        for owner, name, mixer in taken:
+            setattr(owner, name, mixer)
+
+    with restoring(restore):
         for layer in layers:
             if layer.index not in cuts:
                 continue
@@ -65,6 +72,6 @@ def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int
             cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
             parent, _, name = layer.name.rpartition(".")
             owner = model.get_submodule(parent)
-            stack.callback(setattr, owner, name, layer.mixer)
+            taken.append((owner, name, layer.mixer))
             setattr(owner, name, other.mixer)
         yield

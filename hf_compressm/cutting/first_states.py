@@ -24,4 +24,4 @@ def cut_to_first_states_(model: PreTrainedModel, size: int, realization: str = "
     name = realization_of(config, layers)
     check_targets(config, layers, name)
     realizations = {layer.index: layer.realizations[name].of_first_states(layer, size) for layer in layers}
-    cut_(model, layers, realizations, None, OneProcess())
+    cut_(model, layers, realizations, [], OneProcess())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import CompreSSMConfig
+from ..data.packing import unpacked
 from ..hankel.statistics import Statistics
+from ..interrupts import restoring, uninterrupted
 from ..layers import Layer, MixerInputs
 
 # Sequences of a forward and backward pass, whose activations are kept for all layers.
@@ -31,10 +33,10 @@ def observing(
     """
     by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True)}
 
-    def take(layer: Layer, hidden_states: Tensor, mask: Tensor | None) -> None:
+    def take(layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
         rows = None if max_tokens is None else max(1, max_tokens // hidden_states.shape[1])
         read = (hidden_states[:rows], None if mask is None else mask[:rows], None)
-        _add(layer, by_index[layer.index], read, inputs)
+        _add(layer, by_index[layer.index], read, None if seq_idx is None else seq_idx[:rows], inputs)
 
     with _reading(layers, take):
         yield
@@ -88,17 +90,20 @@ def observe_by_loss(
     for start in range(0, sequences, SEQUENCES):
         rows = slice(start, min(start + SEQUENCES, sequences))
         part = {name: value[rows] if _is_by_row(value, batch["input_ids"]) else value for name, value in batch.items()}
-        reads: dict[int, tuple[Tensor, Tensor | None]] = {}
+        reads: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         outputs: dict[int, Tensor] = {}
 
-        def take(layer: Layer, hidden_states: Tensor, mask: Tensor | None, reads: dict = reads) -> None:
-            reads[layer.index] = (hidden_states.detach(), mask)
+        def take(
+            layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None, reads: dict = reads
+        ) -> None:
+            reads[layer.index] = (hidden_states.detach(), mask, seq_idx)
 
         with _reading(layers, take), _keeping_outputs(layers, outputs), _grad_from_embeddings(model):
             loss = _loss(model(*args, **part | {"use_cache": False}), part, seed + start)
             gradients = torch.autograd.grad(loss, list(outputs.values()))
         for layer, gradient in zip(layers, gradients, strict=True):
-            _add(layer, by_index[layer.index], (*reads[layer.index], gradient.detach()), inputs)
+            hidden_states, mask, seq_idx = reads[layer.index]
+            _add(layer, by_index[layer.index], (hidden_states, mask, gradient.detach()), seq_idx, inputs)
 
 
 @torch.no_grad()
@@ -106,8 +111,11 @@ def _add(
     layer: Layer,
     entry: Statistics,
     read: tuple[Tensor, Tensor | None, Tensor | None],
+    seq_idx: Tensor | None,
     inputs: dict[int, MixerInputs] | None,
 ) -> None:
+    if seq_idx is not None and layer.keeps_samples_apart:
+        read = unpacked(*read, seq_idx)
     system = layer.read(*read)
     with torch.autocast(read[0].device.type, enabled=False):
         entry.update(system)
@@ -117,17 +125,16 @@ def _add(
 
 @contextmanager
 def _reading(layers: Sequence[Layer], take: Any) -> Iterator[None]:
-    """Call `take` with each layer, and the hidden states and mask that its mixer reads."""
+    """Call `take` with each layer, and the hidden states, mask and samples' numbers that its mixer gets."""
 
     def hook_of(layer: Layer) -> Any:
         def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            take(layer, args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask"))
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            take(layer, hidden_states, kwargs.get("attention_mask"), kwargs.get("seq_idx"))
 
         return hook
 
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.mixer.register_forward_pre_hook(hook_of(layer), with_kwargs=True).remove)
+    with _hooks(layer.mixer.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in layers):
         yield
 
 
@@ -141,11 +148,8 @@ def _keeping_outputs(layers: Sequence[Layer], outputs: dict[int, Tensor]) -> Ite
 
         return hook
 
-    with ExitStack() as stack:
-        for layer in layers:
-            assert layer.gradient_at is not None
-            module = layer.mixer.get_submodule(layer.gradient_at)
-            stack.callback(module.register_forward_pre_hook(hook_of(layer)).remove)
+    modules = [(layer, layer.mixer.get_submodule(str(layer.gradient_at))) for layer in layers]
+    with _hooks(module.register_forward_pre_hook(hook_of(layer)) for layer, module in modules):
         yield
 
 
@@ -156,11 +160,23 @@ def _grad_from_embeddings(model: Any) -> Iterator[None]:
     def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
         return output if output.requires_grad else output.detach().requires_grad_()
 
-    handle = model.get_input_embeddings().register_forward_hook(hook)
-    try:
+    embeddings = model.get_input_embeddings()
+    with _hooks(one.register_forward_hook(hook) for one in [embeddings]):
         yield
-    finally:
-        handle.remove()
+
+
+@contextmanager
+def _hooks(registered: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks afterwards.
+
+    Args:
+        registered: registers a hook as each of its handles is asked for.
+    """
+    handles: list[Any] = []
+    with restoring(lambda: [handle.remove() for handle in handles]):
+        with uninterrupted():  # a hook without a handle could not be removed
+            handles.extend(registered)
+        yield
 
 
 def _loss(output: Any, batch: Mapping[str, Any], seed: int) -> Tensor:

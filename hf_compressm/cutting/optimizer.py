@@ -6,6 +6,7 @@ are. Factored second moments v_ij = r_i c_j / mean(r) keep their value on what s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ ROW_FACTORS = {"exp_avg_sq_row", "row_var"}
 COLUMN_FACTORS = {"exp_avg_sq_col", "col_var"}
 
 State = dict[str, Any]
+NewState = tuple[torch.optim.Optimizer, nn.Parameter, State]
+"""What a parameter's state becomes in one of the optimizers."""
+
+# The message of every refusal ends in this.
+PLAIN = "train with a plain optimizer, such as optim='adamw_torch_fused', 'adafactor' or 'sgd'. Nothing was changed."
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
@@ -29,84 +35,104 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse an optimizer that can't follow a cut of these parameters, so far as its present state tells.
-
-    Args:
-        optimizer: of torch or of a library with the same interface; not accelerate's wrapper.
-        parameters: those that a cut changes, by name.
+def as_list(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers of a training loop, from none, one or a list of them, unwrapped.
 
     Raises:
-        ValueError: if its state is of an unknown kind.
+        TypeError: if there is something else.
     """
-    library = type(optimizer).__module__.split(".")[0]
-    if library in ("bitsandbytes", "torchao", "apollo_torch", "galore_torch"):
+    several = optimizer if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    for one in several:
+        if not hasattr(one, "param_groups"):
+            raise TypeError(f"optimizer= takes an optimizer or a list of them, got {type(one).__name__}.")
+    return [unwrap(one) for one in several]
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Prove that optimizers train every trainable parameter of a model, with states that can follow a cut.
+
+    Args:
+        optimizers: from `as_list`; of torch or of a library with the same interface. They may have no state yet.
+        model: that they train.
+
+    Raises:
+        ValueError: if no optimizer holds a parameter, or a state is of an unknown kind or shape.
+    """
+    for optimizer in optimizers:
+        library = type(optimizer).__module__.split(".")[0]
+        if library in ("bitsandbytes", "torchao", "apollo_torch", "galore_torch"):
+            raise ValueError(
+                f"The state of {library}'s {type(optimizer).__name__} is packed and can't be cut along with its "
+                f"parameters: {PLAIN}"
+            )
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if missing:
+        others = f" and {len(missing) - 1} more, which would never be trained" if missing[1:] else ""
         raise ValueError(
-            f"The state of {library}'s {type(optimizer).__name__} is packed and can't be cut along with its parameters: "
-            "train with a plain optimizer, such as optim='adamw_torch_fused', 'adafactor' or 'sgd'."
+            f"No optimizer holds {missing[0]}{others or ', which would never be trained'}: pass the optimizers of this "
+            "model, all of them in a list, or freeze what shall not be trained (requires_grad=False). Nothing was changed."
         )
-    for name, parameter in parameters.items():
-        for key, entry in optimizer.state.get(parameter, {}).items():
-            _check_entry(name, key, entry, parameter.shape)
+    for optimizer in optimizers:
+        for name, parameter in trained.items():
+            _check_state(name, optimizer.state.get(parameter, {}), parameter.shape)
 
 
 def cut_states(
-    optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter | None, cut: ParameterCut
-) -> State:
-    """The state of a parameter after its cut; nothing is changed.
+    optimizers: Sequence[torch.optim.Optimizer], name: str, parameter: nn.Parameter | None, cut: ParameterCut
+) -> list[NewState]:
+    """The states of a parameter after its cut; nothing is changed.
 
     Raises:
         ValueError: if an entry is of an unknown kind, or the parameter is made anew.
     """
-    if parameter is None:
+    if optimizers and parameter is None:
         raise ValueError(
             f"{name} would be a new parameter, which the optimizer does not hold: in training, take "
-            "realization='select', and project after it."
+            "realization='select', and project after it. Nothing was changed."
         )
-    state = optimizer.state.get(parameter, {})
-    for key, entry in state.items():
-        _check_entry(name, key, entry, parameter.shape)
-    return {key: _cut_entry(key, entry, state, parameter.shape, cut) for key, entry in state.items()}
-
-
-def set_states_(optimizer: torch.optim.Optimizer, states: list[tuple[Any, State]]) -> None:
-    """Put the cut states in place of the old ones."""
-    for parameter, state in states:
+    states: list[NewState] = []
+    for optimizer in optimizers:
+        assert parameter is not None
+        state = optimizer.state.get(parameter)
         if state:
-            optimizer.state[parameter] = state
+            _check_state(name, state, parameter.shape)
+            new = {key: _cut_entry(key, entry, state, parameter.shape, cut) for key, entry in state.items()}
+            states.append((optimizer, parameter, new))
+    return states
 
 
-def verify_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Prove that the optimizer trains every trainable parameter, with a state that fits it.
+def set_states_(states: Sequence[NewState]) -> None:
+    """Put the cut states in place of the old ones."""
+    for optimizer, parameter, state in states:
+        optimizer.state[parameter] = state
 
-    Raises:
-        RuntimeError: if one is missing, a state does not fit, or a gradient is of another shape.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+
+def _check_state(name: str, state: State, shape: torch.Size) -> None:
+    for key, entry in state.items():
+        if isinstance(entry, Tensor):
+            plain = type(entry) in (Tensor, nn.Parameter) and entry.is_floating_point()
+            if entry.numel() == 1 or (plain and tuple(entry.shape) in _shapes(key, shape)):
+                continue
+            found = f"{type(entry).__name__} {list(entry.shape)} {entry.dtype}"
+        elif _holds_tensors(entry):
+            found = f"a {type(entry).__name__} that holds tensors"
+        else:
             continue
-        if id(parameter) not in held:
-            raise RuntimeError(f"The optimizer does not hold {name}, which would never be trained.")
-        for key, entry in optimizer.state.get(parameter, {}).items():
-            try:
-                _check_entry(name, key, entry, parameter.shape)
-            except ValueError as error:
-                raise RuntimeError(f"The optimizer's state does not fit its parameter: {error}") from error
-        if parameter.grad is not None and parameter.grad.shape != parameter.shape:
-            raise RuntimeError(f"The gradient of {name} is {list(parameter.grad.shape)}, not {list(parameter.shape)}.")
-
-
-def _check_entry(name: str, key: str, entry: Any, shape: torch.Size) -> None:
-    if not isinstance(entry, Tensor) or entry.numel() == 1:
-        return
-    plain = type(entry) in (Tensor, nn.Parameter) and entry.is_floating_point()
-    if not plain or tuple(entry.shape) not in _shapes(key, shape):
         raise ValueError(
-            f"The optimizer's state {key!r} of {name} {list(shape)} is {type(entry).__name__} {list(entry.shape)} "
-            f"{entry.dtype}, which can't be cut along with it: train with a plain optimizer, such as "
-            "optim='adamw_torch_fused', 'adafactor' or 'sgd'."
+            f"The optimizer's state {key!r} of {name} {list(shape)} is {found}, which can't be cut along with it: {PLAIN}"
         )
+
+
+def _holds_tensors(entry: Any) -> bool:
+    if isinstance(entry, Tensor):
+        return True
+    if isinstance(entry, dict):
+        return any(map(_holds_tensors, entry.values()))
+    if isinstance(entry, list | tuple | set):
+        return any(map(_holds_tensors, entry))
+    return any(isinstance(value, Tensor) for value in getattr(entry, "__dict__", {}).values())
 
 
 def _shapes(key: str, shape: torch.Size) -> list[tuple[int, ...]]:

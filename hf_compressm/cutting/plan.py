@@ -14,6 +14,7 @@ from ..backends import Backend, OneProcess
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
+from ..interrupts import uninterrupted
 from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
@@ -22,8 +23,10 @@ from .apply import cut_
 from .budget import Ladder, keep_budget
 from .divergence import Divergence, cut_for_a_while
 from .nothing_to_cut import why_nothing
+from .optimizer import as_list
 from .sensitivity import cost_curves, errors
 from .sizes import check_targets, choose_sizes, sizes_to_choose_from
+from .snapshot import undone_on_error
 
 logger = logging.get_logger(__name__)
 
@@ -56,25 +59,32 @@ class Plan:
     def apply_(
         self,
         model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         *,
         backend: Backend | None = None,
     ) -> CompressionReport:
         """Make the cut, in the model, its config and the optimizer's state. In place.
 
+        All of it is made, or, after an error or an interrupt, nothing. Ctrl-C waits until all of it is made.
+
         Args:
             model: that was measured, or another with the same layers of the same sizes.
-            optimizer: of a training loop: its state is cut along with the parameters it belongs to.
+            optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
+                parameters that they belong to.
             backend: of a training loop on several processes.
 
         Returns:
             the report, which is also `model.compression_report`.
 
         Raises:
-            ValueError: if the model has other layers than the one that was measured, the new weights are not finite, or
-                the optimizer's state can't follow. Nothing is changed then.
+            ValueError: if the model has other layers than the one that was measured, the new weights are not finite,
+                a trainable parameter is in no optimizer, or a state can't follow; or if there are several processes and
+                no `backend`. Nothing is changed then.
         """
-        model = plain_model(model)
+        if backend is None:
+            backend = OneProcess()
+            backend.refuse()
+        model, optimizers = plain_model(model), as_list(optimizer)
         layers = find_layers(model)
         planned = {row.index: row.old_size for row in self.report.layers}
         found = {layer.index: layer.state_size for layer in layers}
@@ -84,8 +94,9 @@ class Plan:
                 "again."
             )
         earlier = history_of(model)
-        cut_(model, layers, self.realizations, optimizer, backend or OneProcess())
-        record_cut_(model, self.report, self.config, earlier)
+        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_):
+            cut_(model, layers, self.realizations, optimizers, backend)
+            record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
         reason = None if self.realizations else why_nothing(self.config, layers, self.report.realization)
         if reason is not None:

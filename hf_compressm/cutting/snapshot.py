@@ -1,42 +1,105 @@
-"""A model and its optimizer before a cut, so that the cut can be undone exactly."""
+"""A model and its optimizers before a cut, so that the cut can be undone exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..interrupts import uninterrupted
 from ..layers import Layer, set_data_
+from ..modeling.state_sizes import text_configs
 from ..reporting.record import Recorded
-from .apply import write_sizes_
 
 
 class Snapshot:
     """What a cut replaces: it makes new tensors, so that references to the old ones are enough.
 
     Args:
-        model, layers, optimizer: before the cut. No training step may come between it and `restore_`.
+        model, layers, optimizers: before the cut. No training step may come between it and `restore_`.
+        resize_: as the cut gives parameters new data.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[Layer], optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.layers, self.optimizer = model, layers, optimizer
-        self.sizes = {layer.index: layer.state_size for layer in layers}
-        parameters = [layer.mixer.get_parameter(name) for layer in layers for name in layer.changed_by_a_cut()]
-        self.parameters = [(parameter, parameter.data) for parameter in parameters]
-        self.states: list[tuple[Any, Any]] = [
-            (p, dict(optimizer.state[p])) for p in parameters if p in optimizer.state
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[Layer],
+        optimizers: Sequence[torch.optim.Optimizer],
+        resize_: Callable[[Tensor, Tensor], None] = set_data_,
+    ) -> None:
+        self.resize_ = resize_
+        modules = [module for layer in layers for module in layer.mixer.modules()]
+        parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
+        self.classes = [(module, type(module)) for module in modules]
+        self.attributes = [Contents(vars(owner)) for owner in [*modules, *text_configs(model)]]
+        # Such as its parameters, buffers and hooks.
+        self.collections = [
+            Contents(value) for module in modules for value in vars(module).values() if isinstance(value, dict | set)
+        ]
+        self.parameters = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+        self.states = [
+            (optimizer, parameter, Contents(optimizer.state[parameter]) if parameter in optimizer.state else None)
+            for optimizer in optimizers
+            for parameter in parameters
         ]
         self.recorded = Recorded(model)
 
     def restore_(self) -> None:
-        """Undo the cut, bit for bit."""
-        for parameter, data in self.parameters:
-            set_data_(parameter, data)
-        for layer in self.layers:
-            layer.resize(self.sizes[layer.index])
-        for parameter, state in self.states:
-            self.optimizer.state[parameter] = state
-        write_sizes_(self.model, self.layers)
-        self.recorded.restore_()
+        """Undo the cut, bit for bit, as much of it as was made."""
+        with uninterrupted():
+            for module, kind in self.classes:
+                module.__class__ = kind
+            for contents in [*self.attributes, *self.collections]:
+                contents.restore_()
+            for parameter, data, gradient in self.parameters:
+                if not _is_same(parameter.data, data):
+                    parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
+                    self.resize_(parameter, data)
+                parameter.grad = gradient
+            for optimizer, parameter, state in self.states:
+                if state is not None:
+                    optimizer.state[parameter] = state.restore_()
+                else:
+                    optimizer.state.pop(parameter, None)
+            self.recorded.restore_()
+
+
+class Contents:
+    """A dictionary or set with what is in it now; the values are not copied."""
+
+    def __init__(self, collection: Any) -> None:
+        self.collection, self.copy = collection, collection.copy()
+
+    def restore_(self) -> Any:
+        """Put it back in the same object, which others may hold."""
+        self.collection.clear()
+        self.collection.update(self.copy)
+        return self.collection
+
+
+@contextmanager
+def undone_on_error(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    optimizers: Sequence[torch.optim.Optimizer],
+    resize_: Callable[[Tensor, Tensor], None] = set_data_,
+) -> Iterator[Snapshot]:
+    """Undo the cut that is made in here if it, or what comes after it in here, ends in an error or interrupt.
+
+    Args:
+        model, layers, optimizers, resize_: as for `Snapshot`, which this gives.
+    """
+    snapshot = Snapshot(model, layers, optimizers, resize_)
+    try:
+        yield snapshot
+    except BaseException:
+        snapshot.restore_()
+        raise
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype

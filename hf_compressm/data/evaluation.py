@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..interrupts import restoring
 from .batches import check_batches
 from .texts import EVALUATION, LENGTH, windows
 
@@ -92,10 +93,12 @@ def _exp(mean: float) -> float:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards each of its modules is in the mode it was in."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
+    modes = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, training in modes:
+            module.training = training
+
+    with restoring(restore):
+        model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True

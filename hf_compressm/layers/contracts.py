@@ -42,6 +42,8 @@ class Layer(Protocol):
     """Its name in tables and messages, such as "Mamba-2"."""
     realizations: ClassVar[dict[str, type[Realization]]]
     """How its state can be made smaller, by the name in `CompreSSMConfig.realization`; "select" is always there."""
+    keeps_samples_apart: ClassVar[bool]
+    """Whether the mixer, told which sample a token belongs to (`seq_idx`), begins each with an empty state."""
     name: str
     """Of the mixer in the model."""
     mixer: Any

@@ -143,6 +143,7 @@ class Mamba2Layer(MixerLayer):
     )
     MAY_HAVE = frozenset({"mup_vector", PROJECTION})
     family = "Mamba-2"
+    keeps_samples_apart = True
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Mamba2Select, "project": Project}
 
     @classmethod

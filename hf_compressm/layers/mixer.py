@@ -27,6 +27,7 @@ class MixerLayer:
     """Further parameters, buffers and modules that the mixer may have."""
     family: ClassVar[str]
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
+    keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
     gradient_at: str | None = None
     gradient_is_slow: bool = False

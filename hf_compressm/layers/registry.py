@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from ..compat import uncompiled
@@ -73,7 +74,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """The model's SSM layers, in order.
 
     Raises:
-        ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, with an adapter).
+        ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, computed from others,
+            with an adapter), or two of one index.
     """
     layers: list[Layer] = []
     hints = {}
@@ -83,12 +85,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
         if family is not None:
             layers.append(family(name, module))
         elif _looks_like_a_mixer(module):
+            _refuse_computed(name, module)
             nearest = MambaLayer if hasattr(module, "x_proj") else Mamba2Layer
             hints[type(module).__name__] = f"as a {nearest.family} mixer it {', '.join(misfits[nearest])}"
     if not layers:
         text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
         raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{text}")
     _check_weights(model, layers)
+    _check_indices(layers)
     return layers
 
 
@@ -149,6 +153,8 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
                     f"{layer.name}.{name} carries an adapter, whose weights would not follow the cut: merge it "
                     "(merge_and_unload), or cut the base model first and train the adapter on the slim one."
                 )
+        for name, module in layer.mixer.named_modules(prefix=layer.name):
+            _refuse_computed(name, module)
         for name, parameter in layer.mixer.named_parameters():
             if parameter.is_meta:
                 raise ValueError(
@@ -158,3 +164,34 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
             one_byte = parameter.element_size() < 2  # float8 counts as floating point
             if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):
                 raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")
+            if type(parameter.data) is not Tensor:  # such as torchao's
+                raise ValueError(
+                    f"{layer.name}.{name} is a {type(parameter.data).__name__}, which can't be given new data: if it is "
+                    f"quantised, {quantised}"
+                )
+
+
+def _refuse_computed(name: str, module: nn.Module) -> None:
+    """Refuse weights that are computed from others at each step, and so are no parameters."""
+    computed = set(module.parametrizations) if parametrize.is_parametrized(module) else set()  # type: ignore[arg-type]
+    for suffix in ("_orig", "_v"):  # pruning and spectral_norm, and weight_norm, by their hooks
+        own = [key.removesuffix(suffix) for key, _ in module.named_parameters(recurse=False) if key.endswith(suffix)]
+        computed |= {key for key in own if isinstance(getattr(module, key, None), Tensor)}
+    if computed:
+        raise ValueError(
+            f"{name}.{min(computed)} is computed from other parameters (a parametrization, a norm or a pruning mask), so it "
+            "can't be given new data: make it a parameter first, by torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_spectral_norm, remove_weight_norm or prune.remove. Nothing was changed."
+        )
+
+
+def _check_indices(layers: Sequence[Layer]) -> None:
+    seen: dict[int, str] = {}
+    for layer in layers:
+        first = seen.setdefault(layer.index, layer.name)
+        if first != layer.name:
+            raise ValueError(
+                f"{first} and {layer.name} both have layer_idx {layer.index}, so that the config can't tell their sizes "
+                "apart, nor a cache their states: set mixer.layer_idx to the position of each layer (of copied ones, too), "
+                "and config.num_hidden_layers to their number. Nothing was changed."
+            )

@@ -66,18 +66,19 @@ class Cut:
 
 def record_cut_(
     model: PreTrainedModel,
-    report: CompressionReport,
+    report: CompressionReport | None,
     config: CompreSSMConfig,
     earlier: tuple[Cut, ...],
 ) -> None:
     """Make a report that of a model, and append the cut to its history if it cut anything. In place.
 
     Args:
+        report: None if nothing was cut.
         earlier: the history to append to, as `history_of` gave it before the cut.
     """
     history = earlier
     set_report_(model, report)
-    if report.states_after < report.states_before:
+    if report is not None and report.states_after < report.states_before:
         history = (*history, Cut(report, config.to_dict(), base_model(model), _versions()))
     model.compression_history = history  # type: ignore[assignment]
 

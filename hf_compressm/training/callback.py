@@ -17,18 +17,20 @@ from ..backends import Backend, OneProcess, find_backend
 from ..compat import calling_trainer, checkpoint_parent
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
-from ..cutting.optimizer import check_optimizer, unwrap, verify_optimizer
-from ..cutting.snapshot import Snapshot
+from ..cutting.optimizer import as_list, check_optimizers
+from ..cutting.snapshot import undone_on_error
 from ..data.calibration import calibration_batches
+from ..interrupts import uninterrupted
 from ..layers import Layer, find_layers
 from ..reporting.figures import plot_history
 from ..reporting.history import Attempt
-from ..reporting.record import Cut, history_of, record_cut_, set_report_
+from ..reporting.record import Cut, history_of, record_cut_
 from .checkpoints import ReshapeOnLoad
-from .checks import check_evaluation, cut_parameters, find_trainable_layers
+from .checks import check_alone, check_evaluation, find_trainable_layers
 from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
 from .measuring import measure_batches
 from .recording import Batch, BatchRecorder, to_device
+from .resuming import attempts_until, read_attributes, states_after
 from .rollback import Metric
 from .run_report import run_report
 from .schedule import attempt_config, attempt_steps, check_target, training_config
@@ -73,7 +75,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     goes to the model card.
 
     Checkpoints carry their sizes and load by themselves. `resume_from_checkpoint` before, between or after the cuts gives
-    the sizes and losses of the run without the interruption; `load_best_model_at_end` may load other sizes.
+    the sizes and losses of the run without the interruption; `load_best_model_at_end` may load other sizes, and the report
+    is about those. A training loop that begins again on the model that it was cutting (`auto_find_batch_size`, or `train`
+    after an error or Ctrl-C) goes on from the cuts that were made.
+
+    Copies of the model, such as a moving average, follow a cut by an event that this callback sends to all callbacks of the
+    trainer that have a method for it:
+
+        def on_compressm_cut(self, args, state, control, *, model, plan, backend, **kwargs):
+            plan.apply_(self.averaged.module, backend=backend)  # torch.optim.swa_utils.AveragedModel
 
     `rollback` evaluates right before and right after a cut, on `metric_for_best_model` (default: the loss): two
     evaluations a cut, and no training step is lost.
@@ -100,6 +110,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.calibration_data = calibration_data
         self.tokenizer = tokenizer
         self._trainer: Any = None
+        # Whose state this callback's is, and whether its training loop has not ended.
+        self._model: Any = None
+        self._training = False
+        self._checked = False
         self._backend: Backend = OneProcess()
         self._steps: list[int] = []
         self._recorder = BatchRecorder(self.config.calibration_batches)
@@ -128,19 +142,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             },
         }
 
-    def _restore(self, attributes: dict[str, Any]) -> None:
-        self.history = [Attempt.from_dict(values) for values in attributes["history"]]
-        # JSON turns the layer numbers into strings.
-        self.initial_sizes = {int(i): size for i, size in attributes["initial_sizes"].items()}
-        self.kept = {int(i): groups for i, groups in attributes["kept"].items()}
-        self.attempts, self.stopped = attributes["attempts"], attributes["stopped"]
-
     # Finding the trainer, which the events do not get.
     def attach(self, trainer: Trainer) -> CompreSSMCallback:
         """Tell the callback its trainer. Needed only if it was added after the trainer's construction."""
         if self._trainer is None or self._trainer() is not trainer:
             self._trainer = weakref.ref(trainer)
-            ReshapeOnLoad.install(trainer)
+            ReshapeOnLoad.install(trainer, self)
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,34 +177,74 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Refuse what can't work, and go on where a checkpoint left off."""
+        """Refuse what can't work, and go on where a checkpoint, or this training loop before it was restarted, left off."""
         loop = self._find_trainer()
-        self._reset()
         self._recorder.stop()  # a run that an error ended did not
         self._backend = find_backend(self.trainer)
         self._backend.refuse()
+        check_alone(self, self.trainer)
         layers = find_trainable_layers(model)
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        resumed = state.global_step > 0 and isinstance(saved, dict)
-        self._earlier = history_of(model)
-        if saved is not None and resumed:
-            self._restore(saved["attributes"])
-            self._report(model, layers)
-        else:
-            self.initial_sizes = {layer.index: layer.state_size for layer in layers}
-            self.kept = {layer.index: [list(range(layer.state_size))] * layer.groups for layer in layers}
-        if not resumed:
-            check_target(self._config, layers)
+        if not self._goes_on(model, layers, state):
+            self._begin(model, layers, state)
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # what a save puts in its place
+        self._model, self._training = weakref.ref(model), True
+        self._checked = False
         self._steps = attempt_steps(self.config, state.max_steps)
         if self.config.rollback is not None:
             check_evaluation(self.trainer)
-        check_optimizer(unwrap(optimizer), cut_parameters(layers))
-        verify_optimizer(unwrap(optimizer), model)
+        check_optimizers(as_list(optimizer), model)
         if self._remaining and self.calibration_data is None:
-            if resumed:
+            if state.global_step:
                 self._recorder.load(loop.get("resume_from_checkpoint"), args.process_index)
             self._recorder.start(self.trainer.model_wrapped)
         logger.info(f"hf_compressm: {len(layers)} SSM layers, cuts are attempted after steps {self._remaining}.")
+
+    def _goes_on(self, model: PreTrainedModel, layers: list[Layer], state: Any) -> bool:
+        """Take up a checkpoint's state, or else keep that of this loop if it is restarted; whether there was any.
+
+        Raises:
+            ValueError: if the checkpoint's is damaged.
+        """
+        mine = self._model is not None and self._model() is model
+        sizes = {layer.index: layer.state_size for layer in layers}
+        restarted = (
+            mine and self._training and attempts_until(sizes, self.initial_sizes, self.history) == self.attempts
+        )
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if saved is not None:
+            try:
+                attributes = read_attributes(saved, layers)
+            except (
+                ValueError
+            ):  # it is older than the last cut of a loop that was resumed from it, and is restarted now
+                if not restarted:
+                    raise
+            else:
+                if not mine:
+                    self._earlier = history_of(model)
+                self._reset()
+                vars(self).update(attributes)
+                self._report(model, layers)
+                return True
+        return restarted
+
+    def _begin(self, model: PreTrainedModel, layers: list[Layer], state: Any) -> None:
+        """Start from the sizes that the model has.
+
+        Raises:
+            ValueError: if the target can't be reached from there.
+        """
+        self._reset()
+        self._earlier = history_of(model)
+        self.initial_sizes = {layer.index: layer.state_size for layer in layers}
+        self.kept = {layer.index: [list(range(layer.state_size))] * layer.groups for layer in layers}
+        check_target(self._config, layers)
+
+    def on_sizes_loaded(self, model: PreTrainedModel) -> None:
+        """Weights of other sizes were loaded, as by `load_best_model_at_end`: report on those."""
+        if self._model is not None and self._model() is model:
+            layers = find_layers(model)
+            self._report(model, layers)
 
     @property
     def _remaining(self) -> list[int]:
@@ -212,10 +259,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Attempt a cut, if one is due."""
         self._timer.stop()
-        if state.global_step == 1:  # the first state that there is to look at
-            check_optimizer(unwrap(optimizer), cut_parameters(find_layers(model)))
+        if not self._checked:  # there is a state to look at now
+            check_optimizers(as_list(optimizer), model)
+            self._checked = True
         if self._remaining and state.global_step >= self._remaining[0]:
-            self._attempt(state.global_step, model, unwrap(optimizer), control)
+            self._attempt(args, state, control, model, optimizer)
             if not self._remaining:
                 self._recorder.stop()
 
@@ -228,6 +276,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what was not reached."""
         self._recorder.stop()
+        self._training = False
         if self.stopped and self._config.tolerance is None:
             logger.warning("hf_compressm: the target was not reached, since rollback undid a cut.")
         if self._remaining:
@@ -249,24 +298,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     # An attempt: measure, plan, cut.
     @torch.no_grad()
-    def _attempt(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, control: Any) -> None:
+    def _attempt(self, args: Any, state: Any, control: Any, model: PreTrainedModel, optimizer: Any) -> None:
         begin = time.perf_counter()
         layers = find_layers(model)
         config = attempt_config(self._config, self.attempts, self.initial_sizes, layers)
-        self.attempts += 1
         # A tolerance of 0 still measures the spectra; nothing is cut.
         config = config or replace(self._config, tolerance=0, state_size=None, ratio=None)
         measurement = self._measure(model)
-        plan: Plan = self._backend.decide(lambda: self._gate(measurement.plan(config), step).cpu())
-        states = {index: [list(group) for group in groups] for index, groups in self.kept.items()}
+        plan: Plan = self._backend.decide(lambda: self._gate(measurement.plan(config), state.global_step).cpu())
         undone = bool(plan.realizations) and self._cut(model, layers, plan, optimizer)
-        if not undone:
-            self.kept |= {
-                index: [[old[s] for s in new] for old, new in zip(self.kept[index], groups, strict=True)]
-                for index, groups in plan.kept.items()
-            }
-        attempt = self._record(step, layers, measurement, plan, states, undone)
-        self._report(model, layers)
+        with uninterrupted():  # the cut is made: now this callback has to agree
+            attempt = self._record(state.global_step, layers, measurement, plan, undone)
+            self._report(model, layers)
+        if plan.realizations and not undone:
+            for callback in self.trainer.callback_handler.callbacks:
+                if hasattr(callback, "on_compressm_cut"):
+                    callback.on_compressm_cut(args, state, control, model=model, plan=plan, backend=self._backend)
         seconds = time.perf_counter() - begin
         trainer_log(self.trainer, control, attempt_logs(plan, attempt, seconds, self._timer.take()))
         say_what_was_cut(plan, attempt, seconds)
@@ -293,33 +340,25 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         )
         return replace(plan, realizations={})
 
-    def _cut(self, model: PreTrainedModel, layers: list[Layer], plan: Plan, optimizer: torch.optim.Optimizer) -> bool:
+    def _cut(self, model: PreTrainedModel, layers: list[Layer], plan: Plan, optimizer: Any) -> bool:
         """Make the cut on all processes; whether it was undone again."""
         metric = None
         if self.config.rollback is not None:
             metric = Metric(self.trainer, self._backend, self.config.rollback)
         before = metric.value() if metric is not None else 0.0
-        snapshot = Snapshot(model, layers, optimizer)
-        plan.apply_(model, optimizer, backend=self._backend)
-        undone = metric is not None and metric.forbids(before, metric.value())
-        if undone:
-            snapshot.restore_()
-            self.stopped = True
+        with undone_on_error(model, layers, as_list(optimizer), self._backend.resize_parameter_) as snapshot:
+            plan.apply_(model, optimizer, backend=self._backend)
+            undone = metric is not None and metric.forbids(before, metric.value())
+            if undone:
+                snapshot.restore_()
         del snapshot  # the last that holds tensors of the old sizes
         self._backend.after_cut_()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return undone
 
-    def _record(
-        self,
-        step: int,
-        layers: list[Layer],
-        measurement: Measurement,
-        plan: Plan,
-        states: dict[int, list[list[int]]],
-        undone: bool,
-    ) -> Attempt:
+    def _record(self, step: int, layers: list[Layer], measurement: Measurement, plan: Plan, undone: bool) -> Attempt:
+        states = {index: [list(group) for group in groups] for index, groups in self.kept.items()}
         contributions = {
             layer.index: [moments.contribution.diagonal().tolist() for moments in entry.groups]
             for layer, entry in zip(layers, measurement.statistics, strict=True)
@@ -339,12 +378,21 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             undone=undone,
         )
         self.history.append(attempt)
+        self.attempts += 1
+        self.stopped = undone
+        if not undone:
+            self.kept |= {
+                index: [[old[s] for s in new] for old, new in zip(self.kept[index], groups, strict=True)]
+                for index, groups in plan.kept.items()
+            }
         return attempt
 
     def _report(self, model: PreTrainedModel, layers: list[Layer]) -> None:
-        """Over all cuts so far, for the model card and the record."""
-        report = run_report(model, layers, self.initial_sizes, self.history)
-        if report is None:
-            set_report_(model, None)
-        else:
-            record_cut_(model, report, self.config, self._earlier)
+        """Over the cuts that led to the model's sizes, for the model card and the record."""
+        sizes = {layer.index: layer.state_size for layer in layers}
+        count = attempts_until(sizes, self.initial_sizes, self.history)
+        report = None
+        if count is not None:
+            self.kept = states_after(count, self.kept, self.history)
+            report = run_report(model, layers, self.initial_sizes, self.history[:count])
+        record_cut_(model, report, self.config, self._earlier)

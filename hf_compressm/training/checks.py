@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..layers import Layer, find_layers
 
@@ -14,7 +15,7 @@ def find_trainable_layers(model: Any) -> list[Layer]:
     """The SSM layers, of which none is frozen or carries an adapter.
 
     Raises:
-        ValueError: if there is none, or one of them is.
+        ValueError: if there is none, or one of them is, or the model is not one of transformers.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -22,6 +23,12 @@ def find_trainable_layers(model: Any) -> list[Layer]:
             "compress_pretrained on the base model first, then train the adapter on the slim model."
         )
     layers = find_layers(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"CompreSSMCallback can't cut a {type(model).__name__}: its checkpoints have no config that carries the sizes of "
+            "the model inside. Make it a PreTrainedModel (subclass that of the model inside and add to it), or call "
+            "compress_ on the model inside before the training."
+        )
     for layer in layers:
         parameters = cut_parameters([layer])
         if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -50,3 +57,16 @@ def check_evaluation(trainer: Any) -> None:
     evaluation = trainer.eval_dataset
     if evaluation is None or isinstance(evaluation, dict):
         raise ValueError("rollback needs one evaluation set: pass eval_dataset to the Trainer, or drop rollback.")
+
+
+def check_alone(callback: Any, trainer: Any) -> None:
+    """Refuse a second callback of this kind.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if sum(isinstance(other, type(callback)) for other in trainer.callback_handler.callbacks) > 1:
+        raise ValueError(
+            f"There are several {type(callback).__name__}s, and each would cut what another has cut: keep one "
+            "(trainer.remove_callback)."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import deque
 from typing import Any
 
@@ -57,11 +58,22 @@ class BatchRecorder:
             torch.save(self.on(torch.device("cpu")), os.path.join(folder, BATCHES_NAME.format(rank=rank)))
 
     def load(self, folder: str | None, rank: int) -> None:
-        """Read the batches of a checkpoint; without them, a warning says what that means."""
+        """Read the batches of a checkpoint; without them, a warning says what that means.
+
+        Raises:
+            ValueError: if they can't be read.
+        """
         name = BATCHES_NAME.format(rank=rank)
         path = os.path.join(folder or "", name)
         if folder is not None and os.path.isfile(path):
-            self.batches.extend(torch.load(path, map_location="cpu", weights_only=True))
+            try:
+                batches = torch.load(path, map_location="cpu", weights_only=True)
+                self.batches.extend((tuple(args), dict(kwargs)) for args, kwargs in batches)
+            except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({type(error).__name__}): delete it, and the next cut is measured on the batches from "
+                    "here on; or resume from another checkpoint."
+                ) from error
         else:
             logger.warning(
                 f"hf_compressm: {name} is not in the checkpoint, so that the next cut may be measured on fewer batches than "

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..backends import Backend
+from ..interrupts import restoring
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +67,10 @@ class Metric:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+    with restoring(restore), torch.random.fork_rng():
         yield
-    random.setstate(python)
-    np.random.set_state(numpy)

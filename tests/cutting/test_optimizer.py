@@ -237,3 +237,102 @@ def test_no_tensor_of_the_old_size_is_kept_alive_and_flags_survive():
     assert mixer.A_log._no_weight_decay
     assert optimizer.state[mixer.A_log]["exp_avg"].shape == mixer.A_log.shape == (48, 3)
     assert (optimizer.state[mixer.x_proj.weight]["exp_avg_sq"] >= 0).all()
+
+
+def the_same(model, before: dict[str, torch.Tensor], optimizers, states: list[dict]) -> bool:
+    now = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    return (
+        model.config.state_size == 8
+        and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        and all(
+            torch.equal(torch.as_tensor(entry), torch.as_tensor(mine[index][key]))
+            for mine, old in zip(now, states, strict=True)
+            for index, state in old.items()
+            for key, entry in state.items()
+        )
+    )
+
+
+def test_several_optimizers_are_given_as_a_list():
+    """As with Muon for the matrices and AdamW for the rest."""
+    model = tiny_mamba()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    optimizers = [torch.optim.RMSprop(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3)]
+    model(input_ids=batches(1)[0], labels=batches(1)[0]).loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    states = [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers]
+    config = CompreSSMConfig(state_size=3)
+    for some, missing in ((optimizers[0], "layers.0.norm.weight"), (optimizers[1:], "embeddings")):
+        with pytest.raises(ValueError, match=rf"holds \S*{missing}.*Nothing was changed"):
+            compress_(model, config, batches(1)[0], optimizer=some)
+        assert the_same(model, before, optimizers, states)
+    compress_(model, config, batches(1)[0], optimizer=optimizers)
+    for name, parameter in model.named_parameters():
+        state = optimizers[parameter.dim() != 2].state[parameter]
+        key = "square_avg" if parameter.dim() == 2 else "exp_avg"
+        assert state[key].shape == parameter.shape, name
+
+
+def another_models(model):
+    return torch.optim.AdamW(tiny_mamba().parameters())
+
+
+def without_a_log(model):
+    return torch.optim.AdamW([p for name, p in model.named_parameters() if "A_log" not in name])
+
+
+def odd_state_elsewhere(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, batches(1))
+    optimizer.state[model.backbone.embeddings.weight]["exp_avg"] = torch.zeros(3)
+    return optimizer
+
+
+def square_matrices(model):
+    """As SOAP and Shampoo keep them."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, batches(1))
+    for parameter in model.parameters():
+        optimizer.state[parameter]["GG"] = [torch.eye(n) for n in parameter.shape]
+    return optimizer
+
+
+def in_an_object(model):
+    """As a projector of GaLore's."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, batches(1))
+    projector = type("Projector", (), {})()
+    projector.ortho_matrix = torch.eye(4)
+    optimizer.state[model.backbone.layers[1].mixer.x_proj.weight]["projector"] = projector
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (another_models, "holds backbone.embeddings.weight and 21 more"),
+        (without_a_log, "holds backbone.layers.0.mixer.A_log and 1 more"),
+        (odd_state_elsewhere, r"'exp_avg' of backbone.embeddings.weight \[61, 24\] is Tensor \[3\]"),
+        (square_matrices, "'GG' of backbone.embeddings.weight .* is a list that holds tensors"),
+        (in_an_object, "'projector' of backbone.layers.1.mixer.x_proj.weight .* is a Projector that holds tensors"),
+    ],
+)
+def test_what_an_optimizer_lacks_or_can_not_follow_is_said_before_anything_changes(make, message):
+    model = tiny_mamba()
+    plan = measure(model, batches(1)[0]).plan(CompreSSMConfig(state_size=3))
+    optimizer = make(model)
+    before = copy.deepcopy(model.state_dict())
+    states = [dict(optimizer.state_dict()["state"])]
+    with pytest.raises(ValueError, match=f"{message}.*Nothing was changed"):
+        plan.apply_(model, optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.state_size == 8
+    assert optimizer.state_dict()["state"] == states[0]
+
+
+def test_what_is_no_optimizer_is_said(mamba):
+    with pytest.raises(TypeError, match="a list of them, got dict"):
+        compress_(mamba, CompreSSMConfig(state_size=3), batches(1)[0], optimizer=[{}])

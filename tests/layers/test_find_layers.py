@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from transformers import (
     KimiLinearConfig,
     KimiLinearModel,
@@ -143,3 +144,41 @@ def test_a_wrapped_text_model(tmp_path):
     arguments = {"max_new_tokens": 3, "do_sample": False}
     generated = [again.generate(input_ids=input_ids, use_cache=cache, **arguments) for cache in (True, False)]
     assert torch.equal(*generated)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor of another kind, as torchao's: it is a floating-point number of two bytes and more."""
+
+
+def give_wrapped(mixer):
+    mixer.x_proj.weight = nn.Parameter(torch.zeros(20, 48).as_subclass(Wrapped))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda mixer: prune.l1_unstructured(mixer.x_proj, "weight", 0.5),
+            r"mixer.x_proj.weight is computed .*prune.remove",
+        ),
+        (lambda mixer: prune.l1_unstructured(mixer, "A_log", 0.5), "mixer.A_log is computed"),
+        (lambda mixer: spectral_norm(mixer.x_proj), "x_proj.weight is computed .*remove_spectral_norm"),
+        (lambda mixer: parametrizations.spectral_norm(mixer.x_proj), "x_proj.weight .*remove_parametrizations"),
+        (lambda mixer: parametrizations.weight_norm(mixer.in_proj), "in_proj.weight is computed"),
+        (lambda mixer: parametrize.register_parametrization(mixer, "A_log", nn.Identity()), "mixer.A_log is computed"),
+        (give_wrapped, "x_proj.weight is a Wrapped, which can't be given new data.*quantise the slim one"),
+        (lambda mixer: setattr(mixer, "layer_idx", 0), "layers.0.mixer and .*layers.1.mixer both have layer_idx 0"),
+    ],
+)
+def test_weights_that_can_not_be_given_new_data_and_copied_layers_are_refused(change, message):
+    model = tiny_mamba()
+    change(model.backbone.layers[1].mixer)
+    with pytest.raises(ValueError, match=message):
+        find_layers(model)
+
+
+def test_what_a_mask_has_pruned_for_good_is_cut(token_ids):
+    model = tiny_mamba()
+    prune.l1_unstructured(model.backbone.layers[1].mixer.x_proj, "weight", 0.5)
+    prune.remove(model.backbone.layers[1].mixer.x_proj, "weight")
+    assert compress_(model, CompreSSMConfig(state_size=4), token_ids).sizes == {0: 4, 1: 4}

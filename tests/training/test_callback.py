@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForMaskedLM
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import BertConfig, BertForMaskedLM, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, hankel_singular_values
 from hf_compressm.training.settling import rank_correlation
@@ -196,6 +197,30 @@ class EightBit(torch.optim.AdamW):
     __module__ = "bitsandbytes.optim.adamw"
 
 
+class Soap(torch.optim.SGD):
+    """Keeps square matrices in a list, from the first step on."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("GG", [torch.eye(n) for n in p.shape])
+        return super().step(closure)
+
+
+def test_optimizers_of_square_matrices_are_refused_after_the_first_step(tmp_path):
+    """By what their state is: there is none before."""
+    model = tiny_mamba()
+    optimizers = (Soap(model.parameters(), lr=1e-3), None)
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(end=4), optimizers=optimizers)
+    with pytest.raises(ValueError, match=r"'GG' .* a list that holds tensors.*plain optimizer"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(end=4), optimizers=optimizers)  # it has one now
+    with pytest.raises(ValueError, match="plain optimizer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_packed_optimizers_are_refused_before_the_first_step(tmp_path):
     model = tiny_mamba()
     optimizers = (EightBit(model.parameters()), None)
@@ -219,6 +244,17 @@ def lora():
     return get_peft_model(tiny_mamba(), LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
 
 
+class Mine(torch.nn.Module):
+    """A model of one's own around one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_mamba()
+
+    def forward(self, input_ids, labels=None):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
 @pytest.mark.parametrize(
     ("make", "config", "arguments", "message"),
     [
@@ -231,6 +267,7 @@ def lora():
         (frozen, {}, {}, "frozen"),
         (bert, {}, {}, "no Mamba"),
         (lora, {}, {}, "PEFT"),
+        (Mine, {}, {}, "can't cut a Mine.*PreTrainedModel"),
     ],
 )
 def test_what_can_not_work_is_refused_before_the_first_step(tmp_path, make, config, arguments, message):
@@ -258,3 +295,53 @@ def test_rank_correlation_looks_at_the_states_that_both_have():
     assert rank_correlation(*before, *now) == pytest.approx(-1)
     assert rank_correlation(*before, *before) == pytest.approx(1)
     assert rank_correlation(*before, {0: [[0, 2]]}, {0: [[0.1, 0.2]]}) is None
+
+
+class Averaging(TrainerCallback):
+    """A moving average of the weights, which follows the cuts."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        self.cuts = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.averaged.update_parameters(model)
+
+    def on_compressm_cut(self, args, state, control, *, model, plan, backend, **kwargs):
+        assert sizes(model) == list(plan.report.sizes.values())
+        self.cuts.append((state.global_step, args.max_steps))
+        plan.apply_(self.averaged.module, backend=backend)
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2], ids=["mamba", "mamba2"])
+def test_a_moving_average_follows_the_cuts(tmp_path, make):
+    """The average is constant here, since nothing is learnt: after the cuts, too, it is the model."""
+    model, averaging = make(), Averaging()
+    config = CompreSSMConfig(state_size=8 if make is tiny_mamba2 else 4, **WINDOW)
+    callbacks = [CompreSSMCallback(config), averaging]
+    make_trainer(tmp_path, model, callbacks=callbacks, max_steps=5, learning_rate=0).train()
+    assert averaging.cuts == ([(4, 5)] if make is tiny_mamba2 else [(2, 5), (4, 5)])
+    assert int(averaging.averaged.n_averaged) == 5
+    assert sizes(averaging.averaged.module) == sizes(model)
+    assert averaging.averaged.module.config.to_dict() == model.config.to_dict()
+    assert same_weights(averaging.averaged.module, model)
+    loaded = make(3 if make is tiny_mamba else 8).state_dict()
+    if make is tiny_mamba:  # the copy's hooks do not touch the model
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            averaging.averaged.module.load_state_dict(loaded)
+        assert sizes(model) == [4, 4]
+
+
+def test_an_error_in_the_second_evaluation_of_rollback_undoes_the_cut(tmp_path):
+    calls = iter([{"score": 1.0}])
+    model = tiny_mamba()
+    callback = CompreSSMCallback(CompreSSMConfig(state_size=4, rollback=0.1, **WINDOW))
+    metric = {"compute_metrics": lambda _: next(calls), "metric_for_best_model": "score", "eval_dataset": dataset(4)}
+    trainer = make_trainer(tmp_path, model, callbacks=[callback], **metric)
+    with pytest.raises(StopIteration):
+        trainer.train()
+    assert sizes(model) == [8, 8]
+    assert model.config.state_size == 8
+    assert callback.history == []
+    for parameter in model.parameters():
+        assert trainer.optimizer.state[parameter]["exp_avg"].shape == parameter.shape

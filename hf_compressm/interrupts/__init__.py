@@ -1,0 +1,6 @@
+"""What was changed for a while is put back, whatever ends it; and Ctrl-C waits while a change runs."""
+
+from .deferred import uninterrupted
+from .restoring import restoring
+
+__all__ = ["restoring", "uninterrupted"]
