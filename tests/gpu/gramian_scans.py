@@ -145,6 +145,7 @@ def section_correct() -> None:
     pair2[0].update(Mamba2System(**vars(s)))
     plain2 = Mamba2System(**vars(double(s)))
     pair2[1].tokens += plain2.valid.sum()
+    pair2[1].weight += plain2.gate.square().sum((0, 1, 3))
     pair2[1]._update_by_chunks(plain2)
     a, b = pair2[0].groups[0], pair2[1].groups[0]
     print(

@@ -57,7 +57,7 @@ def cuts(N: int, mamba2: bool, mean: float) -> list[tuple[str, dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", default="", help="rows whose name holds one of these, apart by commas")
     parser.add_argument("--calibration", type=Path, default=TEXTS / "calibration.txt")
     parser.add_argument("--evaluation", type=Path, default=TEXTS / "evaluation.txt")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to calibrate and to evaluate on")
@@ -77,7 +77,7 @@ def main() -> None:
         measured: dict = {}
         mean = 0.3 * N
         for name, options in cuts(N, mamba2, mean):
-            if args.only not in name:
+            if not any(part in name for part in args.only.split(",")):
                 continue
             changes, moved, begin = [], [], time.perf_counter()
             for seed in range(3 if "random" in name else 1):
