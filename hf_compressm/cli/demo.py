@@ -46,7 +46,7 @@ def demo(
         table.add_column(column, justify="right")
     reports = {}
     with exit_codes(), new_folder(output) as folder, progress_bar() as progress:
-        cut = CompreSSMConfig(max_divergence=0.03, refit=0)  # the refit rounds take a minute on a CPU
+        cut = CompreSSMConfig(refit=0)  # the refit rounds take a minute on a CPU
         for name in ("mamba-tiny", "mamba2-tiny"):
             model, tokenizer = load(str(reference / name), progress)
             ids = evaluation_ids(tokenizer)
