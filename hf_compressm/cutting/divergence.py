@@ -53,6 +53,50 @@ class Divergence:
         return max(0.0, moved / of) if of else 0.0
 
 
+@torch.no_grad()
+def output_errors(
+    model: Any, layers: Sequence[Layer], cuts: Mapping[int, Realization], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[int, float]:
+    """What each cut layer's mixer gives otherwise than the full one on what that reads, as a share of its energy.
+
+    Args:
+        model, layers: before the cut.
+        cuts: what layers are cut to, by index.
+        batches: what to look at; for an honest answer, nothing was fitted to it.
+    """
+    lost, whole = dict.fromkeys(cuts, 0.0), dict.fromkeys(cuts, 0.0)
+    seen: dict[int, tuple[Any, Any, Tensor]] = {}
+
+    def hook_of(index: int) -> Any:
+        def hook(mixer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            seen[index] = args, kwargs, output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles: list[Any] = []
+    chosen = [layer for layer in layers if layer.index in cuts]
+    with restoring(lambda: [handle.remove() for handle in handles]), evaluating(model):
+        handles.extend(layer.mixer.register_forward_hook(hook_of(layer.index), with_kwargs=True) for layer in chosen)
+        for batch in batches:
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            model.base_model(**on_device, use_cache=False)
+            mask = on_device["attention_mask"][..., None]
+            for layer in chosen:
+                args, kwargs, full = seen.pop(layer.index)
+                slim = _cut_copy(layer, cuts[layer.index]).mixer(*args, **kwargs)
+                slim = slim[0] if isinstance(slim, tuple) else slim
+                lost[layer.index] += float(((slim - full) * mask).double().square().sum())
+                whole[layer.index] += float((full * mask).double().square().sum())
+    return {index: lost[index] / whole[index] if whole[index] else 0.0 for index in cuts}
+
+
+def _cut_copy(layer: Layer, cut: Realization) -> Layer:
+    other = copy.copy(layer)
+    other.mixer = copy.deepcopy(layer.mixer)
+    cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
+    return other
+
+
 @contextmanager
 def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int, Realization]) -> Iterator[None]:
     """The model with cut copies of mixers in the places of those mixers, by layer index; afterwards it is as it was."""
@@ -66,10 +110,7 @@ def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int
         for layer in layers:
             if layer.index not in cuts:
                 continue
-            other = copy.copy(layer)
-            other.mixer = copy.deepcopy(layer.mixer)
-            cut = cuts[layer.index]
-            cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
+            other = _cut_copy(layer, cuts[layer.index])
             parent, _, name = layer.name.rpartition(".")
             owner = model.get_submodule(parent)
             taken.append((owner, name, layer.mixer))

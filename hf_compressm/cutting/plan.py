@@ -21,7 +21,7 @@ from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
 from .budget import Ladder, keep_budget
-from .divergence import Divergence, cut_for_a_while
+from .divergence import Divergence, cut_for_a_while, output_errors
 from .nothing_to_cut import why_nothing
 from .optimizer import as_list
 from .sensitivity import cost_curves, errors
@@ -172,6 +172,11 @@ def make_plan(
     sizes = {index: made.size for index, made in realizations.items()}
     check_state_sizes(model, {layer.index: sizes.get(layer.index, layer.state_size) for layer in layers})
     report = make_report(model, layers, spectra, realizations, name)
+    if held_out:
+        found = output_errors(model, layers, realizations, held_out)
+        rows = [replace(row, output_error=found.get(row.index, 0.0)) for row in report.layers]
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in held_out)
+        report = replace(report, layers=rows, held_out_tokens=tokens)
     return Plan(config, replace(report, divergence=divergence, tradeoff=tradeoff), realizations)
 
 

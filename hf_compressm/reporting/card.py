@@ -198,7 +198,8 @@ def _layers(report: CompressionReport) -> str:
         f"| {row.index} | {row.old_size} | {row.new_size} | {row.energy_kept:.2%} | {row.output_error:.2%} |"
         for row in report.layers
     ]
-    note = "Output lost: the share of the layer's output energy that the cut takes away on the calibration data."
+    where = "text that nothing was fitted to" if report.held_out_tokens else "the calibration data"
+    note = f"Output lost: the share of the layer's output energy that the cut takes away on {where}."
     return "\n".join(rows) + f"\n\n{note}"
 
 

@@ -27,6 +27,9 @@ class CompressionReport:
     """Asked, predicted and measured, of a cut by `max_divergence`."""
     tradeoff: list[Tradeoff] | None = None
     """What other totals of states would have cost, from the fewest up."""
+    held_out_tokens: int = 0
+    """Tokens that the output errors were taken on and nothing was fitted to; 0 where there was too little data to hold any
+    back, and in training: the errors are those on the calibration data then."""
 
     @property
     def states_before(self) -> int:
@@ -69,6 +72,7 @@ class CompressionReport:
             parameters_after=values["parameters_after"],
             perplexity=None if perplexity is None else Perplexity(**perplexity),
             divergence=None if divergence is None else Divergence(**divergence),
+            held_out_tokens=values.get("held_out_tokens", 0),
             tradeoff=None if tradeoff is None else [Tradeoff(**point) for point in tradeoff],
         )
 

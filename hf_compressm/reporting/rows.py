@@ -18,7 +18,7 @@ class LayerReport:
     energy_kept: float
     """Share of the Hankel energy (sum of the Hankel singular values) in the first `new_size` of them."""
     output_error: float
-    """Share of the layer's output energy that the cut loses on the calibration data."""
+    """Share of the layer's output energy that the cut loses, on tokens that nothing was fitted to where the report has any."""
     channels: int
     realization: str = ""
     """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted) or "project"; empty if not."""
