@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.evaluation import evaluating
 from ..interrupts import restoring
 from ..layers import Layer, Realization, new_data
+from .observing import hooks
 
 
 class Divergence:
@@ -73,17 +74,18 @@ def output_errors(
 
         return hook
 
-    handles: list[Any] = []
     chosen = [layer for layer in layers if layer.index in cuts]
-    with restoring(lambda: [handle.remove() for handle in handles]), evaluating(model):
-        handles.extend(layer.mixer.register_forward_hook(hook_of(layer.index), with_kwargs=True) for layer in chosen)
+    registered = (layer.mixer.register_forward_hook(hook_of(layer.index), with_kwargs=True) for layer in chosen)
+    with evaluating(model):
+        copies = {layer.index: _cut_copy(layer, cuts[layer.index]).mixer for layer in chosen}  # without the hooks
+    with hooks(registered), evaluating(model):
         for batch in batches:
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
             model.base_model(**on_device, use_cache=False)
             mask = on_device["attention_mask"][..., None]
             for layer in chosen:
                 args, kwargs, full = seen.pop(layer.index)
-                slim = _cut_copy(layer, cuts[layer.index]).mixer(*args, **kwargs)
+                slim = copies[layer.index](*args, **kwargs)
                 slim = slim[0] if isinstance(slim, tuple) else slim
                 lost[layer.index] += float(((slim - full) * mask).double().square().sum())
                 whole[layer.index] += float((full * mask).double().square().sum())

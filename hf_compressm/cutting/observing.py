@@ -134,7 +134,7 @@ def _reading(layers: Sequence[Layer], take: Any) -> Iterator[None]:
 
         return hook
 
-    with _hooks(layer.mixer.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in layers):
+    with hooks(layer.mixer.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer in layers):
         yield
 
 
@@ -149,7 +149,7 @@ def _keeping_outputs(layers: Sequence[Layer], outputs: dict[int, Tensor]) -> Ite
         return hook
 
     modules = [(layer, layer.mixer.get_submodule(str(layer.gradient_at))) for layer in layers]
-    with _hooks(module.register_forward_pre_hook(hook_of(layer)) for layer, module in modules):
+    with hooks(module.register_forward_pre_hook(hook_of(layer)) for layer, module in modules):
         yield
 
 
@@ -161,12 +161,12 @@ def _grad_from_embeddings(model: Any) -> Iterator[None]:
         return output if output.requires_grad else output.detach().requires_grad_()
 
     embeddings = model.get_input_embeddings()
-    with _hooks(one.register_forward_hook(hook) for one in [embeddings]):
+    with hooks(one.register_forward_hook(hook) for one in [embeddings]):
         yield
 
 
 @contextmanager
-def _hooks(registered: Iterable[Any]) -> Iterator[None]:
+def hooks(registered: Iterable[Any]) -> Iterator[None]:
     """Remove hooks afterwards.
 
     Args:
