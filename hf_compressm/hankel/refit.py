@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import mamba_sensitivities, mamba_states
-from . import moments
+from . import factorisations, moments
 from .realization import Selection, safe_ridge
 from .selective import MambaSystem
 
@@ -190,4 +190,4 @@ def solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     scaled = normal * scale[..., :, None] * scale[..., None, :]
     scaled += safe_ridge(scaled, ridge) * identity
-    return torch.linalg.solve(scaled, (right * scale)[..., None])[..., 0] * scale
+    return factorisations.solve(scaled, (right * scale)[..., None])[..., 0] * scale

@@ -11,7 +11,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .singular_values import TOGETHER, check_finite, hankel_singular_values
+from .factorisations import TOGETHER
+from .singular_values import check_finite, hankel_singular_values
 from .statistics import Statistics
 
 # The largest matrices that the factorisations of a GPU take many at a time.
