@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from accelerate.hooks import ModelHook, remove_hook_from_module
+from accelerate.utils import PrefixedDataset, align_module_device
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",)}
@@ -25,6 +30,8 @@ USED = {
     "torch.nn.parallel.distributed.DistributedDataParallel._comm_hooks": "to register them again with a new reducer",
     "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1PreTrainedModel._init_weights": "copies multipliers of one "
     "length to all layers (in modeling/modeling_compressm.py, which stands alone beside saved models)",
+    "accelerate.hooks.AlignDevicesHook": "its attributes offload, execution_device and weights_map, as `module._hf_hook`: "
+    "where the weights of an offloaded module are, and where they are computed with",
     "torch._dynamo.utils.counters": "whether anything was compiled that has to be compiled again",
 }
 
@@ -53,6 +60,50 @@ def forget_compiled_code() -> None:
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
         dynamo.reset()
+
+
+def hook_of(module: nn.Module) -> Any:
+    """Accelerate's hook on a module, by which its weights are moved; None if there is none."""
+    return getattr(module, "_hf_hook", None)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module computes on, which is not that of its weights if these are offloaded."""
+    for each in module.modules():
+        device = getattr(hook_of(each), "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """With offloaded weights of a module, and of what is in it, on the device that it computes on."""
+    with ExitStack() as stack:
+        for each in module.modules():
+            stack.enter_context(align_module_device(each))
+        yield
+
+
+def offloaded_weights(module: nn.Module) -> tuple[MutableMapping[str, Tensor], str] | None:
+    """Where the weights of an offloaded module wait on the CPU, and what comes before their names there; else None.
+
+    None also where they wait on a disk.
+    """
+    found, prefix = getattr(hook_of(module), "weights_map", None), ""
+    while isinstance(found, PrefixedDataset):
+        found, prefix = found.dataset, found.prefix + prefix
+    found = getattr(found, "state_dict", found)  # of an `OffloadedWeightsLoader`
+    names = [prefix + name for name, _ in module.named_parameters(recurse=False)]
+    return (found, prefix) if isinstance(found, MutableMapping) and all(name in found for name in names) else None
+
+
+def without_hooks_(module: nn.Module) -> None:
+    """Take accelerate's hooks off a module, and what is in it, without moving a weight. In place."""
+    for each in module.modules():
+        if hook_of(each) is not None:
+            each._hf_hook = ModelHook()
+            remove_hook_from_module(each)
 
 
 def uncompiled(module: Any) -> Any:

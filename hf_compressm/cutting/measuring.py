@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compat import device_of
 from ..config import CompreSSMConfig, ConfigLike
 from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
+from ..hankel import budgets
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs, find_layers, plain_model
+from ..layers import Layer, find_layers, plain_model
+from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
+from .passes import in_passes
 
 # What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens.
 SENSITIVITY_SEQUENCES = 4
@@ -50,26 +54,40 @@ def measure(
         batches, held_out = hold_out(batches, model)
     elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
         batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)
-    statistics = empty_statistics(layers, config)
-    inputs: dict[int, MixerInputs] | None = {} if config.refits else None
+    statistics = empty_statistics(layers, config, budgets.STATISTICS)
+    inputs = Inputs() if config.refits else None
     by_loss = can_weigh_by_loss(model, layers, config)
+    device = device_of(model)
     with evaluating(model):
         for number, batch in enumerate(batches):
-            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
             if by_loss:
+                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 observe_by_loss(model, layers, statistics, on_device, inputs, seed=config.seed + number)
-            else:
+                continue
+            for part in in_passes(batch, layers, device):
                 with observing(layers, statistics, inputs):
-                    model.base_model(**on_device, use_cache=False)
+                    model.base_model(**part, use_cache=False)
     check_measured(layers, statistics)
-    sample = {name: tensor[:SENSITIVITY_SEQUENCES].to(model.device) for name, tensor in batches[0].items()}
+    sample = {name: tensor[:SENSITIVITY_SEQUENCES] for name, tensor in batches[0].items()}
     weights = "fisher" if by_loss else "gate"
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
 
 
-def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig) -> list[Statistics]:
-    """For each layer an accumulator that has seen nothing."""
-    return [layer.statistics(mean_lti=config.estimator == "mean_lti") for layer in layers]
+def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:
+    """For each layer an accumulator that has seen nothing.
+
+    Args:
+        layers, config: what is measured, and how.
+        budget: bytes of them that may be on a device; further Gramians are added up on the CPU.
+    """
+    statistics, held = [], dict.fromkeys([layer.device for layer in layers], 0)
+    for layer in layers:
+        entry = layer.statistics(mean_lti=config.estimator == "mean_lti")
+        held[layer.device] += sum(total.numel() * total.element_size() for total in entry.sums())
+        if budget is not None and held[layer.device] > budget:
+            entry.offload_()
+        statistics.append(entry)
+    return statistics
 
 
 def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import weights_at_hand
 from ..config import CompreSSMConfig
 from ..data.packing import unpacked
 from ..hankel.statistics import Statistics
 from ..interrupts import restoring, uninterrupted
-from ..layers import Layer, MixerInputs
+from ..layers import Layer
+from .inputs import Inputs
 from .passes import blocks_of, checkpointed, kept_on_cpu, sequences_back
 
 # Sequences of a forward and backward pass, at most.
@@ -26,7 +28,7 @@ CLASSES = 2**24
 def observing(
     layers: Sequence[Layer],
     statistics: Sequence[Statistics],
-    inputs: dict[int, MixerInputs] | None = None,
+    inputs: Inputs | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[None]:
     """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given.
@@ -67,7 +69,7 @@ def observe_by_loss(
     layers: Sequence[Layer],
     statistics: Sequence[Statistics],
     batch: Mapping[str, Any],
-    inputs: dict[int, MixerInputs] | None = None,
+    inputs: Inputs | None = None,
     *,
     args: Sequence[Any] = (),
     seed: int = 0,
@@ -134,15 +136,16 @@ def _add(
     entry: Statistics,
     read: tuple[Tensor, Tensor | None, Tensor | None],
     seq_idx: Tensor | None,
-    inputs: dict[int, MixerInputs] | None,
+    inputs: Inputs | None,
 ) -> None:
     if seq_idx is not None and layer.keeps_samples_apart:
         read = unpacked(*read, seq_idx)
-    system = layer.read(*read)
+    with weights_at_hand(layer.mixer):
+        system = layer.read(*read)
     with torch.autocast(read[0].device.type, enabled=False):
         entry.update(system)
     if inputs is not None:
-        inputs.setdefault(layer.index, []).append(read)
+        inputs.keep(layer.index, read)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
             if own is None:
                 block.__dict__.pop("forward", None)
             else:
-                block.forward = own  # type: ignore[method-assign]
+                block.forward = own
 
     def through_checkpoint(forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
         with uninterrupted():
             for block in blocks:
                 before.append((block, block.__dict__.get("forward")))
-                block.forward = through_checkpoint(block.forward)  # type: ignore[method-assign]
+                block.forward = through_checkpoint(block.forward)
         yield
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
+from ..compat import weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
@@ -21,12 +22,13 @@ from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
 from .apply import cut_
 from .budget import Ladder, keep_budget
-from .divergence import Divergence, cut_for_a_while, output_errors
+from .divergence import Divergence, output_errors
 from .nothing_to_cut import why_nothing
 from .optimizer import as_list
 from .sensitivity import cost_curves, errors
 from .sizes import check_targets, choose_sizes, sizes_to_choose_from
 from .snapshot import undone_on_error
+from .trials import cut_for_a_while
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +145,8 @@ def make_plan(
                 if key not in fitted:
                     fitted[key] = path[size]
                     if inputs is not None:
-                        fitted[key] = path[size].refit(layer, inputs[layer.index], config.refit)
+                        with weights_at_hand(layer.mixer):
+                            fitted[key] = path[size].refit(layer, inputs[layer.index], config.refit)
                 made[layer.index] = fitted[key]
         return made
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..hankel.statistics import Statistics
 from ..layers import Layer, Realization
-from .divergence import Divergence, cut_for_a_while
+from .divergence import Divergence
+from .trials import cut_for_a_while
 
 # Shares of the states at which the factor is measured, a forward pass for each in each layer. On well-trained models two
 # points find better sizes than one, and four hardly better ones than two.

@@ -62,6 +62,10 @@ class Layer(Protocol):
         """What keeps a module from being a mixer of this family, a remark each; empty if it is one."""
 
     @property
+    def device(self) -> torch.device:
+        """That the mixer computes on."""
+
+    @property
     def state_size(self) -> int:
         """N."""
 

@@ -87,7 +87,7 @@ class Project(Realization):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """The maps that keep the first states."""
-        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        identity = torch.eye(layer.state_size, size, device=layer.device)
         return cls((Projection(identity, identity, 0.0),) * layer.groups)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
@@ -183,7 +183,7 @@ class Mamba2Layer(MixerLayer):
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
         """An empty accumulator for `read`'s systems."""
         mixer = self.mixer
-        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, mixer.A_log.device, mean_lti=mean_lti)
+        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, self.device, mean_lti=mean_lti)
 
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import uncompiled
+from ..compat import offloaded_weights, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
@@ -156,10 +156,11 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
         for name, module in layer.mixer.named_modules(prefix=layer.name):
             _refuse_computed(name, module)
         for name, parameter in layer.mixer.named_parameters():
-            if parameter.is_meta:
+            owner = layer.mixer.get_submodule(name.rpartition(".")[0])
+            if parameter.is_meta and offloaded_weights(owner) is None:
                 raise ValueError(
-                    f"{layer.name}.{name} is on the meta device: load the model with its weights in memory "
-                    "(no meta device, no disk offload) before cutting it."
+                    f"{layer.name}.{name} is on the meta device, and its weights are not in memory: load the model "
+                    "without a meta device or disk offload before cutting it; device_map may leave it on the CPU."
                 )
             one_byte = parameter.element_size() < 2  # float8 counts as floating point
             if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):

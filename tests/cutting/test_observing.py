@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig, measure
-from hf_compressm.cutting.divergence import Divergence, cut_for_a_while
+from hf_compressm.cutting.divergence import Divergence
+from hf_compressm.cutting.inputs import Inputs
 from hf_compressm.cutting.observing import observe_by_loss
 from hf_compressm.cutting.sensitivity import errors
+from hf_compressm.cutting.trials import cut_for_a_while
 from hf_compressm.layers import find_layers, realize
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 from tests.layers.models import TYPES, build, tokens
@@ -22,7 +24,7 @@ def test_the_gradient_is_that_of_the_loss_by_the_scans_output(token_ids, name):
     model = MODELS[name]().double()
     layer = find_layers(model)[0]
     batch = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "labels": token_ids}
-    inputs: dict = {}
+    inputs = Inputs()
     statistics = [entry.statistics(mean_lti=False) for entry in find_layers(model)]
     observe_by_loss(model, find_layers(model), statistics, batch, inputs)
     with torch.no_grad():
