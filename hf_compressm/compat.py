@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ USED = {
     "torch.nn.parallel.distributed.DistributedDataParallel._comm_hooks": "to register them again with a new reducer",
     "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1PreTrainedModel._init_weights": "copies multipliers of one "
     "length to all layers (in modeling/modeling_compressm.py, which stands alone beside saved models)",
-    "accelerate.hooks.AlignDevicesHook": "its attributes offload, execution_device and weights_map, as `module._hf_hook`: "
+    "accelerate.hooks.AlignDevicesHook": "its attributes execution_device, weights_map and original_devices, as `module._hf_hook`: "
     "where the weights of an offloaded module are, and where they are computed with",
     "torch._dynamo.utils.counters": "whether anything was compiled that has to be compiled again",
 }
@@ -85,17 +85,28 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def offloaded_weights(module: nn.Module) -> tuple[MutableMapping[str, Tensor], str] | None:
-    """Where the weights of an offloaded module wait on the CPU, and what comes before their names there; else None.
-
-    None also where they wait on a disk.
-    """
+def weights_map(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
+    """Where the weights of an offloaded module wait in memory, and what comes before their names there; else None."""
     found, prefix = getattr(hook_of(module), "weights_map", None), ""
     while isinstance(found, PrefixedDataset):
         found, prefix = found.dataset, found.prefix + prefix
     found = getattr(found, "state_dict", found)  # of an `OffloadedWeightsLoader`
-    names = [prefix + name for name, _ in module.named_parameters(recurse=False)]
-    return (found, prefix) if isinstance(found, MutableMapping) and all(name in found for name in names) else None
+    return (found, prefix) if isinstance(found, dict) else None
+
+
+def is_in_memory(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a module is there, or waits on the CPU as an offloaded one."""
+    found = weights_map(module)
+    return not module.get_parameter(name).is_meta or (found is not None and found[1] + name in found[0])
+
+
+def keep_offloaded_(module: nn.Module, name: str) -> None:
+    """Let a parameter that was given new data, and is at hand now, wait on the CPU where the module's others do. In place."""
+    found = weights_map(module)
+    if found is not None:
+        weights, prefix = found
+        weights[prefix + name] = module.get_parameter(name).detach().cpu()
+        hook_of(module).original_devices.setdefault(name, torch.device("cpu"))
 
 
 def without_hooks_(module: nn.Module) -> None:

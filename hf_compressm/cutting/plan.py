@@ -20,7 +20,7 @@ from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, 
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
-from .apply import cut_
+from .apply import cut_, replaced_parameters
 from .budget import Ladder, keep_budget
 from .divergence import Divergence, output_errors
 from .nothing_to_cut import why_nothing
@@ -96,7 +96,8 @@ class Plan:
                 "again."
             )
         earlier = history_of(model)
-        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_):
+        replaced = replaced_parameters(layers, self.realizations)
+        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_, replaced):
             cut_(model, layers, self.realizations, optimizers, backend)
             record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")

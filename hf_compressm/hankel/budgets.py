@@ -10,6 +10,7 @@ A peak of the model's own bytes, the activations of one calibration sequence in 
 | predictions of the full model | `PREDICTIONS` | on the CPU |
 | a forward pass | `ACTIVATIONS` in one layer, or one sequence | one sequence after the other |
 | a backward pass | `CHECKPOINTS`, the inputs of all blocks | one sequence after the other, its inputs on the CPU |
+| weights that a cut replaces, in case it is undone | `REPLACED` | on the CPU |
 | factorisations | 0.6 GiB, see `factorisations` | in parts |
 
 Mixers are cut as they run in trials, and their copies are gone afterwards.
@@ -21,4 +22,6 @@ SYSTEMS = 2**28
 PREDICTIONS = 2**28
 ACTIVATIONS = 2**29
 CHECKPOINTS = 2**28
+REPLACED = 2**28
 INPUTS_ON_CPU = 2**34
+"""Of host memory: what does not fit is left out of the fits."""

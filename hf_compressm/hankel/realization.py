@@ -88,10 +88,10 @@ def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[in
 def select_each_with_readout(moments: list[ReadoutMoments], ridge: float = 1e-6) -> list[dict[int, Selection]]:
     """`select_with_readout` for many layers: those of one size run side by side, and a GPU is waited for only once."""
     paths: list[dict[int, Selection]] = [{} for _ in moments]
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int, torch.device], list[int]] = {}
     for index, entry in enumerate(moments):
-        alike.setdefault((len(entry.candidates), entry.size), []).append(index)
-    for (c, N), indices in alike.items():
+        alike.setdefault((len(entry.candidates), entry.size, entry.output.device), []).append(index)
+    for (c, N, _), indices in alike.items():
         together = max(1, SIDE_BY_SIDE // (c * N) ** 2)
         for start in range(0, len(indices), together):
             part = indices[start : start + together]

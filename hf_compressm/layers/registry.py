@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import offloaded_weights, uncompiled
+from ..compat import is_in_memory, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
@@ -156,8 +156,8 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
         for name, module in layer.mixer.named_modules(prefix=layer.name):
             _refuse_computed(name, module)
         for name, parameter in layer.mixer.named_parameters():
-            owner = layer.mixer.get_submodule(name.rpartition(".")[0])
-            if parameter.is_meta and offloaded_weights(owner) is None:
+            owner, _, own_name = name.rpartition(".")
+            if not is_in_memory(layer.mixer.get_submodule(owner), own_name):
                 raise ValueError(
                     f"{layer.name}.{name} is on the meta device, and its weights are not in memory: load the model "
                     "without a meta device or disk offload before cutting it; device_map may leave it on the CPU."
