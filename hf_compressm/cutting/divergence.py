@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
 from .observing import hooks
 from .passes import in_passes
+from .resuming import Outputs
 from .trials import cut_copy
 
 # Numbers in the predictions that are compared together.
@@ -29,25 +31,28 @@ class Divergence:
     Args:
         model: as it is before any cut.
         batches: what to predict on, each with `input_ids` and `attention_mask`.
+        layer_by_layer: the layers will be cut one at a time: each pass begins where the model differs.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]], *, layer_by_layer: bool = False) -> None:
         self.model = model
         layers, device = find_layers(model), device_of(model)
+        self._outputs = Outputs(model, layers if layer_by_layer else [])
         self.parts = [part for batch in batches for part in in_passes(batch, layers, device)]
         self.has_head = False
         self.full: list[Tensor] = []
-        for predictions in self._predictions():
+        for predictions in self._predictions(self._outputs.kept):
             kept = torch.cat([some for _, some in self._split(predictions)])
             held = sum(tensor.nbytes for tensor in self.full)
             self.full.append(kept if held + kept.nbytes <= budgets.PREDICTIONS else kept.cpu())
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
 
     @torch.no_grad()
-    def _predictions(self) -> Iterator[Tensor]:
+    def _predictions(self, around: Callable[[int], AbstractContextManager[None]]) -> Iterator[Tensor]:
         with evaluating(self.model):
-            for part in self.parts:
-                output = self.model(**part, use_cache=False)
+            for number, part in enumerate(self.parts):
+                with around(number):
+                    output = self.model(**part, use_cache=False)
                 self.has_head = hasattr(output, "logits")
                 yield output.logits if self.has_head else output[0]
 
@@ -60,10 +65,14 @@ class Divergence:
             yield slice(start, start + step), some.log_softmax(-1) if self.has_head else some
 
     @torch.no_grad()
-    def __call__(self) -> float:
-        """Of the model as it is now."""
+    def __call__(self, first: Layer | None = None) -> float:
+        """Of the model as it is now; with `first`, the first layer that is not as it was, it is run from there on."""
         moved = of = 0.0
-        for part, full, predictions in zip(self.parts, self.full, self._predictions(), strict=True):
+
+        def around(number: int) -> AbstractContextManager[None]:
+            return nullcontext() if first is None else self._outputs.resumed(number, first)
+
+        for part, full, predictions in zip(self.parts, self.full, self._predictions(around), strict=True):
             mask = part["attention_mask"].flatten().to(predictions.device).double()
             if len(mask) != len(full):  # such as the last hidden states of a model that pools
                 mask = mask.new_ones(len(full))

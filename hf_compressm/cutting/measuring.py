@@ -21,8 +21,10 @@ from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
 from .passes import in_passes
 
-# What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens.
+# What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens. At most so
+# many sequences, and as many as make so many tokens.
 SENSITIVITY_SEQUENCES = 4
+SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
 # Of so many sequences, one is held out to see what a cut loses; a max_divergence, which decides by them, takes more.
 HELD_OUT_FROM = 8
 
@@ -68,7 +70,9 @@ def measure(
                 with observing(layers, statistics, inputs):
                     model.base_model(**part, use_cache=False)
     check_measured(layers, statistics)
-    sample = {name: tensor[:SENSITIVITY_SEQUENCES] for name, tensor in batches[0].items()}
+    tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
+    few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
+    sample = {name: tensor[:few] for name, tensor in batches[0].items()}
     weights = "fisher" if by_loss else "gate"
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
 

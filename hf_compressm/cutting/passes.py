@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,11 +49,8 @@ def blocks_of(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[nn.Module
 
 
 @contextmanager
-def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep only what the blocks read for a backward pass: each is run once more when the pass comes to it.
-
-    transformers' own checkpoints would want training mode, in which mixers take other paths.
-    """
+def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[Any], Any]) -> Iterator[None]:
+    """Blocks with what `make` makes of their `forward`; afterwards they are as they were."""
     before: list[tuple[nn.Module, Any]] = []
 
     def restore() -> None:
@@ -63,18 +60,27 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
             else:
                 block.forward = own
 
+    with restoring(restore):
+        with uninterrupted():
+            for block in blocks:
+                before.append((block, block.__dict__.get("forward")))
+                block.forward = make(block.forward)
+        yield
+
+
+def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Keep only what the blocks read for a backward pass: each is run once more when the pass comes to it.
+
+    transformers' own checkpoints would want training mode, in which mixers take other paths.
+    """
+
     def through_checkpoint(forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return run
 
-    with restoring(restore):
-        with uninterrupted():
-            for block in blocks:
-                before.append((block, block.__dict__.get("forward")))
-                block.forward = through_checkpoint(block.forward)
-        yield
+    return replaced_forwards(blocks, through_checkpoint)
 
 
 def sequences_back(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:

@@ -157,7 +157,7 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]))
+        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample], layer_by_layer=True))
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:

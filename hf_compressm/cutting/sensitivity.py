@@ -77,7 +77,7 @@ def cost_curves(
             if curve[size - 1] > 0:
                 with cut_for_a_while(model, [layer], {layer.index: path[size]}):
                     at.append(size)
-                    factors.append(divergence() / float(curve[size - 1]))
+                    factors.append(divergence(layer) / float(curve[size - 1]))
         scale = np.interp(np.arange(1, len(curve) + 1), at, factors) if at else np.ones(len(curve))
         curves.append(curve * torch.from_numpy(scale))
     return curves

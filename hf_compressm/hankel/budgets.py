@@ -7,6 +7,7 @@ A peak of the model's own bytes, the activations of one calibration sequence in 
 | statistics of all layers | `STATISTICS` | Gramians and normal matrices are added up on the CPU |
 | what the mixers read, for fits | `INPUTS` | on the CPU, in the model's own precision |
 | systems that a layer is fitted to | `SYSTEMS` | computed anew in each pass of the fit |
+| what its blocks give, to begin trials with | `OUTPUTS` | on the CPU |
 | predictions of the full model | `PREDICTIONS` | on the CPU |
 | a forward pass | `ACTIVATIONS` in one layer, or one sequence | one sequence after the other |
 | a backward pass | `CHECKPOINTS`, the inputs of all blocks | one sequence after the other, its inputs on the CPU |
@@ -20,6 +21,7 @@ STATISTICS = 2**28
 INPUTS = 2**28
 SYSTEMS = 2**28
 PREDICTIONS = 2**28
+OUTPUTS = 2**27
 ACTIVATIONS = 2**29
 CHECKPOINTS = 2**28
 REPLACED = 2**28

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.reference import mamba_sensitivities, mamba_states
+from ..kernels.reference import mamba_sensitivities, mamba_states, mamba_states_by_input
 from . import budgets, factorisations, moments
 from .realization import Selection, safe_ridge
 from .selective import MambaSystem
@@ -33,8 +33,10 @@ RIDGE = 1e-6
 """Added to the unit diagonal of the scaled normal matrices of T and R."""
 DAMPING = 1e-2
 """Likewise for the Gauss-Newton steps of A and D."""
-WORKING_SET = 2**24
-"""Numbers in the largest temporary tensor."""
+WORKING_SET = {"cpu": 2**20}
+"""Numbers in the largest temporary tensor by the type of the device, 2^24 on any other: on a CPU, what its cache holds."""
+INPUT_CHANNELS = 512
+"""Channels that T, which all share, is fitted on, spread over all of them: its normal matrix is most of a fit's work."""
 
 Pairs = Iterable[tuple[MambaSystem, Tensor]]
 """Systems and what is to be fitted to them, [batch, length, channels], batch after batch, in any number of passes."""
@@ -154,13 +156,13 @@ def without_others(pairs: Pairs, part: Tensor, A: Tensor, inputs: Tensor, readou
 
 def scaled_states(system: MambaSystem, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The states, times the channels' gates."""
-    for time, h in mamba_states(system.u, system.delta, A, B, chunk=_chunk(system, A)):
+    for time, h in mamba_states(system.u, system.delta, A, B, chunk=_chunk(system, A.numel())):
         yield time, h.mul_(system.gate[:, time, :, None])
 
 
-def _chunk(system: MambaSystem, A: Tensor) -> int:
-    """Tokens that are scanned at once."""
-    return min(max(WORKING_SET // (len(system.u) * A.numel()), 1), 16)
+def _chunk(system: MambaSystem, states: int) -> int:
+    """Tokens that are scanned at once, of a system with so many states in all channels together."""
+    return min(max(WORKING_SET.get(system.u.device.type, 2**24) // (len(system.u) * states), 1), 16)
 
 
 def gated_output(system: MambaSystem) -> Tensor:
@@ -172,14 +174,19 @@ def gated_output(system: MambaSystem) -> Tensor:
 
 def fit_inputs(pairs: Pairs, A: Tensor, readout: Tensor) -> Tensor:
     """T for a given R: each kept state is split into what the N rows of B drive."""
-    (r, N), rates = readout.shape, A.float().repeat_interleave(readout.shape[1], dim=1)
+    (r, N), channels = readout.shape, len(A)
+    some = torch.linspace(0, channels - 1, min(channels, INPUT_CHANNELS), device=A.device).round().long()
+    rates, R = A.float()[some], readout.float().mT
     normal, right = A.new_zeros(r * N, r * N), A.new_zeros(r * N)
     for system, target in pairs:
-        C = (system.C @ readout.float().mT).repeat_interleave(N, dim=-1)
-        for time, h in scaled_states(system, rates, system.B.repeat(1, 1, r)):
-            features = h.mul_(C[:, time, None]).flatten(0, 2)
+        C, gate = system.C @ R, system.gate[..., some]
+        chunk = _chunk(system, len(some) * r * N)
+        for time, h in mamba_states_by_input(
+            system.u[..., some], system.delta[..., some], rates, system.B, chunk=chunk
+        ):
+            features = h.mul_((gate[:, time, :, None] * C[:, time, None])[..., None]).view(-1, r * N)
             normal += features.mT @ features
-            right += features.mT @ target[:, time].flatten()
+            right += features.mT @ target[:, time][..., some].flatten()
     return solve(normal, right, RIDGE).view(r, N)
 
 
@@ -207,7 +214,7 @@ def fit_dynamics(pairs: Pairs, A: Tensor, inputs: Tensor, readout: Tensor) -> tu
     for system, target in pairs:
         C = (system.C @ readout.float().mT)[:, :, None]
         B = system.B @ inputs.float().mT
-        scan = mamba_sensitivities(system.u, system.delta, A.float(), B, chunk=_chunk(system, A))
+        scan = mamba_sensitivities(system.u, system.delta, A.float(), B, chunk=_chunk(system, A.numel()))
         for time, h, sensitivity in scan:
             gate = system.gate[:, time]
             error = target[:, time] - gate * (h * C[:, time]).sum(-1)

@@ -44,6 +44,31 @@ def mamba_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int =
         yield time, states
 
 
+def mamba_states_by_input(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int = 16
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield what each input map drives in each state of a Mamba-1 scan, a chunk of time at a time.
+
+    Args:
+        u, delta, chunk: as for `mamba_states`.
+        A: continuous-time dynamics of r states, [channels, r].
+        B: N input maps, [batch, length, N].
+
+    Yields:
+        the slice of time and the states there, [batch, time, channels, r, N]. The tensor is reused by the next step.
+    """
+    state = u.new_zeros(u.shape[0], *A.shape, B.shape[2])
+    for start in range(0, u.shape[1], chunk):
+        time = slice(start, min(start + chunk, u.shape[1]))
+        decay = torch.exp(delta[:, time, :, None] * A)[..., None]
+        inputs = (delta[:, time] * u[:, time])[..., None, None] * B[:, time, None, None, :]
+        states = inputs.expand(-1, -1, -1, A.shape[1], -1).contiguous()
+        for t in range(states.shape[1]):
+            state = states[:, t].addcmul_(decay[:, t], state)
+        state = state.clone()
+        yield time, states
+
+
 def mamba_sensitivities(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int = 16
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -119,16 +144,16 @@ def observability_gramian(delta: Tensor, A: Tensor, C: Tensor, valid: Tensor, *,
     batch, length, channels = delta.shape
     size = A.shape[-1]
     i, j = torch.tril_indices(size, size, device=A.device)
-    rates = A[:, i] + A[:, j]
     outputs = C[..., i] * C[..., j] * valid[..., None]
     block = max(1, 2**17 // (batch * len(i))) if delta.device.type == "cpu" else channels
     Q = delta.new_zeros(channels, size, size)
     for first in range(0, channels, block):
         channel = slice(first, first + block)
-        G = delta.new_zeros(batch, rates[channel].shape[0], len(i))
+        G = delta.new_zeros(batch, len(A[channel]), len(i))
         total = torch.zeros_like(G)
         for start in range(0, length, chunk):
-            decay = torch.exp(delta[:, start : start + chunk, channel, None] * rates[channel])
+            one = torch.exp(delta[:, start : start + chunk, channel, None] * A[channel])
+            decay = one[..., i] * one[..., j]
             for step in range(decay.shape[1]):
                 t = start + step
                 G.mul_(decay[:, step]).add_(valid[:, t, None, None])
