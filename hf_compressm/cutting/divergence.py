@@ -15,6 +15,7 @@ from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
 from .observing import hooks
 from .passes import in_passes
+from .progress import followed
 from .resuming import Outputs
 from .trials import cut_copy
 
@@ -113,7 +114,7 @@ def output_errors(
     chosen = [layer for layer in layers if layer.index in cuts]
     registered = (layer.mixer.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in chosen)
     with hooks(registered), evaluating(model):
-        for batch in batches:
+        for batch in followed("judging the cut on held-out text", batches):
             for part in in_passes(batch, layers, device_of(model)):
                 mask.append(part["attention_mask"])
                 model.base_model(**part, use_cache=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..compat import device_of
 from ..config import CompreSSMConfig, ConfigLike
@@ -20,11 +23,16 @@ from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
 from .passes import in_passes
+from .progress import followed
+
+logger = logging.get_logger(__name__)
 
 # What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens. At most so
 # many sequences, and as many as make so many tokens.
 SENSITIVITY_SEQUENCES = 4
 SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
+# What measuring on the package's own text or on samples may take, if the config names no time.
+SECONDS = {"cpu": 60.0, "cuda": 10.0}
 # Of so many sequences, one is held out to see what a cut loses; a max_divergence, which decides by them, takes more.
 HELD_OUT_FROM = 8
 
@@ -60,8 +68,14 @@ def measure(
     inputs = Inputs() if config.refits else None
     by_loss = can_weigh_by_loss(model, layers, config)
     device = device_of(model)
+    begin, seconds = time.monotonic(), config.calibration_seconds
+    if seconds is None:
+        seconds = SECONDS.get(device.type, SECONDS["cuda"]) if data is None else math.inf
     with evaluating(model):
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(followed("measuring", batches)):
+            if number and time.monotonic() - begin > seconds:
+                _note_tokens(statistics, batches, seconds)
+                break
             if by_loss:
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 observe_by_loss(model, layers, statistics, on_device, inputs, seed=config.seed + number)
@@ -92,6 +106,14 @@ def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: i
             entry.offload_()
         statistics.append(entry)
     return statistics
+
+
+def _note_tokens(statistics: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]], seconds: float) -> None:
+    of = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    logger.warning(
+        f"hf_compressm: measured on {int(statistics[0].tokens)} of {of} tokens, which took the {seconds:g} s that there are for "
+        "it: more time (calibration_seconds) makes a better cut."
+    )
 
 
 def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) -> None:

@@ -25,6 +25,7 @@ from .budget import Ladder, keep_budget
 from .divergence import Divergence, output_errors
 from .nothing_to_cut import why_nothing
 from .optimizer import as_list
+from .progress import followed
 from .sensitivity import cost_curves, errors
 from .sizes import check_targets, choose_sizes, sizes_to_choose_from
 from .snapshot import undone_on_error
@@ -139,17 +140,15 @@ def make_plan(
     fitted: dict[tuple[int, int], Realization] = {}
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
-        made = {}
-        for layer, path, size in zip(layers, paths, sizes, strict=True):
-            if size < layer.state_size:
-                key = layer.index, size
-                if key not in fitted:
-                    fitted[key] = path[size]
-                    if inputs is not None:
-                        with weights_at_hand(layer.mixer):
-                            fitted[key] = path[size].refit(layer, inputs[layer.index], config.refit)
-                made[layer.index] = fitted[key]
-        return made
+        cut = [row for row in zip(layers, paths, sizes, strict=True) if row[2] < row[0].state_size]
+        new = [row for row in cut if (row[0].index, row[2]) not in fitted]
+        for layer, path, size in new if inputs is None else followed("refitting layers", new):
+            made = path[size]
+            if inputs is not None:
+                with weights_at_hand(layer.mixer):
+                    made = made.refit(layer, inputs[layer.index], config.refit)
+            fitted[layer.index, size] = made
+        return {layer.index: fitted[layer.index, size] for layer, _, size in cut}
 
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
 

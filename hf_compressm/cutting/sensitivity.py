@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..hankel.statistics import Statistics
 from ..layers import Layer, Realization
 from .divergence import Divergence
+from .progress import followed
 from .trials import cut_for_a_while
 
 # Shares of the states at which the factor is measured, a forward pass for each in each layer. On well-trained models two
@@ -71,7 +72,8 @@ def cost_curves(
         divergence: of the model from what it is now.
     """
     curves = []
-    for layer, path, sizes, curve in zip(layers, paths, choices, lost, strict=True):
+    rows = list(zip(layers, paths, choices, lost, strict=True))
+    for layer, path, sizes, curve in followed("trying sizes, layer by layer", rows):
         at, factors = [], []
         for size in sorted({nearest(sizes, share) for share in POINTS}):
             if curve[size - 1] > 0:
