@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ USED = {
     "length to all layers (in modeling/modeling_compressm.py, which stands alone beside saved models)",
     "accelerate.hooks.AlignDevicesHook": "its attributes execution_device, weights_map and original_devices, as `module._hf_hook`: "
     "where the weights of an offloaded module are, and where they are computed with",
+    "accelerate.hooks.add_hook_to_module": "keeps the `forward` of the module's class as `module._old_forward`",
     "torch._dynamo.utils.counters": "whether anything was compiled that has to be compiled again",
 }
 
@@ -115,6 +117,14 @@ def without_hooks_(module: nn.Module) -> None:
         if hook_of(each) is not None:
             each._hf_hook = ModelHook()
             remove_hook_from_module(each)
+            if inspect.ismethod(each.forward):  # what it was before it had a hook, and so would be in another class
+                del each.forward
+
+
+def follow_class_(module: nn.Module) -> None:
+    """Let the hook of a module that was given another class call the `forward` of that. In place."""
+    if inspect.ismethod(vars(module).get("_old_forward")):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def uncompiled(module: Any) -> Any:

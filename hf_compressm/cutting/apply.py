@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backends import Backend
-from ..compat import keep_offloaded_, weights_at_hand
+from ..compat import follow_class_, keep_offloaded_, weights_at_hand
 from ..layers import Layer, Realization, new_data
 from ..modeling.state_sizes import set_state_sizes, text_configs
 from .optimizer import NewState, check_optimizers, cut_states, set_states_
@@ -53,6 +53,7 @@ def cut_(
         with weights_at_hand(layer.mixer):
             new = new_data(layer, realization.parameter_cuts(layer))
             realization.apply_(layer, new, backend.resize_parameter_)
+            follow_class_(layer.mixer)
             for name in new:
                 owner, _, own_name = name.rpartition(".")
                 keep_offloaded_(layer.mixer.get_submodule(owner), own_name)
