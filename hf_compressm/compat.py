@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -125,6 +126,18 @@ def follow_class_(module: nn.Module) -> None:
     """Let the hook of a module that was given another class call the `forward` of that. In place."""
     if inspect.ismethod(vars(module).get("_old_forward")):
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def stock_scans(modules: Iterable[nn.Module]) -> list[tuple[Any, Callable]]:
+    """The Python modules in which transformers scans Mamba-1 mixers with a loop over tokens, and the function that does.
+
+    Since 5.24 it is a function of the module that is looked up when the mixer runs; none are found where it is not, or
+    where mamba_ssm takes its place.
+    """
+    if find_spec("mamba_ssm") is not None:
+        return []
+    homes: dict[str, Any] = {type(module).__module__: sys.modules.get(type(module).__module__) for module in modules}
+    return [(home, home.mamba_selective_scan) for home in homes.values() if hasattr(home, "mamba_selective_scan")]
 
 
 def uncompiled(module: Any) -> Any:

@@ -18,12 +18,13 @@ from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..hankel.statistics import Statistics
-from ..layers import Layer, find_layers, plain_model
+from ..layers import Layer, find_layers, plain_model, realization_of
 from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
 from .passes import in_passes
 from .progress import followed
+from .scans import quick_scans
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +48,8 @@ def measure(
         model: with Mamba or Mamba-2 layers, on any device.
         data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the package
             ships, if there is a tokenizer, else samples of the model itself.
-        config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept; for
+        config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
+            realization has one; for
             a `max_divergence`, the default, a quarter of the data is held out, and for any other cut an eighth, if there are
             eight sequences.
         tokenizer: for texts.
@@ -65,13 +67,15 @@ def measure(
     elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
         batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)
     statistics = empty_statistics(layers, config, budgets.STATISTICS)
-    inputs = Inputs() if config.refits else None
+    name = realization_of(config, layers)
+    fits = config.refits and any(layer.realizations[name].has_fit for layer in layers)
+    inputs = Inputs() if fits else None
     by_loss = can_weigh_by_loss(model, layers, config)
     device = device_of(model)
     begin, seconds = time.monotonic(), config.calibration_seconds
     if seconds is None:
         seconds = SECONDS.get(device.type, SECONDS["cuda"]) if data is None else math.inf
-    with evaluating(model):
+    with evaluating(model), quick_scans(layers):
         for number, batch in enumerate(followed("measuring", batches)):
             if number and time.monotonic() - begin > seconds:
                 _note_tokens(statistics, batches, seconds)

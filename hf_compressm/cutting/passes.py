@@ -18,9 +18,8 @@ Batch = Mapping[str, Tensor]
 
 
 def sequences_together(layers: Sequence[Layer], length: int) -> int:
-    """How many sequences fit in a forward pass: a stock scan in plain torch makes four tensors [length, channels, N]."""
-    per_token = max(16 * layer.channels * layer.state_size for layer in layers)
-    return max(1, budgets.ACTIVATIONS // (per_token * length))
+    """How many sequences fit in a forward pass."""
+    return max(1, budgets.ACTIVATIONS // (max(layer.activation_bytes for layer in layers) * length))
 
 
 def in_passes(batch: Batch, layers: Sequence[Layer], device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -84,11 +83,10 @@ def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
 
 
 def sequences_back(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:
-    """How many sequences, at most so many, fit in a backward pass with a checkpoint before each block."""
-    embeddings = model.get_input_embeddings().weight
-    # The residual may be in float32; beside it what the mixer reads, and predictions with their gradients.
-    per_token = len(blocks_of(model, layers)[0]) * embeddings.shape[1] * 4 + embeddings.shape[0] * 16
-    return max(1, min(most, budgets.CHECKPOINTS // (per_token * length), sequences_together(layers, length)))
+    """How many sequences, at most so many, fit in a forward and backward pass with its predictions."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # Predictions, perhaps in two precisions, and their gradient.
+    return max(1, min(most, budgets.ACTIVATIONS // (12 * vocabulary * length), sequences_together(layers, length)))
 
 
 def kept_on_cpu(model: Any, blocks: int, tokens: int) -> Any:

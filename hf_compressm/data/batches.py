@@ -58,7 +58,7 @@ def batches_of(data: Any, tokenizer: Any = None) -> list[Batch]:
         )
     batches: list[Batch] = []
     tokens = 0
-    for batch in _in_batches(data):
+    for batch in data if isinstance(data, Sequence) else _in_batches(data):
         if tokens >= STREAM_TOKENS and not isinstance(data, Sequence):
             logger.info(f"hf_compressm: read the first {tokens} tokens of the calibration data, which go on.")
             break

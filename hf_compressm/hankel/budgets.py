@@ -10,7 +10,7 @@ A peak of the model's own bytes, the activations of one calibration sequence in 
 | what its blocks give, to begin trials with | `OUTPUTS` | on the CPU |
 | predictions of the full model | `PREDICTIONS` | on the CPU |
 | a forward pass | `ACTIVATIONS` in one layer, or one sequence | one sequence after the other |
-| a backward pass | `CHECKPOINTS`, the inputs of all blocks | one sequence after the other, its inputs on the CPU |
+| a backward pass | `CHECKPOINTS`, the inputs of all blocks | on the CPU |
 | weights that a cut replaces, in case it is undone | `REPLACED` | on the CPU |
 | factorisations | 0.6 GiB, see `factorisations` | in parts |
 
@@ -22,8 +22,8 @@ INPUTS = 2**28
 SYSTEMS = 2**28
 PREDICTIONS = 2**28
 OUTPUTS = 2**27
-ACTIVATIONS = 2**29
-CHECKPOINTS = 2**28
+ACTIVATIONS = 3 * 2**28
+CHECKPOINTS = 3 * 2**28
 REPLACED = 2**28
 INPUTS_ON_CPU = 2**34
 """Of host memory: what does not fit is left out of the fits."""

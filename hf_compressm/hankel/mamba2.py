@@ -19,6 +19,9 @@ from .moments import ReadoutMoments
 from .selective import Mamba2System
 from .statistics import Statistics
 
+# Numbers in the largest temporary tensor.
+WORKING_SET = 2**22
+
 
 class Mamba2Statistics(Statistics):
     """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
@@ -133,13 +136,16 @@ class Mamba2Statistics(Statistics):
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:
-    """sum over tokens of weight x x^T for each head, [heads, N, N], head by head: only one is as large as x.
+    """sum over tokens of weight x x^T for each head, [heads, N, N], some heads at a time.
 
     Args:
         weight: [batch, length, heads].
         x: of each group, [batch, length, groups, N].
     """
     per_group = weight.shape[2] // x.shape[2]
-    rows = [x[:, :, group].flatten(0, 1) for group in range(x.shape[2])]
-    heads = enumerate(weight.flatten(0, 1).unbind(1))
-    return torch.stack([(w[:, None] * rows[head // per_group]).mT @ rows[head // per_group] for head, w in heads])
+    together = max(1, WORKING_SET // x[:, :, 0].numel())
+    found = []
+    for group, weights in enumerate(weight.flatten(0, 1).split(per_group, dim=1)):
+        rows = x[:, :, group].flatten(0, 1)
+        found += [(some.T[..., None] * rows).mT @ rows for some in weights.split(together, dim=1)]
+    return torch.cat(found)

@@ -29,6 +29,8 @@ STEP = 8
 class Mamba2Select(Select):
     """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
 
+    has_fit = False
+
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
         """Multiples of 8, or of what the config names so far as the CUDA convolution takes it; or the tuned ones."""
@@ -179,6 +181,11 @@ class Mamba2Layer(MixerLayer):
     def gradient_at(self) -> str:  # type: ignore[override]
         """The gated norm, after which nothing is linear in the scan's output; Falcon-H1 can do without."""
         return "norm" if hasattr(self.mixer.norm, "weight") else "out_proj"
+
+    @property
+    def activation_bytes(self) -> int:
+        """Four float32 tensors of [length, heads, chunk], and of [length, heads, N]."""
+        return 16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size)
 
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
         """An empty accumulator for `read`'s systems."""

@@ -70,8 +70,12 @@ def plain_model(model: Any) -> PreTrainedModel:
     raise TypeError(f"{kind} is no PreTrainedModel, as the models of transformers are: {todo}.")
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
+def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
     """The model's SSM layers, in order.
+
+    Args:
+        model: that has them.
+        shapes_alone: its weights are not looked at, and may be on the meta device.
 
     Raises:
         ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, computed from others,
@@ -91,7 +95,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     if not layers:
         text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
         raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{text}")
-    _check_weights(model, layers)
+    if not shapes_alone:
+        _check_weights(model, layers)
     _check_indices(layers)
     return layers
 

@@ -61,6 +61,7 @@ class Select(Realization):
     """Keep some states, with their own rows of B and C. `groups` are `hankel.realization.Selection`s."""
 
     name = kind = "select"
+    has_fit = True
 
     @property
     def kept(self) -> list[list[int]]:
