@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from ..config import CompreSSMConfig
 from ..cutting.budget import TRIALS
 from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS
+from ..cutting.scans import quick_scans
 from ..cutting.sensitivity import POINTS
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
 from ..data.texts import LENGTH
@@ -125,7 +126,8 @@ def _seconds(
     hidden = torch.randn(1, TIMED, width, device=device, dtype=dtype)
     statistics = layer.statistics(mean_lti=False)
     advance()
-    forward = _timed(lambda: layer.mixer(hidden), device) / TIMED
+    with quick_scans([layer]):
+        forward = _timed(lambda: layer.mixer(hidden), device) / TIMED
     advance()
     reading = _timed(lambda: statistics.update(layer.read(hidden, None)), device) / TIMED
     advance()

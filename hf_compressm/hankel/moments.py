@@ -26,7 +26,7 @@ class ReadoutMoments:
         large_on: the device of `normal_pairs` and `beside`.
         output: sum over t of C_t C_t^T, [N, N].
         contribution: M, the sum over t of K_t * C_t C_t^T (elementwise), [N, N].
-        cross: sum over t of (K_t C_t) C_t^T, [N, N].
+        cross: sum over t of (K_t C_t) C_t^T, [N, N]; for a read-out.
         candidates: the c states whose least-squares read-out may be any map of C, [c]; empty if it is not asked for.
         rest: the states beside them, [N - c]; empty if there are no candidates.
         normal_pairs: sum over t of K_t (x) C_t C_t^T over pairs of candidates and pairs of states,
@@ -48,7 +48,8 @@ class ReadoutMoments:
         outer = C[:, :, None] * C[:, None, :]
         self.output += outer.sum(0)
         self.contribution += (K * outer).sum(0)
-        self.cross += torch.einsum("tij,tj,tk->ik", K, C, C)
+        if self.readout:
+            self.cross += torch.einsum("tij,tj,tk->ik", K, C, C)
         if self.readout and not len(self.candidates):
             self.choose_candidates(self.contribution)
         if self.readout:
