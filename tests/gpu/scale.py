@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from hf_compressm import CompreSSMConfig, measure
+from hf_compressm.cutting.progress import listening
 
 GIB = 2**30
 MAMBA2 = {"state_size": 128, "head_dim": 64, "chunk_size": 256, "vocab_size": 50288, "tie_word_embeddings": True}
@@ -92,6 +94,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
     config = AutoConfig.for_model(kind, **fields)
     with device, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model.tie_weights()
     torch.manual_seed(0)
     for key, weight in model.named_parameters():
         if key.endswith("A_log") and weight.dim() == 2:
@@ -142,16 +145,20 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
     )
     options = {"realization": args.realization, "weights": args.weights}
     options |= {"ratio": args.ratio} if args.ratio else {"max_divergence": args.max_divergence}
-    config, unfitted = CompreSSMConfig(**options, refit=args.refit), CompreSSMConfig(**options, refit=0)
+    config = CompreSSMConfig(**options, refit=args.refit)
     with timed("measure", name, device, before):
         measurement = measure(model, ids, config)
-    begin = time.perf_counter()
-    with timed("plan", name, device, before):
-        plan = measurement.plan(unfitted)
-    seconds = time.perf_counter() - begin
-    if config.refits and plan.report.realization != "project":
-        with timed(f"plan and refit (plan alone: {seconds:.1f} s)", name, device, before):
-            plan = measurement.plan(config)
+    fitting = [0.0, 0.0]  # since when, and how long
+
+    def watch(text: str, done: int, total: int) -> None:
+        if text == "refitting layers" and done == 0:
+            fitting[0] = time.perf_counter()
+        elif text == "refitting layers" and done == total:
+            fitting[1] += time.perf_counter() - fitting[0]
+
+    with listening(watch), timed("plan, with the refit", name, device, before):
+        plan = measurement.plan(config)
+    print(f"| {name} | of that refit | {fitting[1]:.1f} | |", flush=True)
     del measurement
     with timed("cut", name, device, before):
         report = plan.apply_(model)
@@ -179,6 +186,7 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float)
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
+    logging.disable_progress_bar()
     args.ratio = None if args.max_divergence else args.ratio
     device = torch.device(args.device)
     if device.type == "cuda":
