@@ -137,7 +137,7 @@ def compress(
                 evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
             ids = evaluation_ids(tokenizer) if evaluate else None
             before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
-            with measuring(slim, batches, progress, then="choosing the states to keep"):
+            with measuring(progress):
                 report = compress_(slim, config, batches)
             nothing_cut = report.states_after == report.states_before
             if ids is not None and not nothing_cut:

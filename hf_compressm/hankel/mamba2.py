@@ -19,6 +19,9 @@ from .moments import ReadoutMoments
 from .selective import Mamba2System
 from .statistics import Statistics
 
+# Numbers in the largest temporary tensor.
+WORKING_SET = 2**22
+
 
 class Mamba2Statistics(Statistics):
     """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
@@ -53,7 +56,9 @@ class Mamba2Statistics(Statistics):
         if self.mean_lti:
             self.rates += (system.delta * system.valid[..., None]).sum((0, 1)) * system.A
             drive = (system.delta[..., None] * system.x).square().sum(-1)
-            self.controllable += _outer_products(drive * system.valid[..., None], system.B)
+            self.controllable += _outer_products(drive * system.valid[..., None], system.B).to(
+                self.controllable.device
+            )
         if kernels.fused(system.x):
             self._update_fused(system)
         else:
@@ -66,8 +71,8 @@ class Mamba2Statistics(Statistics):
         x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
         if not self.mean_lti:
             P, reach = controllability(x, delta, A, B, gate, system.valid)
-            self.controllable += P
-            self.observable += _outer_products(reach * system.valid[..., None], C)
+            self.controllable += P.to(self.controllable.device)
+            self.observable += _outer_products(reach * system.valid[..., None], C).to(self.observable.device)
         output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
         contributions = contribution(x, delta, A, B, C, gate)
         for moments, part, M in zip(self.groups, output, contributions, strict=True):
@@ -81,17 +86,21 @@ class Mamba2Statistics(Statistics):
             gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
             K = gated.mT @ gated  # [batch, time, groups, N, N]
             if not self.mean_lti:
-                self.controllable += K.sum((0, 1))
+                self.controllable += K.sum((0, 1)).to(self.controllable.device)
             for group, moments in enumerate(self.groups):
                 moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
         if not self.mean_lti:
             reach = observability_reach(system.delta, system.A, system.valid)
-            self.observable += _outer_products(reach * system.valid[..., None], system.C)
+            self.observable += _outer_products(reach * system.valid[..., None], system.C).to(self.observable.device)
+
+    def offload_(self) -> None:
+        """Add up the Gramians on the CPU."""
+        self.controllable, self.observable = self.controllable.cpu(), self.observable.cpu()
 
     @property
     def P(self) -> Tensor:  # noqa: N802
         """The sum over tokens and a group's heads of w P, [groups, N, N]."""
-        return self._over_heads(self.controllable) if self.mean_lti else self.controllable
+        return self._over_heads(self.controllable) if self.mean_lti else self.controllable.to(self.weight.device)
 
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [groups, N, N]."""
@@ -120,17 +129,23 @@ class Mamba2Statistics(Statistics):
         weight = self.weight / self.tokens
         if self.mean_lti:
             weight = weight / (1 - torch.exp(2 * self.rates / self.tokens))
-        return (weight[:, None, None] * sums).unflatten(0, (len(self.groups), -1)).sum(1)
+        by_group = (weight.unflatten(0, (len(self.groups), -1)), sums.unflatten(0, (len(self.groups), -1)))
+        return torch.stack([torch.tensordot(w.to(X.device), X, 1) for w, X in zip(*by_group, strict=True)]).to(
+            weight.device
+        )
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:
-    """sum over tokens of weight x x^T for each head, [heads, N, N], head by head: only one is as large as x.
+    """sum over tokens of weight x x^T for each head, [heads, N, N], some heads at a time.
 
     Args:
         weight: [batch, length, heads].
         x: of each group, [batch, length, groups, N].
     """
     per_group = weight.shape[2] // x.shape[2]
-    rows = [x[:, :, group].flatten(0, 1) for group in range(x.shape[2])]
-    heads = enumerate(weight.flatten(0, 1).unbind(1))
-    return torch.stack([(w[:, None] * rows[head // per_group]).mT @ rows[head // per_group] for head, w in heads])
+    together = max(1, WORKING_SET // x[:, :, 0].numel())
+    found = []
+    for group, weights in enumerate(weight.flatten(0, 1).split(per_group, dim=1)):
+        rows = x[:, :, group].flatten(0, 1)
+        found += [(some.T[..., None] * rows).mT @ rows for some in weights.split(together, dim=1)]
+    return torch.cat(found)

@@ -62,6 +62,10 @@ class Layer(Protocol):
         """What keeps a module from being a mixer of this family, a remark each; empty if it is one."""
 
     @property
+    def device(self) -> torch.device:
+        """That the mixer computes on."""
+
+    @property
     def state_size(self) -> int:
         """N."""
 
@@ -72,6 +76,10 @@ class Layer(Protocol):
     @property
     def channels(self) -> int:
         """Scanned channels: each has a state of N numbers per sequence."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of a token in a forward pass of the stock mixer in plain torch, about; kernels take less."""
 
     def statistics(self, *, mean_lti: bool) -> Statistics:
         """An empty accumulator for `read`'s systems."""
@@ -126,6 +134,8 @@ class Realization(ABC):
     """In `CompreSSMConfig.realization`, reports and cards."""
     kind: ClassVar[str] = ""
     """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project"."""
+    has_fit: ClassVar[bool] = False
+    """Whether `refit` wants what the mixers read."""
     stock: ClassVar[bool] = True
     """Whether what it makes is a stock layer, which transformers loads without this package."""
 

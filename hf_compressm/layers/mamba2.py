@@ -29,6 +29,8 @@ STEP = 8
 class Mamba2Select(Select):
     """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
 
+    has_fit = False
+
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
         """Multiples of 8, or of what the config names so far as the CUDA convolution takes it; or the tuned ones."""
@@ -87,7 +89,7 @@ class Project(Realization):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """The maps that keep the first states."""
-        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        identity = torch.eye(layer.state_size, size, device=layer.device)
         return cls((Projection(identity, identity, 0.0),) * layer.groups)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
@@ -180,10 +182,15 @@ class Mamba2Layer(MixerLayer):
         """The gated norm, after which nothing is linear in the scan's output; Falcon-H1 can do without."""
         return "norm" if hasattr(self.mixer.norm, "weight") else "out_proj"
 
+    @property
+    def activation_bytes(self) -> int:
+        """Four float32 tensors of [length, heads, chunk], and of [length, heads, N]."""
+        return 16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size)
+
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
         """An empty accumulator for `read`'s systems."""
         mixer = self.mixer
-        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, mixer.A_log.device, mean_lti=mean_lti)
+        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, self.device, mean_lti=mean_lti)
 
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat import device_of
 from .contracts import MixerInputs, Realization
 from .selection import Select
 
@@ -50,6 +51,11 @@ class MixerLayer:
     def expected_shapes(cls, mixer: Any) -> dict[str, list[int | None]]:
         """The shapes of a mixer's tensors, by name (None: any), from its attributes."""
         return {}
+
+    @property
+    def device(self) -> torch.device:
+        """That the mixer computes on."""
+        return device_of(self.mixer)
 
     @property
     def groups(self) -> int:

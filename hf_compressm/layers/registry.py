@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import uncompiled
+from ..compat import is_in_memory, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
@@ -70,8 +70,12 @@ def plain_model(model: Any) -> PreTrainedModel:
     raise TypeError(f"{kind} is no PreTrainedModel, as the models of transformers are: {todo}.")
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
+def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
     """The model's SSM layers, in order.
+
+    Args:
+        model: that has them.
+        shapes_alone: its weights are not looked at, and may be on the meta device.
 
     Raises:
         ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, computed from others,
@@ -91,7 +95,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     if not layers:
         text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
         raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{text}")
-    _check_weights(model, layers)
+    if not shapes_alone:
+        _check_weights(model, layers)
     _check_indices(layers)
     return layers
 
@@ -156,10 +161,11 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
         for name, module in layer.mixer.named_modules(prefix=layer.name):
             _refuse_computed(name, module)
         for name, parameter in layer.mixer.named_parameters():
-            if parameter.is_meta:
+            owner, _, own_name = name.rpartition(".")
+            if not is_in_memory(layer.mixer.get_submodule(owner), own_name):
                 raise ValueError(
-                    f"{layer.name}.{name} is on the meta device: load the model with its weights in memory "
-                    "(no meta device, no disk offload) before cutting it."
+                    f"{layer.name}.{name} is on the meta device, and its weights are not in memory: load the model "
+                    "without a meta device or disk offload before cutting it; device_map may leave it on the CPU."
                 )
             one_byte = parameter.element_size() < 2  # float8 counts as floating point
             if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):

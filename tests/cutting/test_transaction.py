@@ -193,7 +193,11 @@ def test_a_cut_is_made_whole_or_not_at_all(name):
     assert outcomes["before"] > 100
 
 
-CHANGE_FOR_A_WHILE = ("cutting/observing.py", "cutting/divergence.py", "data/evaluation.py", "interrupts/")
+CHANGE_FOR_A_WHILE = (
+    *(f"cutting/{name}.py" for name in ("observing", "passes", "trials", "resuming")),
+    "data/evaluation.py",
+    "interrupts/",
+)
 
 
 @pytest.mark.parametrize(
