@@ -24,15 +24,15 @@ class Mamba2Statistics(Statistics):
     """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
 
     All heads of a group share B and C, and Abar is a scalar per head, so that a group is one system with the Gramians
-    sum over heads of w P_h and of w Q_h. In Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known
-    before the last: they are kept for each head.
+    sum over heads of w P_h and of w Q_h. They are kept for each head, which may also have a projection of its own; and in
+    Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known before the last.
 
     Attributes:
         tokens: that were seen.
         weight: sum over tokens of w, [heads].
         rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
-        controllable: sum over tokens of w P_t, [groups, N, N]; with `mean_lti`, of B B^T times the input's energy in each
-            head, [heads, N, N].
+        energy: sum over tokens of w y^2, what each head gives through its state, [heads].
+        controllable: sum over tokens of w P_t, [heads, N, N]; with `mean_lti`, of B B^T times the input's energy.
         observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
     """
 
@@ -41,8 +41,8 @@ class Mamba2Statistics(Statistics):
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.mean_lti = mean_lti
-        self.tokens, self.weight, self.rates = zeros(), zeros(heads), zeros(heads)
-        self.controllable = zeros(heads if mean_lti else groups, size, size)
+        self.tokens, self.weight, self.rates, self.energy = zeros(), zeros(heads), zeros(heads), zeros(heads)
+        self.controllable = zeros(heads, size, size)
         self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
 
@@ -70,18 +70,24 @@ class Mamba2Statistics(Statistics):
             self.observable += _outer_products(reach * system.valid[..., None], C)
         output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
         contributions = contribution(x, delta, A, B, C, gate)
-        for moments, part, M in zip(self.groups, output, contributions, strict=True):
+        self.energy += contributions.sum((1, 2))
+        per_group = contributions.unflatten(0, (len(self.groups), -1)).sum(1)
+        for moments, part, M in zip(self.groups, output, per_group, strict=True):
             moments.output += part
             moments.contribution += M
 
     def _update_by_chunks(self, system: Mamba2System) -> None:
         """The same in plain torch, a few tokens at a time."""
-        groups = system.B.shape[2]
+        groups, heads = system.B.shape[2], system.x.shape[2]
         for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
-            gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
-            K = gated.mT @ gated  # [batch, time, groups, N, N]
+            gated = system.gate[:, time, ..., None] * h
+            C = system.C[:, time].repeat_interleave(heads // groups, dim=2)
+            self.energy += (gated @ C[..., None]).square().sum((0, 1, 3, 4))
             if not self.mean_lti:
-                self.controllable += K.sum((0, 1))
+                rows = gated.movedim(2, 0).flatten(1, 3)
+                self.controllable += rows.mT @ rows
+            gated = gated.unflatten(2, (groups, -1)).flatten(3, 4)
+            K = gated.mT @ gated  # [batch, time, groups, N, N]
             for group, moments in enumerate(self.groups):
                 moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
         if not self.mean_lti:
@@ -91,7 +97,12 @@ class Mamba2Statistics(Statistics):
     @property
     def P(self) -> Tensor:  # noqa: N802
         """The sum over tokens and a group's heads of w P, [groups, N, N]."""
-        return self._over_heads(self.controllable) if self.mean_lti else self.controllable
+        return self._of_groups(self.P_of_heads)
+
+    @property
+    def P_of_heads(self) -> Tensor:  # noqa: N802
+        """The sum over tokens of w P, [heads, N, N]."""
+        return self._weighed(self.controllable) if self.mean_lti else self.controllable
 
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [groups, N, N]."""
@@ -100,7 +111,7 @@ class Mamba2Statistics(Statistics):
             observable = outputs.repeat_interleave(len(self.weight) // len(outputs), dim=0)
         else:
             observable = self.observable
-        return self.P / self.tokens, self._over_heads(observable) / self.tokens
+        return self.P / self.tokens, self._of_groups(self._weighed(observable)) / self.tokens
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The groups' spectra as they are, [groups, N]."""
@@ -115,12 +126,16 @@ class Mamba2Statistics(Statistics):
         """The diagonal of P, which holds the output weights already, [groups, N]."""
         return self.P.diagonal(dim1=1, dim2=2)
 
-    def _over_heads(self, sums: Tensor) -> Tensor:
-        """Add up the heads of each group with their mean weights; with `mean_lti`, also over all later tokens."""
+    def _weighed(self, sums: Tensor) -> Tensor:
+        """Sums of the heads times their mean weights; with `mean_lti`, also over all later tokens."""
         weight = self.weight / self.tokens
         if self.mean_lti:
             weight = weight / (1 - torch.exp(2 * self.rates / self.tokens))
-        return (weight[:, None, None] * sums).unflatten(0, (len(self.groups), -1)).sum(1)
+        return weight[:, None, None] * sums
+
+    def _of_groups(self, sums: Tensor) -> Tensor:
+        """Sums of the heads added up over each group."""
+        return sums.unflatten(0, (len(self.groups), -1)).sum(1)
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:

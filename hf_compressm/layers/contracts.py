@@ -51,6 +51,8 @@ class Layer(Protocol):
     """Of the layer in the model."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
+    head_state_sizes: tuple[int, ...] | None
+    """The states of each head, where they differ in number; N is their mean then."""
     gradient_at: str | None
     """The submodule of the mixer that reads the scan's output first, where `read` wants the loss's gradient; None if the
     family's channels can't be weighed by the loss."""
@@ -125,7 +127,8 @@ class Realization(ABC):
     name: ClassVar[str]
     """In `CompreSSMConfig.realization`, reports and cards."""
     kind: ClassVar[str] = ""
-    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project"."""
+    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project",
+    "project_heads"."""
     stock: ClassVar[bool] = True
     """Whether what it makes is a stock layer, which transformers loads without this package."""
 
@@ -148,6 +151,11 @@ class Realization(ABC):
     def kept(self) -> list[list[int]]:
         """The states that stay, a list for each group; empty where they are mixed."""
         return []
+
+    @property
+    def head_sizes(self) -> list[int] | None:
+        """The states of each head, where they may differ in number; `size` is their mean then."""
+        return None
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -172,7 +180,7 @@ class Realization(ABC):
     @abstractmethod
     def paths(
         cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
-    ) -> list[dict[int, Realization]]:
+    ) -> Sequence[Mapping[int, Realization]]:
         """For each layer the realization of every size; the layers are given together so that a GPU takes them so."""
 
     @classmethod

@@ -1,6 +1,6 @@
 """Models with Mamba layers whose state sizes differ, or that project their state.
 
-Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`.
+Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`, r_h `head_state_sizes`.
 
 This file stands alone: it imports torch and transformers only. hf_compressm imports it, and every saved model that
 needs it carries a copy, so that `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not
@@ -8,7 +8,8 @@ installed. Importing it teaches transformers three things, once per process:
 
 - layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`, for the architectures of
   the table below;
-- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`;
+- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`, or, with
+  `head_state_sizes` too, a `HeadwiseProjectedMamba2Mixer`;
 - the config of such a model names this file in `auto_map` and writes it beside every `config.json`.
 
 What is patched, and why no public hook will do:
@@ -26,7 +27,7 @@ wrong.
 import copy
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,11 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
                 "save or download it again."
             )
         super().init_mamba2_weights()
-        identity = torch.eye(*projection.shape[1:], dtype=projection.dtype, device=projection.device)
-        init.copy_(projection, identity.expand_as(projection))
+        init.copy_(projection, self.first_states().to(projection.dtype).expand_as(projection))
+
+    def first_states(self):
+        """The map that keeps the first states."""
+        return torch.eye(*self.BC_projection.shape[1:], device=self.BC_projection.device)
 
     # `Mamba2Mixer.forward` of transformers 5.24 line by line, without the fused training path (whose kernel reads B
     # and C straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
@@ -177,47 +181,195 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         )
         hidden_states, B_C = hidden_states_B_C.tensor_split([self.intermediate_size], dim=-1)
         B_C = B_C.unflatten(-1, (2 * self.n_groups, self.unprojected_state_size))
-        B, C = torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
-
+        hidden_states = hidden_states.reshape(batch_size, seq_len, self.num_heads, self.head_dim)
         if recurrent_state is not None and seq_len == 1:  # Recurrent form
-            scan_output = modeling_mamba2.mamba2_selective_state_update(
-                recurrent_state,
-                hidden_states.view(batch_size, self.num_heads, self.head_dim),
-                dt.transpose(1, 2).expand(-1, -1, self.head_dim),
-                A[:, None, None].expand(-1, self.head_dim, self.ssm_state_size),
-                B[:, 0],
-                C[:, 0],
-                self.D[:, None].expand(-1, self.head_dim),
-                z=None,
-                dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
-                dt_softplus=True,
-                **kwargs,
-            )
+            scan_output = self.step(hidden_states[:, 0], dt[:, 0], A, B_C, recurrent_state, **kwargs)
         else:  # Chunk form
-            scan_output = modeling_mamba2.mamba2_chunk_scan(
-                hidden_states.view(batch_size, seq_len, self.num_heads, self.head_dim),
-                dt,
-                A,
-                B,
-                C,
-                chunk_size=self.chunk_size,
-                D=self.D,
-                z=None,
-                return_final_states=cache is not None,
-                dt_bias=self.dt_bias,
-                dt_softplus=True,
-                initial_states=recurrent_state,
-                dt_limit=self.time_step_limit,
-                **kwargs,
+            scan_output, final_state = self.scan(
+                hidden_states, dt, A, B_C, recurrent_state, return_final_states=cache is not None, **kwargs
             )
             if cache is not None:
-                scan_output, final_state = scan_output
                 cache.update_recurrent_state(final_state, layer_idx=self.layer_idx)
 
         scan_output = self.norm(scan_output.reshape(batch_size, seq_len, -1), gate)
 
         # 4. Final linear projection
         return self.out_proj(scan_output.to(dtype))
+
+    def step(self, hidden_states, dt, A, B_C, state, **kwargs):
+        """One token, [batch, heads, head_dim], on top of a state, which is changed in place."""
+        B, C = self.map_B_C(B_C)
+        return modeling_mamba2.mamba2_selective_state_update(
+            state,
+            hidden_states,
+            dt[..., None].expand(-1, -1, self.head_dim),
+            A[:, None, None].expand(-1, self.head_dim, self.ssm_state_size),
+            B[:, 0],
+            C[:, 0],
+            self.D[:, None].expand(-1, self.head_dim),
+            z=None,
+            dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
+            dt_softplus=True,
+            **kwargs,
+        )
+
+    def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
+        """Tokens [batch, length, heads, head_dim], from a state or none; and the final state if it is asked for."""
+        B, C = self.map_B_C(B_C)
+        output = modeling_mamba2.mamba2_chunk_scan(
+            hidden_states,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D,
+            z=None,
+            return_final_states=return_final_states,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_states=state,
+            dt_limit=self.time_step_limit,
+            **kwargs,
+        )
+        return output if return_final_states else (output, None)
+
+    def map_B_C(self, B_C):  # noqa: N802
+        """The projected B and C, [batch, length, groups, r] each, of [batch, length, 2 groups, N]."""
+        return torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
+
+
+class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
+    """A Mamba-2 mixer in which each head h scans a projection of its own, of its own size r_h: B'_h = B @ L_h, C'_h = C @ R_h.
+
+    The states of all heads lie behind one another, S = sum of r_h in all: in the maps' columns, and in the cache, where
+    they are [batch, S, head_dim]. The scan over many tokens takes heads of about one size together, filled up with zeros
+    to a width of which its kernels have few; a single token takes all of them at once as they are.
+
+    Attributes:
+        BC_projection: trainable parameter [2, N, S], the heads' maps of B, then those of C.
+        head_state_sizes: r_h of each head.
+        ssm_state_size: their mean, S / H.
+        head_order: buffer [H], the heads as the scan takes them, those of one width together.
+        column_head: buffer [S], the head that a column belongs to.
+        column_place: buffer [S], where it is among the columns of the scan.
+
+    Built by `project_heads_`, or by `from_pretrained` and `from_config` for layers whose config says so.
+    """
+
+    head_state_sizes: tuple[int, ...]
+    head_order: torch.Tensor
+    column_head: torch.Tensor
+    column_place: torch.Tensor
+
+    def init_mamba2_weights(self):
+        """As the projected mixer; also the buffers, which no checkpoint holds."""
+        super().init_mamba2_weights()
+        self.place_heads_()
+
+    def first_states(self):
+        """The maps that keep the first states of each head."""
+        identity = torch.eye(self.unprojected_state_size, device=self.BC_projection.device)
+        return torch.cat([identity[:, :size] for size in self.head_state_sizes], dim=1)
+
+    def place_heads_(self):
+        """Make the buffers, from the heads' sizes."""
+        self.widths = [min(self.unprojected_state_size, next_width(size)) for size in self.head_state_sizes]
+        order = sorted(range(self.num_heads), key=lambda head: self.widths[head])
+        starts, start = {}, 0
+        for head in order:
+            starts[head], start = start, start + self.widths[head]
+        columns = [(head, i) for head, size in enumerate(self.head_state_sizes) for i in range(size)]
+        buffers = {
+            "head_order": order,
+            "column_head": [head for head, _ in columns],
+            "column_place": [starts[head] + i for head, i in columns],
+        }
+        for name, values in buffers.items():
+            self.register_buffer(name, torch.tensor(values, device=self.BC_projection.device), persistent=False)
+
+    @property
+    def buckets(self):
+        """The widths that the scan takes, with the number of heads of each, ascending."""
+        return [(width, self.widths.count(width)) for width in sorted(set(self.widths))]
+
+    def step(self, hidden_states, dt, A, B_C, state, **kwargs):
+        B, C = (side[:, 0, :, None].float() for side in self.map_B_C(B_C))
+        dt = nn.functional.softplus(dt + self.dt_bias.to(dt.dtype)).float()
+        x = hidden_states.float()
+        decay = torch.exp(dt * A)[:, self.column_head, None]
+        state.copy_(state * decay + (dt[..., None] * x)[:, self.column_head] * B)
+        heads = torch.arange(self.num_heads, device=x.device)
+        of_head = (heads[:, None] == self.column_head).to(state.dtype)
+        output = of_head @ (state * C) + x * self.D[:, None]
+        return output.to(hidden_states.dtype)
+
+    def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
+        B, C = (self._fill_up(side, 2) for side in self.map_B_C(B_C))
+        order, counts = self.head_order, [count for _, count in self.buckets]
+        columns = [width * count for width, count in self.buckets]
+        states = [None] * len(counts) if state is None else self._fill_up(state, 1).split(columns, dim=1)
+        outputs, final_states = [], []
+        for (width, count), x, step, a, b, c, skip, bias, before in zip(
+            self.buckets,
+            hidden_states.index_select(2, order).split(counts, dim=2),
+            dt.index_select(2, order).split(counts, dim=2),
+            A.index_select(0, order).split(counts),
+            B.split(columns, dim=2),
+            C.split(columns, dim=2),
+            self.D.index_select(0, order).split(counts),
+            self.dt_bias.index_select(0, order).split(counts),
+            states,
+            strict=True,
+        ):
+            output = modeling_mamba2.mamba2_chunk_scan(
+                x,
+                step,
+                a,
+                b.unflatten(2, (count, width)),
+                c.unflatten(2, (count, width)),
+                chunk_size=self.chunk_size,
+                D=skip,
+                z=None,
+                return_final_states=return_final_states,
+                dt_bias=bias,
+                dt_softplus=True,
+                initial_states=None if before is None else before.unflatten(1, (count, width)).transpose(2, 3),
+                dt_limit=self.time_step_limit,
+                **kwargs,
+            )
+            if return_final_states:
+                output, final_state = output
+                final_states.append(final_state.transpose(2, 3).flatten(1, 2))
+            outputs.append(output)
+        output = torch.cat(outputs, dim=2)
+        output = torch.empty_like(output).index_copy(2, order, output)
+        if not return_final_states:
+            return output, None
+        return output, torch.cat(final_states, dim=1).index_select(1, self.column_place)
+
+    def map_B_C(self, B_C):  # noqa: N802
+        """The heads' B and C, [batch, length, S] each, of [batch, length, 2 groups, N]."""
+        per_group, maps = self.num_heads // self.n_groups, self.BC_projection.to(B_C.dtype)
+        columns = [
+            sum(self.head_state_sizes[start : start + per_group]) for start in range(0, self.num_heads, per_group)
+        ]
+        B_C = B_C.unflatten(2, (2, self.n_groups)).unbind(2)
+        return [
+            torch.cat([x @ part for x, part in zip(side.unbind(2), own.split(columns, dim=1), strict=True)], dim=-1)
+            for side, own in zip(B_C, maps, strict=True)
+        ]
+
+    def _fill_up(self, x, dim):
+        """Columns of the heads, to those that the scan takes, with zeros for what is not there."""
+        shape = list(x.shape)
+        shape[dim] = sum(self.widths)
+        return x.new_zeros(shape).index_copy(dim, self.column_place, x)
+
+
+def next_width(size: int) -> int:
+    """The width in which the scan takes a head with so many states: what its kernels would fill up to."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) -> None:
@@ -241,9 +393,46 @@ def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) ->
             f"[{expected[0]}, {N}, r], got {list(BC_projection.shape)}."
         )
     mixer.__class__ = ProjectedMamba2Mixer
-    assert isinstance(mixer, ProjectedMamba2Mixer)
+    _set_projection_(mixer, N, BC_projection.shape[-1], BC_projection)
+
+
+def project_heads_(
+    mixer: modeling_mamba2.Mamba2Mixer, head_state_sizes: Sequence[int], BC_projection: torch.Tensor
+) -> None:
+    """Make a Mamba-2 mixer, stock or projected, scan states that B and C are projected to for each head. In place.
+
+    As `project_`, but for these:
+
+    Args:
+        head_state_sizes: states of each head, 0 to N; together a multiple of the number of heads.
+        BC_projection: [2, N, their sum], the heads' maps of B behind one another, then those of C.
+
+    Raises:
+        ValueError: if the sizes are others, or the maps do not have that shape.
+    """
+    N: int = getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
+    sizes = tuple(int(size) for size in head_state_sizes)
+    mean, rest = divmod(sum(sizes), mixer.num_heads)
+    if len(sizes) != mixer.num_heads or rest or not mean or not all(0 <= size <= N for size in sizes):
+        raise ValueError(
+            f"The {mixer.num_heads} heads of layer {mixer.layer_idx} have 0 to {N} states each, and together a multiple of "
+            f"their number, got {list(sizes)}."
+        )
+    if tuple(BC_projection.shape) != (2, N, sum(sizes)):
+        raise ValueError(
+            f"BC_projection of layer {mixer.layer_idx} must be [2, state size, states of all heads] = [2, {N}, "
+            f"{sum(sizes)}], got {list(BC_projection.shape)}."
+        )
+    mixer.__class__ = HeadwiseProjectedMamba2Mixer
+    assert isinstance(mixer, HeadwiseProjectedMamba2Mixer)
+    mixer.head_state_sizes = sizes
+    _set_projection_(mixer, N, mean, BC_projection)
+    mixer.place_heads_()
+
+
+def _set_projection_(mixer: Any, N: int, r: int, BC_projection: torch.Tensor) -> None:
     mixer.unprojected_state_size = N
-    mixer.ssm_state_size = BC_projection.shape[-1]
+    mixer.ssm_state_size = r
     like = mixer.conv1d.weight
     values = torch.empty(BC_projection.shape, dtype=like.dtype, device=like.device).copy_(BC_projection.detach())
     mixer.BC_projection = nn.Parameter(values)
@@ -350,11 +539,14 @@ def _build_from_layer_config(stock_init: Callable) -> Callable:
         if N is None:
             stock_init(self, config, layer_idx, *args, **kwargs)
         else:
-            r = config.state_size
+            r, sizes = config.state_size, getattr(config, "head_state_sizes", None)
             config = copy.copy(config)
             config.state_size = N
             stock_init(self, config, layer_idx, *args, **kwargs)
-            project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
+            if sizes is None:
+                project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
+            else:
+                project_heads_(self, sizes, torch.zeros(2, N, sum(sizes)))
 
     return init_from_layer_config
 
