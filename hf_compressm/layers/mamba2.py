@@ -146,7 +146,7 @@ class Mamba2Layer(MixerLayer):
             "layer_idx",
         ]
     )
-    MAY_HAVE = frozenset({"mup_vector", PROJECTION, "head_order", "column_head", "column_place"})
+    MAY_HAVE = frozenset({"mup_vector", PROJECTION, "head_order", "column_head", "column_start", "column_place"})
     family = "Mamba-2"
     keeps_samples_apart = True
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Mamba2Select, "project": Project}

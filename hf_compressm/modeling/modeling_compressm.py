@@ -36,6 +36,12 @@ import torch
 import transformers
 from torch import nn
 
+try:  # for a GPU; it may be missing, and is not asked for by whoever checks what this file needs
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 NEEDS = "5.23"
 
 # The first thing that happens where remote code is trusted: with an older one, names below would be missing.
@@ -252,7 +258,8 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
         ssm_state_size: their mean, S / H.
         head_order: buffer [H], the heads as the scan takes them, those of one width together.
         column_head: buffer [S], the head that a column belongs to.
-        column_place: buffer [S], where it is among the columns of the scan.
+        column_start: buffer [H + 1], where each head's columns begin, and their end.
+        column_place: buffer [S], where a column is among those of the scan.
 
     Built by `project_heads_`, or by `from_pretrained` and `from_config` for layers whose config says so.
     """
@@ -260,6 +267,7 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
     head_state_sizes: tuple[int, ...]
     head_order: torch.Tensor
     column_head: torch.Tensor
+    column_start: torch.Tensor
     column_place: torch.Tensor
 
     def init_mamba2_weights(self):
@@ -283,6 +291,7 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
         buffers = {
             "head_order": order,
             "column_head": [head for head, _ in columns],
+            "column_start": [sum(self.head_state_sizes[:head]) for head in range(self.num_heads + 1)],
             "column_place": [starts[head] + i for head, i in columns],
         }
         for name, values in buffers.items():
@@ -294,15 +303,11 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
         return [(width, self.widths.count(width)) for width in sorted(set(self.widths))]
 
     def step(self, hidden_states, dt, A, B_C, state, **kwargs):
-        B, C = (side[:, 0, :, None].float() for side in self.map_B_C(B_C))
-        dt = nn.functional.softplus(dt + self.dt_bias.to(dt.dtype)).float()
-        x = hidden_states.float()
-        decay = torch.exp(dt * A)[:, self.column_head, None]
-        state.copy_(state * decay + (dt[..., None] * x)[:, self.column_head] * B)
-        heads = torch.arange(self.num_heads, device=x.device)
-        of_head = (heads[:, None] == self.column_head).to(state.dtype)
-        output = of_head @ (state * C) + x * self.D[:, None]
-        return output.to(hidden_states.dtype)
+        B, C = (side[:, 0] for side in self.map_B_C(B_C))
+        one_launch = state.is_cuda and state.is_contiguous() and triton is not None and not torch.is_grad_enabled()
+        update = step_of_heads if one_launch else step_of_heads_reference
+        columns = self.column_start if one_launch else self.column_head
+        return update(state, hidden_states, dt, A, B, C, self.D, self.dt_bias, columns)
 
     def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
         B, C = (self._fill_up(side, 2) for side in self.map_B_C(B_C))
@@ -354,17 +359,81 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
         columns = [
             sum(self.head_state_sizes[start : start + per_group]) for start in range(0, self.num_heads, per_group)
         ]
-        B_C = B_C.unflatten(2, (2, self.n_groups)).unbind(2)
-        return [
-            torch.cat([x @ part for x, part in zip(side.unbind(2), own.split(columns, dim=1), strict=True)], dim=-1)
-            for side, own in zip(B_C, maps, strict=True)
-        ]
+        rows = B_C.flatten(0, 1).unflatten(1, (2, self.n_groups)).unbind(2)
+        mapped = [x.transpose(0, 1) @ part for x, part in zip(rows, maps.split(columns, dim=2), strict=True)]
+        return torch.cat(mapped, dim=2).unflatten(1, B_C.shape[:2]).unbind(0)
 
     def _fill_up(self, x, dim):
         """Columns of the heads, to those that the scan takes, with zeros for what is not there."""
         shape = list(x.shape)
         shape[dim] = sum(self.widths)
         return x.new_zeros(shape).index_copy(dim, self.column_place, x)
+
+
+def step_of_heads_reference(state, x, dt, A, B, C, D, dt_bias, column_head):
+    """One token of heads whose states, in which they may differ in number, lie behind one another.
+
+    Args:
+        state: of all heads, [batch, S, head_dim], float32; changed in place.
+        x, dt: of the token, [batch, heads, head_dim] and [batch, heads].
+        A, D, dt_bias: [heads].
+        B, C: [batch, S].
+        column_head: the head that a state belongs to, [S].
+
+    Returns:
+        the output, [batch, heads, head_dim].
+    """
+    dt = nn.functional.softplus(dt + dt_bias.to(dt.dtype)).float()
+    drive = (dt[..., None] * x.float())[:, column_head] * B.float()[..., None]
+    state.copy_(state * torch.exp(dt * A)[:, column_head, None] + drive)
+    heads = torch.arange(x.shape[1], device=x.device)
+    of_head = (heads[:, None] == column_head).to(state.dtype)
+    output = of_head @ (state * C.float()[..., None]) + x.float() * D.float()[:, None]
+    return output.to(x.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _step_kernel(
+        state, x, dt, A, B, C, D, dt_bias, starts, output, states, heads, head_dim, x_row, x_head, x_dim, dt_row, dt_head,
+        ROWS: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        p = tl.arange(0, DIM)
+        first, end = tl.load(starts + head), tl.load(starts + head + 1)
+        delta = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+        delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(tl.minimum(delta, 20.0))))
+        decay = tl.exp(delta * tl.load(A + head))
+        drive = tl.load(x + row * x_row + head * x_head + p * x_dim, mask=p < head_dim, other=0.0).to(tl.float32)
+        total = drive * tl.load(D + head).to(tl.float32)
+        drive *= delta
+        for start in range(first, end, ROWS):
+            n = start + tl.arange(0, ROWS)
+            inside = (n < end)[:, None] & (p < head_dim)[None, :]
+            place = (row * states + n)[:, None] * head_dim + p[None, :]
+            b = tl.load(B + row * states + n, mask=n < end, other=0.0).to(tl.float32)
+            c = tl.load(C + row * states + n, mask=n < end, other=0.0).to(tl.float32)
+            h = tl.load(state + place, mask=inside, other=0.0) * decay + b[:, None] * drive[None, :]
+            tl.store(state + place, h, mask=inside)
+            total += tl.sum(h * c[:, None], 0)
+        tl.store(output + (row * heads + head) * head_dim + p, total, mask=p < head_dim)
+
+
+def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
+    """`step_of_heads_reference` in one launch, without gradients.
+
+    Args:
+        column_start: where each head's states begin, and their end, [heads + 1].
+    """
+    batch, heads, head_dim = x.shape
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _step_kernel[(heads, batch)](
+        state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
+        state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
+        ROWS=16, DIM=max(16, triton.next_power_of_2(head_dim)),
+    )  # fmt: skip
+    return output
 
 
 def next_width(size: int) -> int:

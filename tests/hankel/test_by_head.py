@@ -37,7 +37,7 @@ def system(length: int = 25) -> Mamba2System:
 
 def gramians(n: int = HEADS) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    factors = torch.randn(n + 1, N, N, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, N)
+    factors = torch.randn(n + 1, N, N, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, N)
     P = factors @ factors.mT
     return P[:-1], P[-1]
 
