@@ -304,7 +304,8 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
 
     def step(self, hidden_states, dt, A, B_C, state, **kwargs):
         B, C = (side[:, 0] for side in self.map_B_C(B_C))
-        one_launch = state.is_cuda and state.is_contiguous() and triton is not None and not torch.is_grad_enabled()
+        followed = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, dt, A, B, self.D))
+        one_launch = triton is not None and state.is_cuda and state.is_contiguous() and not followed
         update = step_of_heads if one_launch else step_of_heads_reference
         columns = self.column_start if one_launch else self.column_head
         return update(state, hidden_states, dt, A, B, C, self.D, self.dt_bias, columns)
