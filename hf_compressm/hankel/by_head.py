@@ -20,7 +20,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .realization import Projection
+from .realization import Projection, share
 from .singular_values import check_finite, gramian_factor
 
 RANK_TOLERANCE = 1e-7
@@ -49,15 +49,12 @@ class HeadPaths:
     Args:
         P: the heads' controllability Gramians, weighted by the output, [heads, N, N].
         outputs: the sum over tokens of C C^T of each group, [N, N] each.
-        energy: of each head's output, in the units that losses shall be in, [heads].
     """
 
-    def __init__(self, P: Tensor, outputs: Sequence[Tensor], energy: Tensor) -> None:
+    def __init__(self, P: Tensor, outputs: Sequence[Tensor]) -> None:
         balanced = [balance_heads(part, output) for part, output in zip(P.chunk(len(outputs)), outputs, strict=True)]
         sigma, self._B, self._C = (torch.cat(parts) for parts in zip(*balanced, strict=True))
-        self._energy, self._groups = energy.cpu().double(), len(outputs)
-        carried = sigma.square()
-        carried *= (self._energy / carried.sum(1).clamp_min(torch.finfo(torch.float64).tiny))[:, None]
+        self._groups, carried = len(outputs), sigma.square()
         # From the smallest up, and 0 for all of them: [heads, N + 1].
         self._lost = torch.cat([carried.flip(1).cumsum(1).flip(1), carried.new_zeros(len(carried), 1)], dim=1)
         self._order = carried.flatten().argsort(descending=True, stable=True) // carried.shape[1]
@@ -68,18 +65,16 @@ class HeadPaths:
 
     def __getitem__(self, total: int) -> tuple[HeadProjections, ...]:
         """What becomes of each group's heads with that many states in all."""
-        heads, shares = [], []
-        for head, (size, energy) in enumerate(zip(self.sizes(total), self._energy.tolist(), strict=True)):
-            share = float(self._lost[head, size]) / energy if energy > 0 else 0.0
-            heads.append(Projection(self._B[head, :, :size], self._C[head, :, :size], share))
-            shares.append(share * energy)
+        heads, sizes = range(len(self._lost)), self.sizes(total)
+        lost = [float(self._lost[head, size]) for head, size in zip(heads, sizes, strict=True)]
+        whole = self._lost[:, 0].tolist()
+        made = [
+            Projection(self._B[head, :, :size], self._C[head, :, :size], share(lost[head], whole[head]))
+            for head, size in zip(heads, sizes, strict=True)
+        ]
         per_group = len(heads) // self._groups
-        groups = []
-        for start in range(0, len(heads), per_group):
-            part = slice(start, start + per_group)
-            whole = float(self._energy[part].sum())
-            groups.append(HeadProjections(tuple(heads[part]), sum(shares[part]) / whole if whole > 0 else 0.0))
-        return tuple(groups)
+        parts = [slice(start, start + per_group) for start in range(0, len(heads), per_group)]
+        return tuple(HeadProjections(tuple(made[part]), share(sum(lost[part]), sum(whole[part]))) for part in parts)
 
 
 def balance_heads(P: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

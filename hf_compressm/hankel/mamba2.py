@@ -31,7 +31,6 @@ class Mamba2Statistics(Statistics):
         tokens: that were seen.
         weight: sum over tokens of w, [heads].
         rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
-        energy: sum over tokens of w y^2, what each head gives through its state, [heads].
         controllable: sum over tokens of w P_t, [heads, N, N]; with `mean_lti`, of B B^T times the input's energy.
         observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
     """
@@ -41,7 +40,7 @@ class Mamba2Statistics(Statistics):
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.mean_lti = mean_lti
-        self.tokens, self.weight, self.rates, self.energy = zeros(), zeros(heads), zeros(heads), zeros(heads)
+        self.tokens, self.weight, self.rates = zeros(), zeros(heads), zeros(heads)
         self.controllable = zeros(heads, size, size)
         self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
@@ -70,19 +69,15 @@ class Mamba2Statistics(Statistics):
             self.observable += _outer_products(reach * system.valid[..., None], C)
         output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
         contributions = contribution(x, delta, A, B, C, gate)
-        self.energy += contributions.sum((1, 2))
-        per_group = contributions.unflatten(0, (len(self.groups), -1)).sum(1)
-        for moments, part, M in zip(self.groups, output, per_group, strict=True):
+        for moments, part, M in zip(self.groups, output, contributions, strict=True):
             moments.output += part
             moments.contribution += M
 
     def _update_by_chunks(self, system: Mamba2System) -> None:
         """The same in plain torch, a few tokens at a time."""
-        groups, heads = system.B.shape[2], system.x.shape[2]
+        groups = system.B.shape[2]
         for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
             gated = system.gate[:, time, ..., None] * h
-            C = system.C[:, time].repeat_interleave(heads // groups, dim=2)
-            self.energy += (gated @ C[..., None]).square().sum((0, 1, 3, 4))
             if not self.mean_lti:
                 rows = gated.movedim(2, 0).flatten(1, 3)
                 self.controllable += rows.mT @ rows

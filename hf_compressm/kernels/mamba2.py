@@ -314,14 +314,14 @@ def _contribution_kernel(
 
 
 def contribution(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate: Tensor) -> Tensor:
-    """The contribution Gram of each head, with a relative error of about 1e-5.
+    """The contribution Gram of each group of heads that shares B and C, with a relative error of about 1e-5.
 
     Args:
         x, delta, A, B, gate: as for `controllability`.
         C: output maps, [batch, length, groups, N].
 
     Returns:
-        M, [heads, N, N], float64.
+        M, [groups, N, N], float64.
     """
     batch, length, heads, head_dim = x.shape
     groups, N = B.shape[2:]
@@ -349,7 +349,7 @@ def contribution(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate
     )
     pairs = pairs_of_blocks(N, tile, x.device)
     spans = triton.cdiv(chunks, SPAN)
-    parts = x.new_empty(batch * spans, heads, N, N, dtype=torch.float32)
+    parts = x.new_empty(batch * spans, groups, heads // groups, N, N, dtype=torch.float32)
     _contribution_kernel[(heads, batch * spans, len(pairs))](
         x,
         delta,
@@ -372,5 +372,5 @@ def contribution(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate
         OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
         num_warps=8 if tile == 128 else 4,
     )
-    M = parts.sum(0, dtype=torch.float64)
+    M = parts.sum((0, 2), dtype=torch.float64)
     return (M + M.mT) / 2

@@ -54,7 +54,7 @@ class ProjectHeads(Realization):
     ) -> list[Mapping[int, Realization]]:
         """For each layer the projections of every mean size."""
         return [
-            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups], entry.energy), layer)
+            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups]), layer)
             for layer, entry in zip(layers, statistics, strict=True)
         ]
 

@@ -282,7 +282,7 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
 
     def place_heads_(self):
         """Make the buffers, from the heads' sizes."""
-        self.widths = [min(self.unprojected_state_size, next_width(size)) for size in self.head_state_sizes]
+        self.widths = scan_widths(self.head_state_sizes, self.unprojected_state_size)
         order = sorted(range(self.num_heads), key=lambda head: self.widths[head])
         starts, start = {}, 0
         for head in order:
@@ -437,9 +437,18 @@ def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
     return output
 
 
-def next_width(size: int) -> int:
-    """The width in which the scan takes a head with so many states: what its kernels would fill up to."""
-    return max(16, 1 << (size - 1).bit_length())
+def scan_widths(sizes: Sequence[int], most: int) -> list[int]:
+    """The width in which the scan takes each head: one of two powers of two, by which it is filled up least.
+
+    Each width is a launch of its own, which takes more time than some columns of zeros.
+
+    Args:
+        sizes: of the heads.
+        most: what no width shall exceed.
+    """
+    powers = [min(most, max(16, 1 << (size - 1).bit_length())) for size in sizes]
+    narrow = min(sorted(set(powers)), key=lambda w: sum(w if power <= w else max(powers) for power in powers))
+    return [narrow if power <= narrow else max(powers) for power in powers]
 
 
 def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) -> None:

@@ -114,7 +114,8 @@ def section_correct() -> None:
                 part = gated.mT @ gated
                 C = r.C[:, t].repeat_interleave(h.shape[2] // r.C.shape[2], dim=2)
                 P_ref += part.sum((0, 1))
-                M_ref += (part * C[..., None] * C[:, :, :, None]).sum((0, 1))
+                of_heads = (part * C[..., None] * C[:, :, :, None]).sum((0, 1))
+                M_ref += of_heads.unflatten(0, (len(M_ref), -1)).sum(1)
             errors = [
                 relative(P, P_ref),
                 relative(G, observability_reach(r.delta, r.A, r.valid)),

@@ -142,7 +142,8 @@ def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
     features = gated * C.repeat_interleave(heads // groups, dim=2)[:, :, :, None]
     assert_near(P, torch.einsum("blhdi,blhdj->hij", gated, gated))
     assert_near(G, observability_reach(delta, A, valid))
-    assert_near(M, torch.einsum("blhdi,blhdj->hij", features, features), SPLIT_TOLERANCE)
+    features = features.unflatten(2, (groups, -1)).flatten(3, 4)
+    assert_near(M, torch.einsum("blgdi,blgdj->gij", features, features), SPLIT_TOLERANCE)
     assert torch.equal(M, M.mT)
 
 
@@ -194,7 +195,6 @@ def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
         both.append(statistics)
     for name in ("tokens", "weight", "rates", "controllable", "observable"):
         assert_near(getattr(both[0], name), getattr(both[1], name))
-    assert_near(both[0].energy, both[1].energy, SPLIT_TOLERANCE)
     for one, other in zip(both[0].gramians(), both[1].gramians(), strict=True):
         assert_near(one, other)
     for one, other in zip(both[0].groups, both[1].groups, strict=True):

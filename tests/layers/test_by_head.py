@@ -62,7 +62,7 @@ def test_the_error_is_about_as_predicted(token_ids):
                     gate = system.gate[:, t, head]
                     lost += float((gate * (output - slim)).square().sum())
                     whole += float((gate * output).square().sum())
-            assert whole == pytest.approx(float(statistics.energy.sum()), rel=1e-4)
+            assert whole == pytest.approx(float(statistics.groups[0].contribution.sum()), rel=1e-4)
             assert 0.5 < lost / whole / cut.error < 2
 
 

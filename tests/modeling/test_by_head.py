@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compressm.modeling.modeling_compressm import HeadwiseProjectedMamba2Mixer, project_heads_
+from hf_compressm.modeling.modeling_compressm import HeadwiseProjectedMamba2Mixer, project_heads_, scan_widths
 from tests.conftest import cache_of
 from tests.modeling.models import build, mamba2_config, tokens
 
 N = 40
 SIZES = [[40, 0, 17, 3], [3, 33, 16, 8], [1, 1, 1, 1]]
-"""Of the heads in three layers: widths of 16, 32 and 40, of 16 and 40, and of 16."""
+"""Of the heads in three layers: widths of 16 or 32 and 40, of 16 and 40, and of 16."""
 
 
 def stock(groups: int = 2):
@@ -77,6 +77,17 @@ def test_pieces_give_what_the_whole_gives(length, padding, step, groups):
         (states,) = cache.values()
         assert [states.get_recurrent_state(i).shape for i in range(3)] == [(2, sum(sizes), 8) for sizes in SIZES]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-4)
+
+
+@given(sizes=st.lists(st.integers(0, 128), min_size=1, max_size=30), most=st.sampled_from([128, 200]))
+def test_two_widths_hold_all_heads(sizes, most):
+    """And no two others of their kind would be filled up less."""
+    widths = scan_widths(sizes, most)
+    assert all(size <= width <= most for size, width in zip(sizes, widths, strict=True))
+    assert len(set(widths)) <= 2
+    powers = [16, 32, 64, 128]
+    pairs = [(a, b) for a in powers for b in powers if a <= b and b >= max(sizes)]
+    assert sum(widths) == min(sum(a if size <= a else b for size in sizes) for a, b in pairs)
 
 
 def test_compiling_breaks_no_graph():
