@@ -27,8 +27,8 @@ from hf_compressm.data.texts import LENGTH, windows
 from hf_compressm.modeling.modeling_compressm import project_heads_
 
 TEXTS = Path(__file__).parents[1] / "reference"
-SPREAD = [0.25, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.75, 0.85, 1.0, 1.15, 1.3, 1.6, 2.1, 3.5]
-"""Sizes of heads as shares of their mean: the first quantiles of a layer of mamba2-n128 at a mean of 16."""
+SPREAD = [0.1, 0.2, 0.2, 0.2, 0.2, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9, 1.0, 1.2, 3.0, 6.0]
+"""Sizes of heads as shares of their mean, about those of a layer of mamba2-n128 at `ratio=0.125`."""
 
 
 def quality(folder: Path, device: str, sequences: int, means: Sequence[int], budgets: Sequence[float]) -> None:
