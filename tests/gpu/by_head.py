@@ -1,7 +1,7 @@
 """Mamba-2 projected to one size, to sizes by layer, and to sizes by head: what they lose, and what they take.
 
 `python tests/gpu/by_head.py FOLDER ...` prints, for each model of `train_benchmark_models.py`, the change of perplexity and
-recall and the divergence at equal means of states a head, on the code and prose in `tests/reference`. `--time` prints, for
+recall and the divergence at equal means of states a head, on the code and prose that the package ships. `--time` prints, for
 the shapes of --hidden, --layers and --head-dim with random weights, tokens/s in bfloat16 of a training step, a prefill and
 of decoding, for the full model, a projection to --mean states and one by head of that mean, whose sizes are spread as those
 of well-trained models are; and the bytes of state per sequence, as counted in the cache.
@@ -23,10 +23,9 @@ from hf_compressm.cli.speed import Workload, _cache, _decoding, _or_nan, _second
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.cutting.first_states import cut_to_first_states_
 from hf_compressm.data.evaluation import evaluate
-from hf_compressm.data.texts import LENGTH, windows
+from hf_compressm.data.texts import CALIBRATION, EVALUATION, LENGTH, windows
 from hf_compressm.modeling.modeling_compressm import project_heads_
 
-TEXTS = Path(__file__).parents[1] / "reference"
 SPREAD = [0.1, 0.2, 0.2, 0.2, 0.2, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9, 1.0, 1.2, 3.0, 6.0]
 """Sizes of heads as shares of their mean, about those of a layer of mamba2-n128 at `ratio=0.125`."""
 
@@ -34,7 +33,7 @@ SPREAD = [0.1, 0.2, 0.2, 0.2, 0.2, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9, 1.0, 1.2
 def quality(folder: Path, device: str, sequences: int, means: Sequence[int], budgets: Sequence[float]) -> None:
     """The table of one model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [(TEXTS / name).read_text(encoding="utf-8") for name in ("calibration.txt", "evaluation.txt")]
+    texts = [path.read_text(encoding="utf-8") for path in (CALIBRATION, EVALUATION)]
     known, unseen = (windows(text, tokenizer, sequences, LENGTH) for text in texts)
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     base, N = evaluate(full, unseen), full.config.state_size
