@@ -51,8 +51,8 @@ class CompreSSMConfig:
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
         multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for Mamba-1, and
-            for Mamba-2 multiples of 8, but any mean over heads. "tuned", the default in training, takes few sizes, for which kernels need not be
-            tuned again and again: for Mamba-2 powers of two from 16 up.
+            for Mamba-2 multiples of 8, or any mean over heads. "tuned", the default in training, takes few sizes, for which
+            kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
         seed: of the "random" selection.
         start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in

@@ -15,9 +15,8 @@ from ..hankel.ranks import allowed_sizes
 from ..hankel.realization import Projection
 from ..modeling.modeling_compressm import project_heads_
 from .contracts import Realization, ResizeParameter
+from .mamba2 import PROJECTION
 from .parameters import ParameterCut, set_data_
-
-PROJECTION = "BC_projection"
 
 
 class ProjectHeads(Realization):

@@ -11,6 +11,7 @@ from hf_compressm.cutting.first_states import cut_to_first_states_
 from hf_compressm.layers import find_layers
 from hf_compressm.modeling.state_sizes import get_head_state_sizes, get_state_sizes
 from hf_compressm.reporting.record import get_report
+from hf_compressm.reporting.report import CompressionReport
 from hf_compressm.training.schedule import training_config
 from tests.conftest import VOCABULARY, cache_of, tiny_mamba, tiny_mamba2
 from tests.layers.models import build
@@ -78,6 +79,16 @@ def test_bytes_in_the_cache_are_those_of_the_report(token_ids):
     assert report.states_after == round(0.4 * report.states_before)
 
 
+def test_a_report_shows_the_sizes_of_the_heads(token_ids):
+    report = measure(tiny_mamba2(layers=3), token_ids).plan(CompreSSMConfig(state_size={0: 6, 2: 3}, **BY_HEAD)).report
+    of_heads = [row.head_sizes for row in report.layers]
+    assert of_heads[1] is None
+    assert f"16 -> 6 (heads {min(of_heads[0])} to {max(of_heads[0])})" in str(report)
+    (image,) = (image for axes in report.plot().axes for image in axes.images)
+    assert image.get_array().T.tolist() == [sorted(of_heads[0]), [16] * 8, sorted(of_heads[2])]
+    assert CompressionReport.from_dict(report.to_dict()) == report
+
+
 def test_a_saved_model_says_and_has_the_sizes_of_its_heads(token_ids, tmp_path):
     model = tiny_mamba2()
     report = compress_(model, CompreSSMConfig(state_size={1: 5}, **BY_HEAD), token_ids)
@@ -120,7 +131,7 @@ def test_training_goes_on(token_ids):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
 
 
