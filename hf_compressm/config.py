@@ -15,7 +15,7 @@ TARGETS = ("max_divergence", "tolerance", "state_size", "ratio")
 """The fields of which one at most is given."""
 MAX_DIVERGENCE, TOLERANCE = 0.01, 0.05
 """Default targets: after training, and in training."""
-REALIZATIONS = ["auto", "select", "project"]
+REALIZATIONS = ["auto", "select", "project", "project_heads"]
 """What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
 Weights = Literal["auto", "fisher", "gate"]
@@ -36,7 +36,8 @@ class CompreSSMConfig:
         state_size: the size itself, for all layers or as {layer: size}. Honoured exactly.
         ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
         realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
-            state. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
+            state; "project_heads" (Mamba-2) another one in each head, of a size of its own, where a layer's size is the
+            heads' mean. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
             elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
@@ -50,8 +51,8 @@ class CompreSSMConfig:
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
         multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for Mamba-1, and
-            for Mamba-2 multiples of 8. "tuned", the default in training, takes few sizes, for which kernels need not be
-            tuned again and again: for Mamba-2 powers of two from 16 up.
+            for Mamba-2 multiples of 8, or any mean over heads. "tuned", the default in training, takes few sizes, for which
+            kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
         seed: of the "random" selection.
         start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in
@@ -108,8 +109,10 @@ class CompreSSMConfig:
                 f"state_size={self.state_size} is below min_state_size={self.min_state_size}: drop min_state_size, which "
                 "is for sizes that the library chooses, or lower it."
             )
-        if self.uniform and self.realization == "project":
-            raise ValueError("uniform=True makes a stock checkpoint, which realization='project' can't be: drop one.")
+        if self.uniform and self.realization in ("project", "project_heads"):
+            raise ValueError(
+                f"uniform=True makes a stock checkpoint, which realization={self.realization!r} can't be: drop one."
+            )
         if (self.start < 1) == (self.end < 1) and self.start >= self.end:
             raise ValueError(f"start must come before end, got {self.start} and {self.end}.")
 

@@ -61,6 +61,7 @@ def compress(
         str,
         typer.Option(
             help="select: keep some of the states. project (Mamba-2 only): mix them into fewer, which loses less. "
+            "project_heads (Mamba-2 only): another mix, of another size, in each head, which loses least. "
             "auto: select for Mamba, project for Mamba-2."
         ),
     ] = "auto",

@@ -206,6 +206,7 @@ def make_report(
                 output_error=0.0 if realization is None else realization.error,
                 channels=layer.channels,
                 realization="" if realization is None else realization.kind or realization.name,
+                head_sizes=None if realization is None else realization.head_sizes,
             )
         )
     added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)

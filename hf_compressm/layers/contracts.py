@@ -51,6 +51,8 @@ class Layer(Protocol):
     """Of the layer in the model."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
+    head_state_sizes: tuple[int, ...] | None
+    """The states of each head, where they differ in number; N is their mean then."""
     gradient_at: str | None
     """The submodule of the mixer that reads the scan's output first, where `read` wants the loss's gradient; None if the
     family's channels can't be weighed by the loss."""
@@ -133,7 +135,8 @@ class Realization(ABC):
     name: ClassVar[str]
     """In `CompreSSMConfig.realization`, reports and cards."""
     kind: ClassVar[str] = ""
-    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project"."""
+    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project",
+    "project_heads"."""
     has_fit: ClassVar[bool] = False
     """Whether `refit` wants what the mixers read."""
     stock: ClassVar[bool] = True
@@ -159,6 +162,11 @@ class Realization(ABC):
         """The states that stay, a list for each group; empty where they are mixed."""
         return []
 
+    @property
+    def head_sizes(self) -> list[int] | None:
+        """The states of each head, where they may differ in number; `size` is their mean then."""
+        return None
+
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """Whether a layer of a family that has this realization can have it, too."""
@@ -182,7 +190,7 @@ class Realization(ABC):
     @abstractmethod
     def paths(
         cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
-    ) -> list[dict[int, Realization]]:
+    ) -> Sequence[Mapping[int, Realization]]:
         """For each layer the realization of every size; the layers are given together so that a GPU takes them so."""
 
     @classmethod

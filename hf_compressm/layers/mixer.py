@@ -30,6 +30,7 @@ class MixerLayer:
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
     keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
+    head_state_sizes: tuple[int, ...] | None = None
     gradient_at: str | None = None
     gradient_is_slow: bool = False
 

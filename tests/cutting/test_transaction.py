@@ -155,6 +155,7 @@ CUTS = {
     "refit": (tiny_mamba, {"ratio": 0.5, "refit": 1}, True),
     "refit, no optimizer": (tiny_mamba, {"state_size": 4, "uniform": True, "refit": 1}, False),
     "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}, False),
+    "project_heads": (projected, {"state_size": {0: 4, 1: 3}, "realization": "project_heads"}, False),
     "project again": (projected, {"state_size": 4}, False),
     "select of projected": (projected, {"state_size": 4, "realization": "select"}, True),
 }
