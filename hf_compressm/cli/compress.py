@@ -106,7 +106,7 @@ def compress(
     from ..config import CompreSSMConfig
     from ..cutting.nothing_to_cut import why_nothing
     from ..data.evaluation import describe, evaluation_ids
-    from ..hub import check_login, publish
+    from ..hub import check_login, publish, write_companions
     from ..layers import find_layers
     from ..reporting.record import set_report_
     from ..reporting.rows import Perplexity
@@ -148,8 +148,7 @@ def compress(
                 progress.add_task("saving", total=None)
                 with new_folder(output) as folder:
                     slim.save_pretrained(folder)
-                    if tokenizer is not None:
-                        tokenizer.save_pretrained(folder)
+                    write_companions(slim, folder, tokenizer)
     if not as_json:
         Console().print(report)
     if nothing_cut:

@@ -36,6 +36,7 @@ def demo(
     from ..compress import compress_
     from ..config import CompreSSMConfig
     from ..data.evaluation import evaluation_ids
+    from ..hub import write_companions
     from ..reporting.figures import plot_spectra
 
     empty_folder(output)
@@ -53,7 +54,7 @@ def demo(
             with measuring(progress):
                 report = compress_(model, cut, tokenizer=tokenizer)
             model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
+            write_companions(model, folder / name, tokenizer)
             reloaded, _ = load(str(folder / name), progress)
             after = timed_evaluation(reloaded, ids, progress, f"{name}: perplexity after")
             sizes = ", ".join(map(str, report.sizes.values()))
