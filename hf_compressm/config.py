@@ -62,8 +62,8 @@ class CompreSSMConfig:
         min_reduction: with a tolerance, an attempt that would remove a smaller share of all states is skipped.
         calibration_batches: training batches that the statistics are taken on, the last ones before the attempt.
         calibration_seconds: measuring takes no further calibration batch after so many seconds, and a warning says how many
-            tokens it got to: for a model after training. None: 10 on a GPU and 60 on a CPU for the package's own text, and
-            all of the data where it is given.
+            tokens it got to: for a model after training. None: for the package's own text 10 on a GPU and 60 on a CPU for
+            each 130M parameters, and no bound for data that is given.
         rollback: undo a cut that makes the metric of the evaluation set worse by more than this, and stop cutting. None
             keeps all cuts.
 

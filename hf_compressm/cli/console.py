@@ -171,29 +171,19 @@ def load(model: str, progress: Progress) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
-    """What to measure on, in small batches, for a bar that moves."""
-    from ..data.batches import BATCH
-    from ..data.calibration import calibration_batches, sequences_for
+def calibration_text(model: Any, tokenizer: Any, text: Path | None) -> Any:
+    """Token ids of a text to measure on; None for the package's own."""
+    from ..data.calibration import sequences_for
     from ..data.texts import windows
 
-    data = None
-    if text is not None:
-        if tokenizer is None:
-            raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
-        try:
-            data = windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{text} is no text in UTF-8 ({error}): give another file to --calibration.") from error
-    task = progress.add_task("preparing calibration data", total=None)
-    batches = calibration_batches(data, model, tokenizer)
-    progress.remove_task(task)
-    size = max(1, BATCH // 4)
-    return [
-        {name: tensor[start : start + size] for name, tensor in batch.items()}
-        for batch in batches
-        for start in range(0, len(batch["input_ids"]), size)
-    ]
+    if text is None:
+        return None
+    if tokenizer is None:
+        raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
+    try:
+        return windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is no text in UTF-8 ({error}): give another file to --calibration.") from error
 
 
 @contextmanager
