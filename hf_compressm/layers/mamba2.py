@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,11 @@ from ..config import CompreSSMConfig
 from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
+from ..hankel.refit_mamba2 import Reading, Rows, RowsRefit, refit_rows
 from ..hankel.selective import Mamba2System
 from ..modeling.modeling_compressm import project_
-from .contracts import Realization, ResizeParameter
-from .mixer import MixerLayer, causal_conv, linear, valid_tokens
+from .contracts import MixerInputs, Realization, ResizeParameter
+from .mixer import MixerLayer, causal_conv, linear, parted, valid_tokens
 from .parameters import ParameterCut, set_data_
 from .selection import Select
 
@@ -241,6 +243,74 @@ class Mamba2Layer(MixerLayer):
             for name, index in rows.items()
             for key, _ in getattr(mixer, name).named_parameters()
         }
+
+    def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
+        """Fit the kept rows and channels to the scan's output on its inputs.
+
+        Returns:
+            the fits; None if none is better, on one of eight of the inputs, or for a projected layer.
+        """
+        if self.unprojected_state_size is not None:
+            return None
+        train, held = ([self._reading(*read) for read in part] for part in parted(inputs))
+        kept = torch.stack([selection.kept for selection in selections])
+        rows, left = refit_rows(train, held, self._rows(kept), rounds)
+        if min(left) == 1:
+            return None
+        return [
+            RowsRefit(selection.kept, rows.of_group(group), share * selection.error)
+            for group, (selection, share) in enumerate(zip(selections, left, strict=True))
+        ]
+
+    def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:
+        """The kept rows and channels, with the fitted values of those that make B and C."""
+        mixer, inner = self.mixer, self.mixer.intermediate_size
+        kept, rows = torch.stack([fit.kept for fit in fits]), Rows.of_groups([fit.rows for fit in fits])
+        rows = rows.scaled(1 / self._factors(kept))
+        fitted = {
+            "in_proj.weight": (2 * inner, rows.weight),
+            "in_proj.bias": (2 * inner, rows.bias),
+            "conv1d.weight": (inner, rows.taps[..., None, :]),
+            "conv1d.bias": (inner, rows.conv_bias),
+        }
+        cuts = self.select(kept)
+        for name, cut in cuts.items():
+            start, values = fitted[name]
+            assert values is not None
+            new = cut.gradient(mixer.get_parameter(name).detach())
+            new = new.to(torch.promote_types(new.dtype, torch.float32))
+            new[start : start + values.shape[:3].numel()] = values.flatten(0, 2).to(new)
+            cuts[name] = replace(cut, values=new)
+        return cuts
+
+    def _reading(self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None) -> Reading:
+        system = self.read(hidden_states, attention_mask, gradient)
+        scale = getattr(self.mixer, "ssm_in_multiplier", 1.0)
+        return Reading(hidden_states.float() * system.valid[..., None] * scale, system, self.mixer.act)
+
+    def _rows(self, kept: Tensor) -> Rows:
+        """What makes B and C of the kept states [groups, r], in float32."""
+        mixer, inner = self.mixer, self.mixer.intermediate_size
+
+        def rows(parameter: Tensor | None, start: int) -> Any:
+            return None if parameter is None else self._of_states(parameter.detach()[start:].float(), kept)
+
+        weight, bias = (rows(parameter, 2 * inner) for parameter in (mixer.in_proj.weight, mixer.in_proj.bias))
+        taps, conv_bias = (rows(parameter, inner) for parameter in (mixer.conv1d.weight, mixer.conv1d.bias))
+        return Rows(weight, taps[..., 0, :], bias, conv_bias).scaled(self._factors(kept))
+
+    def _factors(self, kept: Tensor) -> Tensor:
+        """What multiplies the kept states' rows after `in_proj`, [2, groups, r]."""
+        mup = getattr(self.mixer, "mup_vector", None)
+        if mup is None:
+            return torch.ones(2, *kept.shape, device=kept.device)
+        return self._of_states(mup.flatten()[2 * self.mixer.intermediate_size :].float(), kept)
+
+    def _of_states(self, rows: Tensor, kept: Tensor) -> Tensor:
+        """Of rows [2 groups N, ...] and what follows, B's first, those of the kept states: [2, groups, r, ...]."""
+        N = self.state_size
+        every = rows[: 2 * self.groups * N].unflatten(0, (2, self.groups, N))
+        return torch.stack([every[:, group, states] for group, states in enumerate(kept)], dim=1)
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""

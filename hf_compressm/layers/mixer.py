@@ -12,6 +12,11 @@ from torch.nn import functional as F
 from .contracts import MixerInputs, Realization
 from .selection import Select
 
+HELD_OUT = 8
+"""Of so many sequences, one is not fitted to."""
+TOKENS = 2**14
+"""Of sequences that are read together in a fit, at most."""
+
 
 class MixerLayer:
     """Most of a `Layer`, for families that know their mixers by the names of what these have.
@@ -95,6 +100,34 @@ def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor
     if attention_mask is None:
         return torch.ones(hidden_states.shape[:2], device=hidden_states.device)
     return attention_mask.float()
+
+
+def parted(inputs: MixerInputs) -> tuple[MixerInputs, MixerInputs]:
+    """What to fit to, and one of eight sequences, or of fewer if there are no more, to judge the fit by.
+
+    In each part, neighbours of one length are together, as long as they are few tokens.
+    """
+    rows = [(read[0][i : i + 1], *(None if each is None else each[i : i + 1] for each in read[1:])) for read in inputs for i in range(len(read[0]))]
+    every = min(HELD_OUT, len(rows))
+    parts: tuple[list[MixerInputs], list[MixerInputs]] = ([], [])
+    for number, row in enumerate(rows):
+        part = parts[every > 1 and number % every == every - 1]
+        last = part[-1][-1] if part else None
+        alike = last is not None and all(
+            (one is None) == (other is None) and (one is None or one.shape == other.shape)
+            for one, other in zip(last, row, strict=True)
+        )
+        if alike and (len(part[-1]) + 1) * row[0].shape[1] <= TOKENS:
+            part[-1].append(row)
+        else:
+            part.append([row])
+    fit, judge = ([_joined(batch) for batch in part] for part in parts)
+    return fit, judge
+
+
+def _joined(rows: MixerInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    hidden_states, mask, gradient = (None if each[0] is None else torch.cat(each) for each in zip(*rows, strict=True))
+    return hidden_states, mask, gradient
 
 
 def wrong_shapes(mixer: Any, expected: Mapping[str, list[int | None]]) -> list[str]:
