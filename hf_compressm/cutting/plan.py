@@ -135,17 +135,18 @@ def make_plan(
     paths = realize(layers, statistics, config, name)
     fitted: dict[tuple[int, int], Realization] = {}
 
+    def fit(layer: Layer, selected: Realization) -> Realization:
+        key = layer.index, selected.size
+        if key not in fitted:
+            fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], config.refit)
+        return fitted[key]
+
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
-        made = {}
-        for layer, path, size in zip(layers, paths, sizes, strict=True):
-            if size < layer.state_size:
-                key = layer.index, size
-                if key not in fitted:
-                    fitted[key] = path[size]
-                    if inputs is not None:
-                        fitted[key] = path[size].refit(layer, inputs[layer.index], config.refit)
-                made[layer.index] = fitted[key]
-        return made
+        return {
+            layer.index: fit(layer, path[size])
+            for layer, path, size in zip(layers, paths, sizes, strict=True)
+            if size < layer.state_size
+        }
 
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
 
@@ -153,7 +154,7 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]))
+        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]), fit)
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:

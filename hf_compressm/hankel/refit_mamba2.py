@@ -20,7 +20,8 @@ left, and every token's C' is fitted to every state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -169,35 +170,55 @@ def controllability(system: Mamba2System) -> Tensor:
     return K + K.tril(-1).mT
 
 
-class Independent:
-    """The error that a layer would have if its read-outs were independent of its states, over some readings."""
+class Loss(ABC):
+    """An error of a layer that is cut, over some readings, by its rows: [groups], in the unit of `energy`."""
+
+    energy: Tensor
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.readings = readings
-        P = sum((one.B.mT @ one.KB).sum(0) for one in readings)
-        G = sum((one.C.mT @ one.C).sum(0) for one in readings)
+
+    @abstractmethod
+    def __call__(self, rows: Rows) -> Tensor:
+        """The error of each group."""
+
+    def share(self, rows: Rows) -> Tensor:
+        """The groups' shares of their energy together, a scalar."""
+        return (self(rows) / self.energy.clamp_min(torch.finfo(self.energy.dtype).tiny)).sum()
+
+
+class OwnLoss(Loss):
+    """The layer's own."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        super().__init__(readings)
+        self.energy = torch.stack([one.energy for one in readings]).sum(0)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """The sum over tokens and channels of w (y' - y)^2."""
+        return torch.stack([one.lost(rows) for one in self.readings]).sum(0)
+
+
+class IndependentLoss(Loss):
+    """The error that the layer would have if its read-outs were independent of its states, times the number of tokens."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        super().__init__(readings)
+        P = torch.stack([(one.B.mT @ one.KB).sum(0) for one in readings]).sum(0)
+        G = torch.stack([(one.C.mT @ one.C).sum(0) for one in readings]).sum(0)
         self.energy = (P * G).sum((1, 2))
 
     def __call__(self, rows: Rows) -> Tensor:
-        """[groups], of the same unit as `energy`."""
+        """The sum over pairs of tokens of w_t (C'_s . h'_t - C_s . h_t)^2."""
         moments = zip(*(one.moments(rows) for one in self.readings), strict=True)
         P, P_full, G, G_full = (torch.stack(each).sum(0) for each in moments)
         return (P * G).sum((1, 2)) - 2 * (P_full * G_full).sum((1, 2)) + self.energy
 
 
-class Own:
-    """The error that a layer has, over some readings."""
-
-    def __init__(self, readings: Sequence[Reading]) -> None:
-        self.readings = readings
-        self.energy = torch.stack([one.energy for one in readings]).sum(0)
-
-    def __call__(self, rows: Rows) -> Tensor:
-        """[groups], of the same unit as `energy`."""
-        return torch.stack([one.lost(rows) for one in self.readings]).sum(0)
-
-
-def refit_rows(train: Sequence[Reading], held: Sequence[Reading], start: Rows, rounds: int) -> tuple[Rows, list[float]]:
+@torch.no_grad()
+def refit_rows(
+    train: Sequence[Reading], held: Sequence[Reading], start: Rows, rounds: int
+) -> tuple[Rows, list[float]]:
     """Fit the rows of what was kept to the full layer's output.
 
     Args:
@@ -210,47 +231,43 @@ def refit_rows(train: Sequence[Reading], held: Sequence[Reading], start: Rows, r
         the rows, in float32, and for each group the share of the start's error that is left by them. Groups that a fit
         makes no better keep their rows.
     """
-    own, independent = Own(train), Independent(train)
-    judge = Own(held) if held else own
+    own, independent = OwnLoss(train), IndependentLoss(train)
+    judge = OwnLoss(held) if held else own
     best = Best(judge, start)
-    objectives = [
-        (lambda rows: independent(rows).sum() / independent.energy.sum(), STEPS),
-        (lambda rows: own(rows).sum() / own.energy.sum() + independent(rows).sum() / independent.energy.sum(), OWN_STEPS),
-    ]
-    if float(best.lost.sum()) > EXACT * float(judge.energy.sum()):
-        for objective, steps in objectives:
+    if (best.lost > EXACT * judge.energy).any():
+        for objective, steps in (
+            (independent.share, STEPS),
+            (lambda rows: own.share(rows) + independent.share(rows), OWN_STEPS),
+        ):
             descend(objective, best, rounds * steps, max(1, rounds * steps // CHECKS))
-    return best.by_group()
+    return best.rows, best.left()
 
 
 class Best:
-    """The best rows so far, by an error [groups] that nothing is fitted to."""
+    """The best rows of each group so far, by an error [groups] that nothing is fitted to."""
 
-    def __init__(self, judge: Own, start: Rows) -> None:
-        self.judge, self.start, self.rows = judge, start, start
-        self.before = self.lost = self._judge(start)
+    def __init__(self, judge: OwnLoss, start: Rows) -> None:
+        self.judge, self.rows = judge, start
+        self.before = self.lost = judge(start)
 
     def __call__(self, rows: Rows) -> bool:
-        """Whether the rows are better than all before them."""
-        lost = self._judge(rows)
-        better = bool(lost.sum() < self.lost.sum())
-        if better:
-            self.rows, self.lost = rows.map(Tensor.clone), lost
-        return better
+        """Take the groups that are better than all before them; whether there is any."""
+        lost = self.judge(rows)
+        better = lost < self.lost
+        self.lost = torch.where(better, lost, self.lost)
+        old = self.rows.tensors()
+        self.rows = replace(
+            rows,
+            **{
+                name: torch.where(better.view(-1, *(1,) * (new.dim() - 2)), new, old[name])
+                for name, new in rows.tensors().items()
+            },
+        )
+        return bool(better.any())
 
-    def by_group(self) -> tuple[Rows, list[float]]:
-        """The rows of each group if they are better than those it started from, and the share of the error left."""
-        better = self.lost < self.before
-        left = torch.where(better, self.lost / self.before, 1.0).tolist()
-        tensors = {
-            name: torch.where(better.view(-1, *(1,) * (new.dim() - 2)), new, old)
-            for (name, new), old in zip(self.rows.tensors().items(), self.start.tensors().values(), strict=True)
-        }
-        return replace(self.rows, **tensors), left
-
-    @torch.no_grad()
-    def _judge(self, rows: Rows) -> Tensor:
-        return self.judge(rows)
+    def left(self) -> list[float]:
+        """The share of the start's error that the best rows of each group leave."""
+        return torch.where(self.lost < self.before, self.lost / self.before, 1.0).tolist()
 
 
 def descend(objective: Callable[[Rows], Tensor], best: Best, evaluations: int, every: int) -> None:

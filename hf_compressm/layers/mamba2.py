@@ -31,6 +31,8 @@ STEP = 8
 class Mamba2Select(Select):
     """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
 
+    fits_differ = True
+
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
         """Multiples of 8, or of what the config names so far as the CUDA convolution takes it; or the tuned ones."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contracts import MixerInputs, Realization
+from .contracts import MixerInput, MixerInputs, Realization
 from .selection import Select
 
 HELD_OUT = 8
@@ -107,17 +107,13 @@ def parted(inputs: MixerInputs) -> tuple[MixerInputs, MixerInputs]:
 
     In each part, neighbours of one length are together, as long as they are few tokens.
     """
-    rows = [(read[0][i : i + 1], *(None if each is None else each[i : i + 1] for each in read[1:])) for read in inputs for i in range(len(read[0]))]
+    rows = [_sequence(read, i) for read in inputs for i in range(len(read[0]))]
     every = min(HELD_OUT, len(rows))
     parts: tuple[list[MixerInputs], list[MixerInputs]] = ([], [])
     for number, row in enumerate(rows):
         part = parts[every > 1 and number % every == every - 1]
-        last = part[-1][-1] if part else None
-        alike = last is not None and all(
-            (one is None) == (other is None) and (one is None or one.shape == other.shape)
-            for one, other in zip(last, row, strict=True)
-        )
-        if alike and (len(part[-1]) + 1) * row[0].shape[1] <= TOKENS:
+        together = part and _shapes(part[-1][-1]) == _shapes(row)
+        if together and (len(part[-1]) + 1) * row[0].shape[1] <= TOKENS:
             part[-1].append(row)
         else:
             part.append([row])
@@ -125,9 +121,20 @@ def parted(inputs: MixerInputs) -> tuple[MixerInputs, MixerInputs]:
     return fit, judge
 
 
-def _joined(rows: MixerInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    hidden_states, mask, gradient = (None if each[0] is None else torch.cat(each) for each in zip(*rows, strict=True))
-    return hidden_states, mask, gradient
+def _sequence(read: MixerInput, i: int) -> MixerInput:
+    hidden_states, mask, gradient = read
+    one = slice(i, i + 1)
+    return hidden_states[one], None if mask is None else mask[one], None if gradient is None else gradient[one]
+
+
+def _shapes(read: MixerInput) -> list[torch.Size | None]:
+    return [None if each is None else each.shape for each in read]
+
+
+def _joined(rows: MixerInputs) -> MixerInput:
+    hidden_states, *others = zip(*rows, strict=True)
+    mask, gradient = (None if each[0] is None else torch.cat(each) for each in others)
+    return torch.cat(hidden_states), mask, gradient
 
 
 def wrong_shapes(mixer: Any, expected: Mapping[str, list[int | None]]) -> list[str]:
