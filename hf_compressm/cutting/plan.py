@@ -138,7 +138,7 @@ def make_plan(
     def fit(layer: Layer, selected: Realization) -> Realization:
         key = layer.index, selected.size
         if key not in fitted:
-            fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], config.refit)
+            fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], config.refit or 0)
         return fitted[key]
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:

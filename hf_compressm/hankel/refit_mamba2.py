@@ -34,10 +34,10 @@ from .selective import Mamba2System
 
 SPAN = 512
 """Tokens after which the states in K start anew."""
-STEPS, OWN_STEPS = 100, 20
-"""Evaluations in each round of the first error, and of both together."""
-CHECKS, PATIENCE = 5, 2
-"""Looks at the held-out error in each stage, and how many may find nothing better before it ends."""
+STEPS, CHECK = (100, 10), (50, 5)
+"""Evaluations of the two errors in each round, and after how many of them the held-out error is looked at."""
+PATIENCE = 2
+"""How many looks may find nothing better before the next error's turn."""
 HISTORY = 100
 """Steps that L-BFGS remembers: with 10, it needs twice as many."""
 EXACT = 1e-9
@@ -225,7 +225,7 @@ def refit_rows(
         train: what to fit to.
         held: what to judge the fit by, and stop it; what it is fitted to if there is nothing else.
         start: the rows as they are in the full layer.
-        rounds: of `STEPS` evaluations of each of the two errors.
+        rounds: of `STEPS` evaluations of the two errors.
 
     Returns:
         the rows, in float32, and for each group the share of the start's error that is left by them. Groups that a fit
@@ -235,11 +235,8 @@ def refit_rows(
     judge = OwnLoss(held) if held else own
     best = Best(judge, start)
     if (best.lost > EXACT * judge.energy).any():
-        for objective, steps in (
-            (independent.share, STEPS),
-            (lambda rows: own.share(rows) + independent.share(rows), OWN_STEPS),
-        ):
-            descend(objective, best, rounds * steps, max(1, rounds * steps // CHECKS))
+        for loss, steps, check in zip((independent, own), STEPS, CHECK, strict=True):
+            descend(loss.share, best, rounds * steps, check)
     return best.rows, best.left()
 
 

@@ -15,8 +15,9 @@ from ..config import CompreSSMConfig
 from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
-from ..hankel.refit_mamba2 import Reading, Rows, RowsRefit, refit_rows
+from ..hankel.refit_mamba2 import SPAN, Reading, Rows, RowsRefit, refit_rows
 from ..hankel.selective import Mamba2System
+from ..kernels.chunked import CHUNK
 from ..modeling.modeling_compressm import project_
 from .contracts import MixerInputs, Realization, ResizeParameter
 from .mixer import MixerLayer, causal_conv, linear, parted, valid_tokens
@@ -26,6 +27,8 @@ from .selection import Select
 PROJECTION = "BC_projection"
 # Bytes of state fall with every size, and tiles of memory and of kernels want a multiple of 8.
 STEP = 8
+FITTED = 2**30
+"""Numbers that a layer's fit may keep of what it is fitted to, 4 GiB: of more tokens, it takes the first sequences."""
 
 
 class Mamba2Select(Select):
@@ -254,7 +257,7 @@ class Mamba2Layer(MixerLayer):
         """
         if self.unprojected_state_size is not None:
             return None
-        train, held = ([self._reading(*read) for read in part] for part in parted(inputs))
+        train, held = ([self._reading(*read) for read in part] for part in parted(inputs, FITTED // self._numbers))
         kept = torch.stack([selection.kept for selection in selections])
         rows, left = refit_rows(train, held, self._rows(kept), rounds)
         if min(left) == 1:
@@ -285,7 +288,17 @@ class Mamba2Layer(MixerLayer):
             cuts[name] = replace(cut, values=new)
         return cuts
 
-    def _reading(self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None) -> Reading:
+    @property
+    def _numbers(self) -> int:
+        """That a fit keeps of a token, about."""
+        mixer, groups = self.mixer, self.groups
+        return 6 * self.channels + 2 * CHUNK * mixer.num_heads + groups * (SPAN + 3 * self.state_size)
+
+    def _reading(self, *read: Tensor | None) -> Reading:
+        hidden_states, attention_mask, gradient = (
+            None if each is None else each.to(self.mixer.A_log.device) for each in read
+        )
+        assert hidden_states is not None
         system = self.read(hidden_states, attention_mask, gradient)
         scale = getattr(self.mixer, "ssm_in_multiplier", 1.0)
         return Reading(hidden_states.float() * system.valid[..., None] * scale, system, self.mixer.act)

@@ -102,12 +102,22 @@ def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor
     return attention_mask.float()
 
 
-def parted(inputs: MixerInputs) -> tuple[MixerInputs, MixerInputs]:
+def parted(inputs: MixerInputs, tokens: int) -> tuple[MixerInputs, MixerInputs]:
     """What to fit to, and one of eight sequences, or of fewer if there are no more, to judge the fit by.
 
     In each part, neighbours of one length are together, as long as they are few tokens.
+
+    Args:
+        inputs: of a mixer.
+        tokens: that are taken at most, of the first sequences; one sequence at least.
     """
-    rows = [_sequence(read, i) for read in inputs for i in range(len(read[0]))]
+    rows: MixerInputs = []
+    taken = 0
+    for row in (_sequence(read, i) for read in inputs for i in range(len(read[0]))):
+        taken += row[0].shape[1]
+        if rows and taken > tokens:
+            break
+        rows.append(row)
     every = min(HELD_OUT, len(rows))
     parts: tuple[list[MixerInputs], list[MixerInputs]] = ([], [])
     for number, row in enumerate(rows):

@@ -110,12 +110,14 @@ def test_one_of_eight_sequences_is_not_fitted_to():
     reads = [(torch.randn(4, 6, 3), None, torch.randn(4, 6, 5)) for _ in range(4)] + [
         (torch.randn(2, 9, 3), None, None)
     ]
-    fit, judge = parted(reads)
+    fit, judge = parted(reads, 1000)
     assert [tuple(read[0].shape) for read in fit] == [(14, 6, 3), (2, 9, 3)]
     assert [tuple(read[0].shape) for read in judge] == [(2, 6, 3)]
     assert torch.equal(judge[0][0], torch.stack([reads[1][0][3], reads[3][0][3]]))
     assert torch.equal(judge[0][2], torch.stack([reads[1][2][3], reads[3][2][3]]))
     assert fit[1][2] is None
-    few, last = parted(reads[:1])
+    few, last = parted(reads[:1], 1000)
     assert [len(read[0]) for read in (*few, *last)] == [3, 1]
-    assert parted([(torch.randn(1, 6, 3), None, None)])[1] == []
+    assert parted([(torch.randn(1, 6, 3), None, None)], 1000)[1] == []
+    few, last = parted(reads, 20)  # three sequences
+    assert [len(read[0]) for read in (*few, *last)] == [2, 1]
