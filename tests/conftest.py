@@ -23,10 +23,10 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0) -> MambaForCausalLM:
+def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0, vocabulary: int = VOCABULARY) -> MambaForCausalLM:
     torch.manual_seed(seed)
     config = MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=layers, state_size=state_size, time_step_rank=4
+        vocab_size=vocabulary, hidden_size=24, num_hidden_layers=layers, state_size=state_size, time_step_rank=4
     )
     model = MambaForCausalLM(config).eval()
     _enliven(model)

@@ -85,7 +85,7 @@ def compress(
         bool | None,
         typer.Option(
             "--evaluate/--no-evaluate",
-            help="Take the perplexity before and after, on prose that the package ships. By default with --push-to-hub, "
+            help="Take the perplexity before and after, on text that the package ships. By default with --push-to-hub, "
             "for the model card, and with --dry-run.",
             show_default=False,
         ),

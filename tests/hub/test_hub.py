@@ -151,7 +151,7 @@ CLI = "import time; time.sleep = lambda seconds: None; from hf_compressm.cli imp
 def compress(hub: HubServer, folder: Path, *arguments: object, **kwargs: Any) -> Any:
     text = folder / "calibration.txt"
     text.write_text((REFERENCE / "calibration.txt").read_text()[:600])
-    model = REFERENCE / "mamba-tiny"
+    model = REFERENCE / "mamba-small"
     settings = ("--state-size", 4, "--no-evaluate", "--calibration", text)
     return start(hub, folder, "-c", CLI, "compress", model, *arguments, *settings, **kwargs)
 
