@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -97,6 +98,17 @@ def test_bf16_weights_are_fitted_in_float32_and_rounded_once():
         assert new.dtype == torch.bfloat16
         assert torch.equal(new[start : start + len(rows)], rows.to(torch.bfloat16))
         assert torch.equal(new[:start], old.mixer.in_proj.weight[:start])
+
+
+def test_a_plan_with_fits_can_be_sent_to_another_process():
+    model, ids = build("mamba2"), tokens(24, 48)
+    other = copy.deepcopy(model)
+    config = CompreSSMConfig(state_size=8, realization="select", refit=1)
+    plan = measure(model, ids, config).plan(config)
+    assert "refit" in {one.kind for one in plan.realizations.values()}
+    pickle.loads(pickle.dumps(plan.cpu())).apply_(other)
+    plan.apply_(model)
+    assert torch.equal(model(ids).logits, other(ids).logits)
 
 
 def test_a_projected_layer_is_cut_further_without_a_fit():
