@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,20 +14,17 @@ from ..config import CompreSSMConfig
 from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
-from ..hankel.refit_mamba2 import SPAN, Reading, Rows, RowsRefit, refit_rows
 from ..hankel.selective import Mamba2System
-from ..kernels.chunked import CHUNK
 from ..modeling.modeling_compressm import project_
 from .contracts import MixerInputs, Realization, ResizeParameter
-from .mixer import MixerLayer, causal_conv, linear, parted, valid_tokens
+from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut, set_data_
+from .rows import fit_rows, fitted_cuts
 from .selection import Select
 
 PROJECTION = "BC_projection"
 # Bytes of state fall with every size, and tiles of memory and of kernels want a multiple of 8.
 STEP = 8
-FITTED = 2**30
-"""Numbers that a layer's fit may keep of what it is fitted to, 4 GiB: of more tokens, it takes the first sequences."""
 
 
 class Mamba2Select(Select):
@@ -250,82 +246,13 @@ class Mamba2Layer(MixerLayer):
         }
 
     def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
-        """Fit the kept rows and channels to the scan's output on its inputs.
-
-        Returns:
-            the fits; None if none is better, on one of eight of the inputs, or for a projected layer.
-        """
-        if self.unprojected_state_size is not None:
-            return None
-        train, held = ([self._reading(*read) for read in part] for part in parted(inputs, FITTED // self._numbers))
-        kept = torch.stack([selection.kept for selection in selections])
-        rows, left = refit_rows(train, held, self._rows(kept), rounds)
-        if min(left) == 1:
-            return None
-        return [
-            RowsRefit(selection.kept, rows.of_group(group), share * selection.error)
-            for group, (selection, share) in enumerate(zip(selections, left, strict=True))
-        ]
+        """Fit the kept rows and channels to the scan's output on its inputs; None for a projected layer, and if none is
+        better than it was."""
+        return None if self.unprojected_state_size is not None else fit_rows(self, inputs, selections, rounds)
 
     def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:
         """The kept rows and channels, with the fitted values of those that make B and C."""
-        mixer, inner = self.mixer, self.mixer.intermediate_size
-        kept, rows = torch.stack([fit.kept for fit in fits]), Rows.of_groups([fit.rows for fit in fits])
-        rows = rows.scaled(1 / self._factors(kept))
-        fitted = {
-            "in_proj.weight": (2 * inner, rows.weight),
-            "in_proj.bias": (2 * inner, rows.bias),
-            "conv1d.weight": (inner, rows.taps[..., None, :]),
-            "conv1d.bias": (inner, rows.conv_bias),
-        }
-        cuts = self.select(kept)
-        for name, cut in cuts.items():
-            start, values = fitted[name]
-            assert values is not None
-            new = cut.gradient(mixer.get_parameter(name).detach())
-            new = new.to(torch.promote_types(new.dtype, torch.float32))
-            new[start : start + values.shape[:3].numel()] = values.flatten(0, 2).to(new)
-            cuts[name] = replace(cut, values=new)
-        return cuts
-
-    @property
-    def _numbers(self) -> int:
-        """That a fit keeps of a token, about."""
-        mixer, groups = self.mixer, self.groups
-        return 6 * self.channels + 2 * CHUNK * mixer.num_heads + groups * (SPAN + 3 * self.state_size)
-
-    def _reading(self, *read: Tensor | None) -> Reading:
-        hidden_states, attention_mask, gradient = (
-            None if each is None else each.to(self.mixer.A_log.device) for each in read
-        )
-        assert hidden_states is not None
-        system = self.read(hidden_states, attention_mask, gradient)
-        scale = getattr(self.mixer, "ssm_in_multiplier", 1.0)
-        return Reading(hidden_states.float() * system.valid[..., None] * scale, system, self.mixer.act)
-
-    def _rows(self, kept: Tensor) -> Rows:
-        """What makes B and C of the kept states [groups, r], in float32."""
-        mixer, inner = self.mixer, self.mixer.intermediate_size
-
-        def rows(parameter: Tensor | None, start: int) -> Any:
-            return None if parameter is None else self._of_states(parameter.detach()[start:].float(), kept)
-
-        weight, bias = (rows(parameter, 2 * inner) for parameter in (mixer.in_proj.weight, mixer.in_proj.bias))
-        taps, conv_bias = (rows(parameter, inner) for parameter in (mixer.conv1d.weight, mixer.conv1d.bias))
-        return Rows(weight, taps[..., 0, :], bias, conv_bias).scaled(self._factors(kept))
-
-    def _factors(self, kept: Tensor) -> Tensor:
-        """What multiplies the kept states' rows after `in_proj`, [2, groups, r]."""
-        mup = getattr(self.mixer, "mup_vector", None)
-        if mup is None:
-            return torch.ones(2, *kept.shape, device=kept.device)
-        return self._of_states(mup.flatten()[2 * self.mixer.intermediate_size :].float(), kept)
-
-    def _of_states(self, rows: Tensor, kept: Tensor) -> Tensor:
-        """Of rows [2 groups N, ...] and what follows, B's first, those of the kept states: [2, groups, r, ...]."""
-        N = self.state_size
-        every = rows[: 2 * self.groups * N].unflatten(0, (2, self.groups, N))
-        return torch.stack([every[:, group, states] for group, states in enumerate(kept)], dim=1)
+        return fitted_cuts(self, fits)
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contracts import MixerInput, MixerInputs, Realization
+from .contracts import MixerInputs, Realization
 from .selection import Select
-
-HELD_OUT = 8
-"""Of so many sequences, one is not fitted to."""
-TOKENS = 2**14
-"""Of sequences that are read together in a fit, at most."""
 
 
 class MixerLayer:
@@ -100,51 +95,6 @@ def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor
     if attention_mask is None:
         return torch.ones(hidden_states.shape[:2], device=hidden_states.device)
     return attention_mask.float()
-
-
-def parted(inputs: MixerInputs, tokens: int) -> tuple[MixerInputs, MixerInputs]:
-    """What to fit to, and one of eight sequences, or of fewer if there are no more, to judge the fit by.
-
-    In each part, neighbours of one length are together, as long as they are few tokens.
-
-    Args:
-        inputs: of a mixer.
-        tokens: that are taken at most, of the first sequences; one sequence at least.
-    """
-    rows: MixerInputs = []
-    taken = 0
-    for row in (_sequence(read, i) for read in inputs for i in range(len(read[0]))):
-        taken += row[0].shape[1]
-        if rows and taken > tokens:
-            break
-        rows.append(row)
-    every = min(HELD_OUT, len(rows))
-    parts: tuple[list[MixerInputs], list[MixerInputs]] = ([], [])
-    for number, row in enumerate(rows):
-        part = parts[every > 1 and number % every == every - 1]
-        together = part and _shapes(part[-1][-1]) == _shapes(row)
-        if together and (len(part[-1]) + 1) * row[0].shape[1] <= TOKENS:
-            part[-1].append(row)
-        else:
-            part.append([row])
-    fit, judge = ([_joined(batch) for batch in part] for part in parts)
-    return fit, judge
-
-
-def _sequence(read: MixerInput, i: int) -> MixerInput:
-    hidden_states, mask, gradient = read
-    one = slice(i, i + 1)
-    return hidden_states[one], None if mask is None else mask[one], None if gradient is None else gradient[one]
-
-
-def _shapes(read: MixerInput) -> list[torch.Size | None]:
-    return [None if each is None else each.shape for each in read]
-
-
-def _joined(rows: MixerInputs) -> MixerInput:
-    hidden_states, *others = zip(*rows, strict=True)
-    mask, gradient = (None if each[0] is None else torch.cat(each) for each in others)
-    return torch.cat(hidden_states), mask, gradient
 
 
 def wrong_shapes(mixer: Any, expected: Mapping[str, list[int | None]]) -> list[str]:

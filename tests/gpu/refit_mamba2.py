@@ -26,7 +26,7 @@ from hf_compressm.data.evaluation import Evaluation, evaluate
 from hf_compressm.data.texts import CALIBRATION, EVALUATION, LENGTH, windows
 from hf_compressm.hankel.refit_mamba2 import OwnLoss, RowsRefit
 from hf_compressm.layers import find_layers
-from hf_compressm.layers.mixer import parted
+from hf_compressm.layers.rows import parted, reading, rows_of
 from hf_compressm.layers.selection import Refit
 
 CUTS: dict[str, dict[str, Any]] = {
@@ -48,8 +48,8 @@ def adam(measurement: Measurement, plan: Plan, steps: int) -> Plan:
         groups = plan.realizations[layer.index].groups
         train, _ = parted(measurement.inputs[layer.index], 2**20)
         with torch.no_grad():
-            loss = OwnLoss([layer._reading(*read) for read in train])
-        rows = layer._rows(torch.stack([group.kept for group in groups]))
+            loss = OwnLoss([reading(layer, *read) for read in train])
+        rows = rows_of(layer, torch.stack([group.kept for group in groups]))
         x = rows.flat().requires_grad_()
         optimizer = torch.optim.Adam([x], lr=3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -11,7 +11,7 @@ import torch
 from hf_compressm import CompreSSMConfig, compress_, measure
 from hf_compressm.hankel.refit_mamba2 import OwnLoss, RowsRefit
 from hf_compressm.layers import find_layers, new_data
-from hf_compressm.layers.mixer import parted
+from hf_compressm.layers.rows import parted, reading, rows_of
 from hf_compressm.layers.selection import Refit
 from tests.layers.models import MAMBA_1, TYPES, N, build, tokens
 
@@ -37,12 +37,12 @@ def first_layer(model, length: int = 24):
 @torch.no_grad()
 def test_all_rows_give_the_full_layer_and_unfitted_ones_are_the_selection(model_type):
     layer, hidden_states, mask = first_layer(build(model_type))
-    reading = layer._reading(hidden_states, mask, None)
+    batch = reading(layer, hidden_states, mask, None)
     every = torch.arange(N).expand(layer.groups, -1)
-    loss = OwnLoss([reading])
-    assert (loss(layer._rows(every)) < 1e-10 * loss.energy).all()
+    loss = OwnLoss([batch])
+    assert (loss(rows_of(layer, every)) < 1e-10 * loss.energy).all()
     kept = KEPT.expand(layer.groups, -1)
-    rows = layer._rows(kept)
+    rows = rows_of(layer, kept)
     fits = tuple(RowsRefit(states, rows.of_group(group), 0.0) for group, states in enumerate(kept))
     selected, refitted = (new_data(layer, cuts) for cuts in (layer.select(kept), layer.refitted(fits)))
     assert selected.keys() == refitted.keys()
@@ -55,9 +55,9 @@ def test_the_cut_layer_computes_what_was_fitted(model_type):
     """With factors between the projection and the convolution, and several groups."""
     layer, hidden_states, mask = first_layer(build(model_type))
     generator = torch.Generator().manual_seed(3)
-    rows = layer._rows(KEPT.expand(layer.groups, -1))
+    rows = rows_of(layer, KEPT.expand(layer.groups, -1))
     rows = rows.map(lambda tensor: tensor + 0.1 * torch.randn(tensor.shape, generator=generator))
-    B, C = layer._reading(hidden_states, mask, None).maps(rows)
+    B, C = reading(layer, hidden_states, mask, None).maps(rows)
     x = layer.read(hidden_states, mask).x
     fit = Refit(tuple(RowsRefit(KEPT, rows.of_group(group), 0.1) for group in range(layer.groups)))
     fit.apply_(layer, new_data(layer, fit.parameter_cuts(layer)))
