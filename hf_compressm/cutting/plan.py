@@ -133,13 +133,16 @@ def make_plan(
     check_targets(config, layers, name)
     spectra = hankel_spectra(statistics)
     paths = realize(layers, statistics, config, name)
-    fitted: dict[tuple[int, int], Realization] = {}
+    fitted: dict[tuple[int, int, int], Realization] = {}
 
-    def fit(layer: Layer, selected: Realization) -> Realization:
-        key = layer.index, selected.size
+    def fit(layer: Layer, selected: Realization, rounds: int = config.refit or 0) -> Realization:
+        key = layer.index, selected.size, rounds
         if key not in fitted:
-            fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], config.refit or 0)
+            fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], rounds)
         return fitted[key]
+
+    def try_fit(layer: Layer, selected: Realization) -> Realization:
+        return fit(layer, selected, min(1, config.refit or 0))
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
         return {
@@ -154,7 +157,7 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]), fit)
+        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]), try_fit)
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:

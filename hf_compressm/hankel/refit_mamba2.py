@@ -34,8 +34,8 @@ from .selective import Mamba2System
 
 SPAN = 512
 """Tokens after which the states in K start anew."""
-STEPS, CHECK = (100, 10), (50, 5)
-"""Evaluations of the two errors in each round, and after how many of them the held-out error is looked at."""
+CHECK = (50, 5)
+"""After how many evaluations of the two errors the held-out error is looked at, or earlier if they are few."""
 PATIENCE = 2
 """How many looks may find nothing better before the next error's turn."""
 HISTORY = 100
@@ -217,7 +217,7 @@ class IndependentLoss(Loss):
 
 @torch.no_grad()
 def refit_rows(
-    train: Sequence[Reading], held: Sequence[Reading], start: Rows, rounds: int
+    train: Sequence[Reading], held: Sequence[Reading], start: Rows, evaluations: Sequence[int]
 ) -> tuple[Rows, list[float]]:
     """Fit the rows of what was kept to the full layer's output.
 
@@ -225,7 +225,7 @@ def refit_rows(
         train: what to fit to.
         held: what to judge the fit by, and stop it; what it is fitted to if there is nothing else.
         start: the rows as they are in the full layer.
-        rounds: of `STEPS` evaluations of the two errors.
+        evaluations: of the two errors, at most.
 
     Returns:
         the rows, in float32, and for each group the share of the start's error that is left by them. Groups that a fit
@@ -235,8 +235,8 @@ def refit_rows(
     judge = OwnLoss(held) if held else own
     best = Best(judge, start)
     if (best.lost > EXACT * judge.energy).any():
-        for loss, steps, check in zip((independent, own), STEPS, CHECK, strict=True):
-            descend(loss.share, best, rounds * steps, check)
+        for loss, count, check in zip((independent, own), evaluations, CHECK, strict=True):
+            descend(loss.share, best, count, min(check, -(-count // 2)))
     return best.rows, best.left()
 
 

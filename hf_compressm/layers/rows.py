@@ -17,6 +17,10 @@ HELD_OUT = 8
 """Of so many sequences, one is not fitted to."""
 TOGETHER = 2**14
 """Tokens of sequences that are read together, at most."""
+STEPS = (100, 10)
+"""Evaluations in a round: of the error with independent read-outs, and of the layer's own."""
+CPU_WORK = 2**35
+"""Multiply-adds of the rows' projections that a fit may take on a CPU: some seconds. The evaluations are fewer then."""
 FITTED = 2**30
 """Numbers that a fit may keep of what it is fitted to, 4 GiB: of more tokens, it takes the first sequences."""
 
@@ -34,7 +38,10 @@ def fit_rows(layer: Any, inputs: MixerInputs, selections: tuple[Any, ...], round
         the fits; None if none is better on one of eight of the sequences, which are not fitted to.
     """
     train, held = ([reading(layer, *read) for read in part] for part in parted(inputs, FITTED // _numbers(layer)))
-    rows, left = refit_rows(train, held, rows_of(layer, torch.stack([one.kept for one in selections])), rounds)
+    start = rows_of(layer, torch.stack([one.kept for one in selections]))
+    work = sum(one.u[..., 0].numel() for one in train) * start.weight.numel()
+    share = min(1.0, CPU_WORK / (rounds * STEPS[0] * work)) if start.weight.device.type == "cpu" else 1.0
+    rows, left = refit_rows(train, held, start, [max(1, round(share * rounds * steps)) for steps in STEPS])
     if min(left) == 1:
         return None
     return [

@@ -147,7 +147,7 @@ def test_states_that_do_the_same_merge_exactly():
         tensor[:, :, 2:] = tensor[:, :, :2]
     some = full.map(lambda tensor: tensor[:, :, :2])
     train, held = [reading(full, act=lambda q: q)], [reading(full, seed=25, act=lambda q: q)]
-    fitted, left = refit_rows(train, held, some, 3)
+    fitted, left = refit_rows(train, held, some, (300, 30))
     assert max(left) < 1e-6
     torch.testing.assert_close(lost(held[0], fitted), lost(held[0], some) * torch.tensor(left, dtype=torch.float64))
 
@@ -156,13 +156,13 @@ def test_a_fit_is_judged_on_what_it_was_not_fitted_to_and_never_worse():
     full = rows()
     some = full.map(lambda tensor: tensor[:, :, :2])
     train, held = [reading(full, length=200)], [reading(full, seed=25)]
-    fitted, left = refit_rows(train, held, some, 1)
+    fitted, left = refit_rows(train, held, some, (100, 10))
     before, after = lost(held[0], some), lost(held[0], fitted)
     assert min(left) < 0.5
     torch.testing.assert_close(after / before, torch.tensor(left, dtype=torch.float64))
     # Held-out data that contradicts the fit: everything stays.
     other = [reading(full.map(torch.negative), seed=25)]
-    kept, left = refit_rows(train[:1], other, some.map(torch.negative), 1)
+    kept, left = refit_rows(train[:1], other, some.map(torch.negative), (100, 10))
     assert all(share <= 1 for share in left)
     for group, share in enumerate(left):
         if share == 1:
@@ -178,7 +178,7 @@ def test_one_group_may_keep_its_rows_where_the_other_is_fitted():
     full.conv_bias[:, 0, 2:] = 0
     full.bias[:, 0, 2:] = 0
     some = full.map(lambda tensor: tensor[:, :, :2])
-    fitted, (first, second) = refit_rows([reading(full, length=200)], [reading(full, seed=25)], some, 1)
+    fitted, (first, second) = refit_rows([reading(full, length=200)], [reading(full, seed=25)], some, (100, 10))
     assert first == 1
     assert second < 0.5
     assert all(torch.equal(new[:, 0], some.tensors()[name][:, 0]) for name, new in fitted.tensors().items())

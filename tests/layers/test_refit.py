@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm.hankel.realization import Selection
 from hf_compressm.hankel.refit_mamba2 import OwnLoss, RowsRefit
 from hf_compressm.layers import find_layers, new_data
-from hf_compressm.layers.rows import parted, reading, rows_of
+from hf_compressm.layers import rows as module
+from hf_compressm.layers.rows import fit_rows, parted, reading, rows_of
 from hf_compressm.layers.selection import Refit
 from tests.layers.models import MAMBA_1, TYPES, N, build, tokens
 
@@ -67,7 +69,7 @@ def test_the_cut_layer_computes_what_was_fitted(model_type):
     assert torch.equal(system.x, x)
 
 
-@pytest.mark.parametrize("model_type", MAMBA_2)
+@pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1", "nemotron_h"])
 def test_a_selection_is_refitted_by_default_and_is_never_worse_for_it(model_type):
     model, ids = build(model_type), tokens(24, 48)
     measurement = measure(model, ids, CompreSSMConfig(state_size=8))
@@ -116,6 +118,23 @@ def test_a_projected_layer_is_cut_further_without_a_fit():
     compress_(model, CompreSSMConfig(state_size=12), ids)
     report = compress_(model, CompreSSMConfig(state_size=8, realization="select"), ids)
     assert {row.realization for row in report.layers} == {"select"}
+
+
+def test_on_a_cpu_a_fit_takes_no_more_work_than_it_may(monkeypatch):
+    layer, hidden_states, mask = first_layer(build("mamba2"))
+    counts = []
+
+    def refit_rows(train, held, start, evaluations):
+        counts.append(evaluations)
+        return start, [1.0] * layer.groups
+
+    monkeypatch.setattr(module, "refit_rows", refit_rows)
+    selections = (Selection(KEPT, None, 0.5),) * layer.groups
+    assert fit_rows(layer, [(hidden_states, mask, None)], selections, 3) is None
+    work = 24 * 2 * layer.groups * len(KEPT) * hidden_states.shape[2]  # the first of two sequences is fitted to
+    monkeypatch.setattr(module, "CPU_WORK", 150 * work)
+    fit_rows(layer, [(hidden_states, mask, None)], selections, 3)
+    assert counts == [[300, 30], [150, 15]]
 
 
 def test_one_of_eight_sequences_is_not_fitted_to():
