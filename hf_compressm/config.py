@@ -142,9 +142,13 @@ class CompreSSMConfig:
         return any(getattr(self, name) is not None for name in TARGETS)
 
     def after_training(self) -> CompreSSMConfig:
-        """With the defaults of a cut after training, where none were given."""
-        target = self.max_divergence if self.has_target else MAX_DIVERGENCE
-        return replace(self, max_divergence=target, refit=REFIT if self.refit is None else self.refit)
+        """With the default target of a cut after training, if none was given."""
+        return self if self.has_target else replace(self, max_divergence=MAX_DIVERGENCE)
+
+    @property
+    def fit_rounds(self) -> int:
+        """`refit`, or its default after training."""
+        return REFIT if self.refit is None else self.refit
 
     @property
     def weighs_by_loss(self) -> bool:
@@ -155,7 +159,7 @@ class CompreSSMConfig:
     @property
     def refits(self) -> bool:
         """Whether cut layers are refitted on what the mixers read."""
-        return self.refit != 0 and self.selection == "auto" and self.tolerance != 0
+        return self.fit_rounds > 0 and self.selection == "auto" and self.tolerance != 0
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a dictionary that JSON can hold; `CompreSSMConfig(**d)` gives the config back."""

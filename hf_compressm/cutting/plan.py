@@ -135,14 +135,14 @@ def make_plan(
     paths = realize(layers, statistics, config, name)
     fitted: dict[tuple[int, int, int], Realization] = {}
 
-    def fit(layer: Layer, selected: Realization, rounds: int = config.refit or 0) -> Realization:
+    def fit(layer: Layer, selected: Realization, rounds: int = config.fit_rounds) -> Realization:
         key = layer.index, selected.size, rounds
         if key not in fitted:
             fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], rounds)
         return fitted[key]
 
     def try_fit(layer: Layer, selected: Realization) -> Realization:
-        return fit(layer, selected, min(1, config.refit or 0))
+        return fit(layer, selected, min(1, config.fit_rounds))
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
         return {
