@@ -33,10 +33,12 @@ def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0, vocabulary: 
     return model
 
 
-def tiny_mamba2(state_size: int = 16, layers: int = 2, groups: int = 1, seed: int = 0) -> Mamba2ForCausalLM:
+def tiny_mamba2(
+    state_size: int = 16, layers: int = 2, groups: int = 1, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Mamba2ForCausalLM:
     torch.manual_seed(seed)
     config = Mamba2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         num_hidden_layers=layers,
         state_size=state_size,

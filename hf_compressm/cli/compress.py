@@ -61,6 +61,7 @@ def compress(
         str,
         typer.Option(
             help="select: keep some of the states. project (Mamba-2 only): mix them into fewer, which loses less. "
+            "project_heads (Mamba-2 only): another mix, of another size, in each head, which loses least. "
             "auto: select for Mamba, project for Mamba-2."
         ),
     ] = "auto",
@@ -106,7 +107,7 @@ def compress(
     from ..config import CompreSSMConfig
     from ..cutting.nothing_to_cut import why_nothing
     from ..data.evaluation import describe, evaluation_ids
-    from ..hub import check_login, publish
+    from ..hub import check_login, publish, write_companions
     from ..layers import find_layers
     from ..reporting.record import set_report_
     from ..reporting.rows import Perplexity
@@ -137,7 +138,7 @@ def compress(
                 evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
             ids = evaluation_ids(tokenizer) if evaluate else None
             before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
-            with measuring(slim, batches, progress, then="choosing the states to keep"):
+            with measuring(progress):
                 report = compress_(slim, config, batches)
             nothing_cut = report.states_after == report.states_before
             if ids is not None and not nothing_cut:
@@ -148,8 +149,7 @@ def compress(
                 progress.add_task("saving", total=None)
                 with new_folder(output) as folder:
                     slim.save_pretrained(folder)
-                    if tokenizer is not None:
-                        tokenizer.save_pretrained(folder)
+                    write_companions(slim, folder, tokenizer)
     if not as_json:
         Console().print(report)
     if nothing_cut:

@@ -15,7 +15,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Model = Annotated[
     str, typer.Argument(help="A name on the Hub, or a folder, in the layout of transformers or of state-spaces/*.")
@@ -144,7 +152,8 @@ def progress_bar() -> Iterator[Progress]:
     logging.disable_progress_bar()
     disable_progress_bars()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as progress:
         yield progress
 
 
@@ -188,21 +197,16 @@ def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progre
 
 
 @contextmanager
-def measuring(model: Any, batches: list[Any], progress: Progress, then: str = "") -> Iterator[None]:
-    """A bar over the model's forward passes on the batches, and a spinner for what follows."""
-    task = progress.add_task("measuring", total=len(batches))
+def measuring(progress: Progress) -> Iterator[None]:
+    """A bar over the batches that are measured, then over the layers that sizes are looked for in."""
+    from ..cutting.progress import listening
 
-    def advance(*_: Any) -> None:
-        progress.advance(task)
-        if progress.tasks[progress.task_ids.index(task)].finished and then:
-            progress.update(task, description=then)
-
-    handle = model.base_model.register_forward_hook(advance)
-    try:
-        yield
-    finally:
-        handle.remove()
-        progress.remove_task(task)
+    task = progress.add_task("measuring", total=None)
+    with listening(lambda text, done, total: progress.update(task, description=text, completed=done, total=total)):
+        try:
+            yield
+        finally:
+            progress.remove_task(task)
 
 
 def timed_evaluation(model: Any, ids: Any, progress: Progress, description: str) -> Any:

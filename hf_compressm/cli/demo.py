@@ -37,6 +37,7 @@ def demo(
     from ..compress import compress_
     from ..config import CompreSSMConfig
     from ..data.evaluation import evaluation_ids
+    from ..hub import write_companions
     from ..reporting.figures import plot_spectra
 
     empty_folder(output)
@@ -52,10 +53,10 @@ def demo(
             ids = evaluation_ids(tokenizer)
             before = timed_evaluation(model, ids, progress, f"{name}: perplexity before")
             batches = calibration_batches_of(model, tokenizer, None, progress)
-            with measuring(model, batches, progress, then="choosing the states to keep"):
+            with measuring(progress):
                 report = compress_(model, cut, batches)
             model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
+            write_companions(model, folder / name, tokenizer)
             reloaded, _ = load(str(folder / name), progress)
             after = timed_evaluation(reloaded, ids, progress, f"{name}: perplexity after")
             sizes = ", ".join(map(str, report.sizes.values()))

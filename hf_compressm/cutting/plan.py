@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
+from ..compat import weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
@@ -19,14 +20,16 @@ from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, 
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
-from .apply import cut_
+from .apply import cut_, replaced_parameters
 from .budget import Ladder, keep_budget
-from .divergence import Divergence, cut_for_a_while, output_errors
+from .divergence import Divergence, output_errors
 from .nothing_to_cut import why_nothing
 from .optimizer import as_list
+from .progress import followed
 from .sensitivity import cost_curves, errors
 from .sizes import check_targets, choose_sizes, sizes_to_choose_from
 from .snapshot import undone_on_error
+from .trials import cut_for_a_while
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +97,8 @@ class Plan:
                 "again."
             )
         earlier = history_of(model)
-        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_):
+        replaced = replaced_parameters(layers, self.realizations)
+        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_, replaced):
             cut_(model, layers, self.realizations, optimizers, backend)
             record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
@@ -138,18 +142,23 @@ def make_plan(
     def fit(layer: Layer, selected: Realization, rounds: int = config.fit_rounds) -> Realization:
         key = layer.index, selected.size, rounds
         if key not in fitted:
-            fitted[key] = selected if inputs is None else selected.refit(layer, inputs[layer.index], rounds)
+            fitted[key] = selected
+            if inputs is not None:
+                with weights_at_hand(layer.mixer):
+                    fitted[key] = selected.refit(layer, inputs[layer.index], rounds)
         return fitted[key]
 
     def try_fit(layer: Layer, selected: Realization) -> Realization:
         return fit(layer, selected, min(1, config.fit_rounds))
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
-        return {
-            layer.index: fit(layer, path[size])
-            for layer, path, size in zip(layers, paths, sizes, strict=True)
-            if size < layer.state_size
-        }
+        cut = [row for row in zip(layers, paths, sizes, strict=True) if row[2] < row[0].state_size]
+        new = [
+            (layer, path[size]) for layer, path, size in cut if (layer.index, size, config.fit_rounds) not in fitted
+        ]
+        for layer, selected in new if inputs is None else followed("refitting layers", new):
+            fit(layer, selected)
+        return {layer.index: fit(layer, path[size]) for layer, path, size in cut}
 
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
 
@@ -157,7 +166,8 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]), try_fit)
+        distance = Divergence(model, [sample], layer_by_layer=True)
+        return cost_curves(model, layers, paths, choices, lost, distance, try_fit)
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:
@@ -207,6 +217,7 @@ def make_report(
                 output_error=0.0 if realization is None else realization.error,
                 channels=layer.channels,
                 realization="" if realization is None else realization.kind or realization.name,
+                head_sizes=None if realization is None else realization.head_sizes,
             )
         )
     added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)

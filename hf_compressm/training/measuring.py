@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,11 +10,12 @@ from transformers import PreTrainedModel
 from ..backends import Backend
 from ..config import CompreSSMConfig
 from ..cutting import Measurement
+from ..cutting.inputs import Inputs
 from ..cutting.measuring import check_measured, empty_statistics
 from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
-from ..layers import MixerInputs, find_layers
+from ..layers import find_layers
 from .recording import Batch
 
 FITTED_TOKENS = 2**15
@@ -48,7 +48,7 @@ def measure_batches(
     layers = find_layers(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
-    def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Any = None) -> list[Statistics]:
+    def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
         with evaluating(model):
             for args, kwargs in some:
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
@@ -61,13 +61,13 @@ def measure_batches(
 
     statistics = empty_statistics(layers, config)
     backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config), batches[:1]))
-    inputs: dict[int, MixerInputs] | None = {} if config.refits else None
+    inputs = Inputs() if config.refits else None
     run(statistics, batches, inputs)
     backend.sum_(statistics)
     check_measured(layers, statistics)
     return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate", inputs)
 
 
-def tokens_of(inputs: dict[int, MixerInputs]) -> int:
+def tokens_of(inputs: Inputs) -> int:
     """How many a layer has read."""
     return sum(hidden_states[..., 0].numel() for reads in list(inputs.values())[:1] for hidden_states, *_ in reads)

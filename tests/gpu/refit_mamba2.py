@@ -71,7 +71,9 @@ def cut(
     dtype = torch.bfloat16 if kind != row else torch.float32
     if dtype not in measured:
         whole = copy.deepcopy(full).to(dtype)
-        measured[dtype] = measure(whole, known, CompreSSMConfig(max_divergence=0.01, weights="fisher"))
+        measured[dtype] = measure(
+            whole, known, CompreSSMConfig(max_divergence=0.01, realization="select", weights="fisher")
+        )
     measurement = measured[dtype]
     model = copy.deepcopy(measurement.model)
     realization = "project" if kind == "project" else "select"

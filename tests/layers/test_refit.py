@@ -72,7 +72,7 @@ def test_the_cut_layer_computes_what_was_fitted(model_type):
 @pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1", "nemotron_h"])
 def test_a_selection_is_refitted_by_default_and_is_never_worse_for_it(model_type):
     model, ids = build(model_type), tokens(24, 48)
-    measurement = measure(model, ids, CompreSSMConfig(state_size=8))
+    measurement = measure(model, ids, CompreSSMConfig(state_size=8, realization="select"))
     selected, fitted = (
         measurement.plan(CompreSSMConfig(state_size=8, realization="select", refit=rounds)).realizations
         for rounds in (0, 1)
