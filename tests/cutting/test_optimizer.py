@@ -141,7 +141,8 @@ def test_mamba2_moments_follow_rows_and_channels(refit):
     layers = find_layers(model)
     mixer = layers[0].mixer
     ids = torch.cat(batches(8))
-    plan = measure(model, ids).plan(CompreSSMConfig(state_size=4, realization="select", refit=refit))
+    config = CompreSSMConfig(state_size=4, realization="select", refit=refit)
+    plan = measure(model, ids, config).plan(config)
     assert ("refit" in {row.realization for row in plan.report.layers}) == bool(refit)
     before = {name: optimizer.state[p]["exp_avg"].clone() for name, p in mixer.named_parameters()}
     values = {name: p.detach().clone() for name, p in mixer.named_parameters()}
