@@ -73,7 +73,7 @@ def compress(
     ] = None,
     refit: Annotated[
         int,
-        typer.Option(help="Rounds of refitting the cut layers of a Mamba model to the full ones; 0 is quicker."),
+        typer.Option(help="Rounds of refitting the selected layers to the full ones; 0 is quicker."),
     ] = 3,
     calibration: CalibrationFile = None,
     push_to_hub: Annotated[
