@@ -19,6 +19,8 @@ from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
 from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
+from .data.healing import HealingText
+from .healing import check_can_heal, cut_and_heal_
 from .hub import check_login, load_model, load_tokenizer, publish
 from .layers import find_layers, plain_model, realization_of
 from .reporting.record import set_report_
@@ -136,7 +138,13 @@ def compress_(
     check_targets(config, layers, realization_of(config, layers))
     if optimizer is not None:
         check_optimizers(as_list(optimizer), model)
-    return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
+    if not config.heal:
+        return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
+    check_can_heal(model, config)
+    text = HealingText(calibration_data, model, tokenizer, config.heal)
+    measurement = measure(model, text.measured, config)
+    plan = measurement.plan(replace(config, heal=0))
+    return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
 
 
 def hankel_singular_values(

@@ -102,6 +102,15 @@ def _cut_copy(layer: Layer, cut: Realization) -> Layer:
 @contextmanager
 def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int, Realization]) -> Iterator[None]:
     """The model with cut copies of mixers in the places of those mixers, by layer index; afterwards it is as it was."""
+    chosen = (layer for layer in layers if layer.index in cuts)
+    copies = {layer.name: _cut_copy(layer, cuts[layer.index]).mixer for layer in chosen}
+    with mixers_for_a_while(model, copies):
+        yield
+
+
+@contextmanager
+def mixers_for_a_while(model: nn.Module, mixers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with other mixers, by their names; afterwards it is as it was."""
     taken: list[tuple[nn.Module, str, nn.Module]] = []
 
     def restore() -> None:
@@ -109,12 +118,9 @@ def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int
             setattr(owner, name, mixer)
 
     with restoring(restore):
-        for layer in layers:
-            if layer.index not in cuts:
-                continue
-            other = _cut_copy(layer, cuts[layer.index])
-            parent, _, name = layer.name.rpartition(".")
+        for path, mixer in mixers.items():
+            parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
-            taken.append((owner, name, layer.mixer))
-            setattr(owner, name, other.mixer)
+            taken.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, mixer)
         yield

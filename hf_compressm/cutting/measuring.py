@@ -35,7 +35,7 @@ def measure(
             ships, if there is a tokenizer, else samples of the model itself.
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept; for
             a `max_divergence`, the default, a quarter of the data is held out, and for any other cut an eighth, if there are
-            eight sequences.
+            eight sequences or it is to be healed.
         tokenizer: for texts.
 
     Raises:
@@ -48,7 +48,7 @@ def measure(
     held_out: list[dict[str, Tensor]] = []
     if config.max_divergence is not None:
         batches, held_out = hold_out(batches, model)
-    elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
+    elif config.heal or (config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM):
         batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)
     statistics = empty_statistics(layers, config)
     inputs: dict[int, MixerInputs] | None = {} if config.refits else None

@@ -40,27 +40,37 @@ def batches_of(data: Any, tokenizer: Any = None) -> list[Batch]:
         ValueError: if there are no sequences, or a mask does not fit its ids or holds other numbers than 0 and 1.
         TypeError: if the data is of another kind, or texts come without a tokenizer.
     """
+    batches = list(read_batches(data, tokenizer))
+    if not batches:
+        raise _empty()
+    return batches
+
+
+def read_batches(data: Any, tokenizer: Any = None) -> Iterator[Batch]:
+    """The same, one after another, so that a stream is not held as a whole."""
     if hasattr(data, "tolist") and not isinstance(data, Tensor | np.ndarray):  # a column of a DataFrame
         data = data.tolist()
     if _holds_rows(data):
-        return list(_rows(data, tokenizer, BATCH))
+        yield from _rows(data, tokenizer, BATCH)
+        return
     if isinstance(data, str | bytes) or not isinstance(data, Iterable) or hasattr(data, "column_names"):
         raise TypeError(
             f"Calibration data of type {type(data).__name__} is not known: give a LongTensor or integer array [n, L], a "
             "list of texts, a datasets.Dataset (not streamed), DataFrame or dictionary with `input_ids` or `text`, or a "
             "DataLoader."
         )
-    batches: list[Batch] = []
     for batch in data:
         if not _holds_rows(batch):
             raise TypeError(
                 f"The batches of calibration data hold token ids [n, L], got {type(batch).__name__}: let the DataLoader "
                 "give dictionaries with `input_ids`."
             )
-        batches += _rows(batch, tokenizer)
-    if not batches:
-        raise _empty()
-    return batches
+        yield from _rows(batch, tokenizer)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether it gives batches one after another, and need not be held as a whole."""
+    return isinstance(data, Iterable) and not isinstance(data, Sequence) and not _holds_rows(data)
 
 
 def _holds_rows(data: Any) -> bool:

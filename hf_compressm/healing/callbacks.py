@@ -1,0 +1,85 @@
+"""What goes along with healing: the best weights are kept, and a bar tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerCallback
+from transformers.utils import logging
+
+
+class KeepBest(TrainerCallback):
+    """Keep the weights of the lowest divergence, and stop when it has not fallen for a while.
+
+    Args:
+        parameters: that are trained.
+        patience: evaluations without a lower one, after which it stops.
+
+    Attributes:
+        curve: of each evaluation, the tokens learnt from until then and the divergence.
+        best: the lowest.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], patience: int) -> None:
+        self.parameters, self.patience = list(parameters), patience
+        self.curve: list[tuple[int, float]] = []
+        self.best = float("inf")
+        self._weights: list[Tensor] = []
+        self._since = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the last step's weights in any case."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Look whether it is the lowest so far."""
+        divergence = metrics["eval_divergence"]
+        self._since += 1
+        if divergence < self.best or not self._weights:
+            # On the CPU, where there is room; and all of them are there before one counts.
+            self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+            self.best, self._since = divergence, 0
+        self.curve.append((metrics["eval_tokens"], divergence))
+        if self._since >= self.patience:
+            control.should_training_stop = True
+
+    @torch.no_grad()
+    def put_back_(self) -> None:
+        """Give the parameters the weights of the lowest divergence, if there was any. In place."""
+        for parameter, weights in zip(self.parameters if self._weights else [], self._weights, strict=True):
+            parameter.copy_(weights)
+
+
+class Bar(TrainerCallback):
+    """A progress bar over the tokens, where transformers shows its own.
+
+    Args:
+        tokens: of all steps.
+        steps: how many.
+    """
+
+    def __init__(self, tokens: int, steps: int) -> None:
+        self.tokens, self.steps = tokens, steps
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin."""
+        self.bar = logging.tqdm(total=self.tokens, desc="healing", unit=" tokens", unit_scale=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance by a step's tokens."""
+        done = self.tokens * state.global_step // self.steps
+        self.bar.update(done - self.tokens * (state.global_step - 1) // self.steps)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Show the divergence."""
+        self.bar.set_postfix(divergence=f"{metrics['eval_divergence']:.4g}")
+
+    def close(self) -> None:
+        """End, whatever ends it."""
+        if self.bar is not None:
+            self.bar.close()
