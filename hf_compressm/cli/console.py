@@ -170,12 +170,7 @@ def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progre
 
     data = None
     if text is not None:
-        if tokenizer is None:
-            raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
-        try:
-            data = windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{text} is no text in UTF-8 ({error}): give another file to --calibration.") from error
+        data = windows(_read(text, tokenizer), tokenizer, sequences_for(model))
     task = progress.add_task("preparing calibration data", total=None)
     batches = calibration_batches(data, model, tokenizer)
     progress.remove_task(task)
@@ -187,12 +182,40 @@ def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progre
     ]
 
 
-@contextmanager
-def measuring(model: Any, batches: list[Any], progress: Progress, then: str = "") -> Iterator[None]:
-    """A bar over the model's forward passes on the batches, and a spinner for what follows."""
-    task = progress.add_task("measuring", total=len(batches))
+def healing_text_of(tokenizer: Any, text: Path | None) -> Any:
+    """All of a text in windows; None for what the package has."""
+    from ..data.texts import every_window
 
-    def advance(*_: Any) -> None:
+    if text is None:
+        return None
+    return every_window(_read(text, tokenizer), tokenizer)
+
+
+def _read(text: Path, tokenizer: Any) -> str:
+    if tokenizer is None:
+        raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is no text in UTF-8 ({error}): give another file to --calibration.") from error
+
+
+@contextmanager
+def measuring(
+    model: Any, batches: list[Any] | None, progress: Progress, then: str = "", heal: int = 0
+) -> Iterator[None]:
+    """A bar over the model's forward passes on the batches (None: who knows), a spinner for what follows, and a bar over the
+    tokens of healing."""
+    task = progress.add_task("measuring", total=None if batches is None else len(batches))
+    healing: list[Any] = []
+
+    def advance(module: Any, args: Any, output: Any) -> None:
+        if heal and module.training:  # and the full model, which it learns from, is not
+            if not healing:
+                progress.update(task, visible=False)
+                healing.append(progress.add_task("healing, tokens", total=heal))
+            progress.advance(healing[0], output[0].shape[:2].numel())
+            return
         progress.advance(task)
         if progress.tasks[progress.task_ids.index(task)].finished and then:
             progress.update(task, description=then)
@@ -202,7 +225,8 @@ def measuring(model: Any, batches: list[Any], progress: Progress, then: str = ""
         yield
     finally:
         handle.remove()
-        progress.remove_task(task)
+        for one in (task, *healing):
+            progress.remove_task(one)
 
 
 def timed_evaluation(model: Any, ids: Any, progress: Progress, description: str) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .batches import BATCH, Batch, batches_of, check_batches, is_stream, read_batches
 from .calibration import sample, sequences_for
-from .texts import CALIBRATION, LENGTH, windows
+from .texts import CALIBRATION, LENGTH, every_window
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class HealingText:
         most, self._stream = sequences_for(model), None
         self._tokenizer = tokenizer
         if data is None and tokenizer is not None:
-            data = windows(CALIBRATION.read_text(encoding="utf-8"), tokenizer, len(CALIBRATION.read_bytes()))
+            data = every_window(CALIBRATION.read_text(encoding="utf-8"), tokenizer)
             logger.info(
                 f"hf_compressm: healing on {data.numel()} tokens of the text that the package ships; better is text like "
                 "that of the model's use."

@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 
 class KeepBest(TrainerCallback):
-    """Keep the weights of the lowest divergence, and stop when it has not fallen for a while.
+    """Keep the weights of the lowest divergence, and stop when it only rises in the second half.
 
     Args:
         parameters: that are trained.
-        patience: evaluations without a lower one, after which it stops.
+        patience: evaluations one after another that are no lower than the one before, after which it stops.
 
     Attributes:
         curve: of each evaluation, the tokens learnt from until then and the divergence.
@@ -28,7 +28,7 @@ class KeepBest(TrainerCallback):
         self.curve: list[tuple[int, float]] = []
         self.best = float("inf")
         self._weights: list[Tensor] = []
-        self._since = 0
+        self._rises = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the last step's weights in any case."""
@@ -38,13 +38,15 @@ class KeepBest(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Look whether it is the lowest so far."""
         divergence = metrics["eval_divergence"]
-        self._since += 1
+        rises = bool(self.curve) and not divergence < self.curve[-1][1]
+        self._rises = self._rises + 1 if rises else 0
         if divergence < self.best or not self._weights:
             # On the CPU, where there is room; and all of them are there before one counts.
             self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-            self.best, self._since = divergence, 0
+            self.best = divergence
         self.curve.append((metrics["eval_tokens"], divergence))
-        if self._since >= self.patience:
+        # While the learning rate is high it may rise, and falls again with that.
+        if self._rises >= self.patience and 2 * state.global_step >= state.max_steps:
             control.should_training_stop = True
 
     @torch.no_grad()
