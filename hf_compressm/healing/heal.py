@@ -40,7 +40,7 @@ EVALUATIONS, PATIENCE = 20, 5
 """On held-out text: so many, the first of them of the cut, and after so many rises, one after another, it stops."""
 CLASSES = 2**27
 """Of all tokens of a forward pass, times the size of the vocabulary: a step makes several of it where it is more."""
-LARGE = 2**29
+LARGE = 2**28
 """Parameters of a model whose activations are computed again in the backward pass."""
 
 
