@@ -34,8 +34,8 @@ def measure(
         data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the package
             ships, if there is a tokenizer, else samples of the model itself.
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept; for
-            a `max_divergence`, the default, a quarter of the data is held out, and for any other cut an eighth, if there are
-            eight sequences or it is to be healed.
+            a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for any other cut an eighth, if
+            there are eight sequences.
         tokenizer: for texts.
 
     Raises:
@@ -46,9 +46,9 @@ def measure(
     layers = find_layers(model)
     batches = calibration_batches(data, model, tokenizer)
     held_out: list[dict[str, Tensor]] = []
-    if config.max_divergence is not None:
+    if config.max_divergence is not None or config.heal:
         batches, held_out = hold_out(batches, model)
-    elif config.heal or (config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM):
+    elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
         batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)
     statistics = empty_statistics(layers, config)
     inputs: dict[int, MixerInputs] | None = {} if config.refits else None

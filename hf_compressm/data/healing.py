@@ -19,8 +19,6 @@ from .texts import CALIBRATION, LENGTH, every_window
 
 logger = logging.get_logger(__name__)
 
-MEASURED = 4
-"""Times as many of a user's sequences are measured as of the shipped text, at most; the others are for healing alone."""
 SAMPLES = 256
 """Of a model without a tokenizer; on a CPU as few as are measured."""
 
@@ -53,8 +51,6 @@ class HealingText:
         elif data is None:
             logger.info("hf_compressm: no text and no tokenizer, healing on samples of the model itself.")
             data = sample(model, SAMPLES if model.device.type == "cuda" else most, LENGTH)
-        else:
-            most *= MEASURED
         if is_stream(data):
             rows = _rows(read_batches(data, tokenizer))
             if iter(data) is data:  # it can't be read again

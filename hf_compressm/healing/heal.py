@@ -26,13 +26,11 @@ from ..reporting.rows import Healing
 from .callbacks import Bar, KeepBest
 from .full import FullModel
 from .optimizer import MasterAdamW
+from .rate import learning_rate
 from .traces import without_trace
 
 logger = logging.get_logger(__name__)
 
-LEARNING_RATE = {"cut": 1e-3, "all": 3e-4}
-"""At its peak, by `heal_parameters`; of models wider than `WIDTH` in inverse proportion (muP, arXiv 2203.03466)."""
-WIDTH = 512
 WARMUP = 0.1
 """Share of the steps."""
 STEP_TOKENS = 2**13
@@ -160,7 +158,10 @@ def _train_(
     parts = math.ceil(sequences / max(1, CLASSES // (vocabulary * text.longest)))
     together = math.ceil(sequences / parts)
     steps = max(1, round(config.heal / (parts * together * text.tokens_per_sequence)))
-    rate = LEARNING_RATE[config.heal_parameters] * min(1.0, WIDTH / model.config.get_text_config().hidden_size)
+    rate = learning_rate(keep.parameters, divergence, config.seed)
+    logger.info(
+        f"hf_compressm: healing in {steps} steps of {parts} x {together} sequences, at a learning rate of {rate:.2g}."
+    )
     bar = Bar(config.heal, steps)
     if sum(p.numel() for p in model.parameters()) >= LARGE and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -10,7 +10,7 @@ model's predictions on that text, in nats per token; seconds to heal. Mamba's sc
 
 import argparse
 import copy
-import json
+import itertools
 import sysconfig
 import time
 from pathlib import Path
@@ -24,22 +24,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mamba import modeling_mamba
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig, measure
+from hf_compressm import CompreSSMConfig, Measurement, measure
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.data.evaluation import evaluate
 from hf_compressm.data.healing import HealingText
 from hf_compressm.data.texts import LENGTH, windows
-from hf_compressm.healing import cut_and_heal_, heal
+from hf_compressm.healing import cut_and_heal_, heal, rate
 from hf_compressm.healing.callbacks import KeepBest
 
-STOCK = heal.MasterAdamW
 TEXTS = Path(__file__).parents[1] / "reference"
-CUTS = {
-    "mamba": {"budget 0.01": {"max_divergence": 0.01}, "all 8": {"state_size": 8}, "all 4": {"state_size": 4}},
+CUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "mamba": {
+        "budget 0.01": {"max_divergence": 0.01},
+        "all 8": {"state_size": 8},
+        "all 4": {"state_size": 4},
+    },
     "mamba2": {
         "budget 0.01": {"max_divergence": 0.01},
         "project, ratio 1/4": {"ratio": 0.25},
         "project, ratio 1/8": {"ratio": 0.125},
+        "select, ratio 1/4": {"ratio": 0.25, "realization": "select"},
     },
 }
 
@@ -86,26 +90,21 @@ def read_corpus(args: argparse.Namespace, most: int, tokenizer: Any) -> Tensor:
     return corpus
 
 
-class Relative(heal.MasterAdamW):
-    """With rates that are relative to the parameters' root mean square."""
-
-    def __init__(self, parameters: Any, lr: float, **kwargs: Any) -> None:
-        super().__init__(parameters, lr=lr, **kwargs)
-        (group,) = self.param_groups
-        masters = group.pop("params")
-        self.param_groups = [
-            {**group, "params": [p], "lr": lr * max(1e-3, float(p.detach().float().square().mean().sqrt()))}
-            for p in masters
-        ]
-
-
 def print_curve() -> None:
-    """Each evaluation, as it comes."""
+    """The learning rate, and each evaluation as it comes."""
+    measured = rate.learning_rate
+
+    def learning_rate(*args: Any) -> float:
+        found = measured(*args)
+        print(f"rate {found:.2g}:", end=" ")
+        return found
+
+    heal.learning_rate = learning_rate
     stock = KeepBest.on_evaluate
 
     def on_evaluate(self: Any, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         stock(self, args, state, control, metrics)
-        print(f"{metrics['eval_tokens'] / 1e6:.2f}M: {metrics['eval_divergence']:.4f}", end="  ", flush=True)
+        print(f"{metrics['eval_divergence']:.4f}", end=" ", flush=True)
 
     KeepBest.on_evaluate = on_evaluate
 
@@ -135,87 +134,81 @@ def main() -> None:
     parser.add_argument(
         "--prose", type=Path, help="a file of prose to heal on, beside the code; two fifths of the tokens"
     )
-    parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
-    parser.add_argument("--only", default="", help="cuts whose name holds one of these, apart by commas")
-    parser.add_argument("--cuts", type=json.loads, help="other cuts: {name: config}")
-    parser.add_argument("--parameters", nargs="+", default=["cut"])
-    parser.add_argument("--dtype", nargs="+", default=["float32"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0], help="peak learning rates; 0 is the library's")
-    parser.add_argument("--text", nargs="+", default=["corpus"], help="corpus, shipped, samples")
-    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--corpus", type=Path, help="a file to keep the tokens to heal on in")
-    parser.add_argument("--warmup", type=float, default=heal.WARMUP)
+    parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
+    parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name holds one of these")
+    parser.add_argument("--parameters", nargs="+", default=["cut"], help="cut, all")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[rate.NOISE], help="that the learning rate is chosen by"
+    )
+    parser.add_argument("--step", type=int, nargs="+", default=[heal.STEP_TOKENS], help="tokens of a step")
+    parser.add_argument("--text", nargs="+", default=["corpus"], help="corpus, shipped, samples")
+    parser.add_argument("--without-masters", action="store_true", help="let AdamW move bfloat16 weights themselves")
+    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--curve", action="store_true", help="print each evaluation of the healing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
+    if args.without_masters:
+        heal.MasterAdamW = torch.optim.AdamW
     if args.curve:
         print_curve()
     if args.device == "cuda":
         patch_scan()
     begin = time.perf_counter()
-    most = int(max(args.tokens))
     tokenizer = AutoTokenizer.from_pretrained(args.folder[0])
-    corpus = read_corpus(args, most, tokenizer)
-    heal.WARMUP = args.warmup
+    corpus = read_corpus(args, int(max(args.tokens)), tokenizer)
     print(f"corpus of {corpus.numel():,} tokens after {time.perf_counter() - begin:.0f} s", flush=True)
     for folder in args.folder:
-        unseen = windows((TEXTS / "evaluation.txt").read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
-        full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-        base = evaluate(full, unseen)
-        print(
-            f"\n{folder.name}: N={full.config.state_size}, perplexity {base.perplexity:.3f}, recall {base.recall:.3f}"
-        )
-        print(
-            "| model | cut | healed | states | perplexity | recall | divergence | held out | s |\n|---|---|---|---|---|---|---|---|---|"
-        )
-        known = HealingText(corpus, full, tokenizer, most).measured
-        measured: dict = {}
-        for name, options in (args.cuts or CUTS[full.config.model_type]).items():
-            if not any(part in name for part in args.only.split(",")):
-                continue
-            weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
-            if weights not in measured:
-                measured[weights] = measure(full, known, CompreSSMConfig(max_divergence=0.01, weights=weights))
-            plan = measured[weights].plan(CompreSSMConfig(**options))
-            sizes = list(plan.report.sizes.values())
-            for dtype in args.dtype:
-                ways = [
-                    (tokens, what, rate, text)
-                    for tokens in (0, *args.tokens)
-                    for what in args.parameters
-                    for rate in args.rates
-                    for text in args.text
-                ]
-                for way in dict.fromkeys((0, "", 0, "") if way[0] == 0 else way for way in ways):
-                    tokens, what, rate, text = way
-                    model = copy.deepcopy(full).to(getattr(torch, dtype))
-                    distance = Divergence(
-                        model, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in unseen.split(16)]
-                    )
-                    held, seconds = "", 0.0
-                    if not tokens:
-                        plan.apply_(model)
-                    else:
-                        config = CompreSSMConfig(**options, heal=int(tokens), heal_parameters=what)
-                        heal.LEARNING_RATE[what], stock = rate or heal.LEARNING_RATE[what], heal.LEARNING_RATE[what]
-                        heal.MasterAdamW = Relative if rate < 0 else STOCK
-                        heal.LEARNING_RATE[what] = abs(heal.LEARNING_RATE[what])
-                        data = {"corpus": corpus}.get(text)
-                        words = HealingText(data, model, None if text == "samples" else tokenizer, config.heal)
-                        report = cut_and_heal_(model, plan, words, measured[weights].held_out, config)
-                        heal.LEARNING_RATE[what] = stock
-                        healing = report.healing
-                        held, seconds = f"{healing.before:.4f} -> {healing.after:.4f}", healing.seconds
-                    found = evaluate(model, unseen)
-                    kind = f"{tokens / 1e6:.1f}M {what} {rate or ''} {text if text != 'corpus' else ''} {dtype if dtype != 'float32' else ''}"
-                    print(
-                        f"| {folder.name} | {name} | {kind if tokens else 'no'} | {sum(sizes) / len(sizes):.1f} | "
-                        f"{found.perplexity / base.perplexity - 1:+.2%} | {found.recall / base.recall - 1:+.2%} | "
-                        f"{distance():.4f} | {held} | {seconds:.1f} |",
-                        flush=True,
-                    )
+        heal_every_cut(folder, args, tokenizer, corpus)
+
+
+def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
+    """Print the table of one model."""
+    unseen = windows((TEXTS / "evaluation.txt").read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in unseen.split(16)]
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+    base = evaluate(full, unseen)
+    measured: dict[str, Measurement] = {}
+    print(f"\n{folder.name}: N={full.config.state_size}, perplexity {base.perplexity:.3f}, recall {base.recall:.3f}")
+    print("| model | cut | healed | states | perplexity | recall | divergence | held out | s |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    known = HealingText(corpus, full, tokenizer, 1).measured
+    ways = [*itertools.product(args.tokens, args.parameters, args.noise, args.step, args.text)]
+    for name, options in CUTS[full.config.model_type].items():
+        if not any(part in name for part in args.only):
+            continue
+        weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
+        begin = time.perf_counter()
+        if weights not in measured:
+            measured[weights] = measure(full, known, CompreSSMConfig(max_divergence=0.01, weights=weights))
+        plan = measured[weights].plan(CompreSSMConfig(**options))
+        seconds = time.perf_counter() - begin
+        states = sum(plan.report.sizes.values()) / len(plan.report.sizes)
+        for dtype in args.dtype:
+            for way in [None, *ways]:
+                model = copy.deepcopy(full).to(getattr(torch, dtype))
+                reference, distance = evaluate(model, unseen), Divergence(model, batches)
+                healed, held_out = f"no ({dtype})", ""
+                if way is None:
+                    plan.apply_(model)
+                else:
+                    tokens, what, rate.NOISE, heal.STEP_TOKENS, kind = way
+                    config = CompreSSMConfig(**options, heal=int(tokens), heal_parameters=what)
+                    data = corpus if kind == "corpus" else None
+                    text = HealingText(data, model, None if kind == "samples" else tokenizer, config.heal)
+                    row = cut_and_heal_(model, plan, text, measured[weights].held_out, config).healing
+                    assert row is not None
+                    seconds, held_out = row.seconds, f"{row.before:.4f} -> {row.after:.4f}"
+                    healed = f"{row.tokens / 1e6:.1f}M, {what}, noise {rate.NOISE}, step {heal.STEP_TOKENS}, {kind}, {dtype}"
+                found = evaluate(model, unseen)
+                print(
+                    f"| {folder.name} | {name} | {healed} | {states:.1f} | {found.perplexity / reference.perplexity - 1:+.2%} | "
+                    f"{found.recall / reference.recall - 1:+.2%} | {distance():.4f} | {held_out} | {seconds:.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
