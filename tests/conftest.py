@@ -23,20 +23,22 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0) -> MambaForCausalLM:
+def tiny_mamba(state_size: int = 8, layers: int = 2, seed: int = 0, vocabulary: int = VOCABULARY) -> MambaForCausalLM:
     torch.manual_seed(seed)
     config = MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=layers, state_size=state_size, time_step_rank=4
+        vocab_size=vocabulary, hidden_size=24, num_hidden_layers=layers, state_size=state_size, time_step_rank=4
     )
     model = MambaForCausalLM(config).eval()
     _enliven(model)
     return model
 
 
-def tiny_mamba2(state_size: int = 16, layers: int = 2, groups: int = 1, seed: int = 0) -> Mamba2ForCausalLM:
+def tiny_mamba2(
+    state_size: int = 16, layers: int = 2, groups: int = 1, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Mamba2ForCausalLM:
     torch.manual_seed(seed)
     config = Mamba2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         num_hidden_layers=layers,
         state_size=state_size,

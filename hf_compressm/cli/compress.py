@@ -98,7 +98,7 @@ def compress(
         bool | None,
         typer.Option(
             "--evaluate/--no-evaluate",
-            help="Take the perplexity before and after, on prose that the package ships. By default with --push-to-hub, "
+            help="Take the perplexity before and after, on text that the package ships. By default with --push-to-hub, "
             "for the model card, and with --dry-run.",
             show_default=False,
         ),
@@ -119,7 +119,7 @@ def compress(
     from ..config import CompreSSMConfig
     from ..cutting.nothing_to_cut import why_nothing
     from ..data.evaluation import describe, evaluation_ids
-    from ..hub import check_login, publish
+    from ..hub import check_login, publish, write_companions
     from ..layers import find_layers
     from ..reporting.record import set_report_
     from ..reporting.rows import Perplexity
@@ -167,8 +167,7 @@ def compress(
                 progress.add_task("saving", total=None)
                 with new_folder(output) as folder:
                     slim.save_pretrained(folder)
-                    if tokenizer is not None:
-                        tokenizer.save_pretrained(folder)
+                    write_companions(slim, folder, tokenizer)
     if not as_json:
         Console().print(report)
     if nothing_cut:

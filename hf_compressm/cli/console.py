@@ -24,7 +24,7 @@ CalibrationFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.txt",
-        help="Measure on this text (64 x 512 tokens spread over it, 16 x 512 on a CPU). By default on prose that "
+        help="Measure on this text (64 x 512 tokens spread over it, 16 x 512 on a CPU). By default on text that "
         "the package ships, or, for a model without a tokenizer, on samples of the model itself. Best is text like that of the model's use.",
     ),
 ]

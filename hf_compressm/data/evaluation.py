@@ -29,7 +29,7 @@ def evaluation_ids(tokenizer: Any) -> Tensor:
 
 def describe(ids: Tensor) -> str:
     """What `evaluation_ids` gives, in words, for tables and model cards."""
-    return f"English prose shipped with hf_compressm, {len(ids)} x {ids.shape[1]} tokens"
+    return f"Python source and English prose shipped with hf_compressm, {len(ids)} x {ids.shape[1]} tokens"
 
 
 @dataclass(frozen=True)

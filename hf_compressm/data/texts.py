@@ -10,9 +10,9 @@ from torch import Tensor
 
 _REFERENCE = Path(__file__).parents[1] / "reference"
 CALIBRATION = _REFERENCE / "calibration.txt"
-"""Prose for models that come with a tokenizer and no calibration data."""
+"""Code and prose, for models that come with a tokenizer and no calibration data. What of: `reference/TEXTS.md`."""
 EVALUATION = _REFERENCE / "evaluation.txt"
-"""Prose for perplexities, other than the calibration text."""
+"""The like for perplexities, from other sources."""
 LENGTH = 512
 
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"

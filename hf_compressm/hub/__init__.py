@@ -4,6 +4,7 @@ from .export import export_mamba_ssm
 from .pretrained import load_model
 from .publish import check_login, publish
 from .saving import install
+from .source import write_companions
 from .state_spaces import is_state_spaces_checkpoint, load_state_spaces_model
 from .tokenizer import load_tokenizer
 
@@ -17,4 +18,5 @@ __all__ = [
     "load_state_spaces_model",
     "load_tokenizer",
     "publish",
+    "write_companions",
 ]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..reporting.card import CARD
 from .saving import write_files
+from .source import write_companions
 
 
 def check_login(token: str | bool | None = None) -> None:
@@ -34,7 +35,10 @@ def publish(
     private: bool | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Push weights, configs, the code file if one is needed, tokenizer and model card to the Hub, in one commit.
+    """Push all that belongs to a slim model to the Hub, in one commit.
+
+    That is weights, configs, the code file if one is needed, tokenizer and model card, and what else lies beside the checkpoint
+    that it came from, as it is there.
 
     A push that was interrupted left nothing in the repository; the next one does not send again the large files that
     had arrived.
@@ -42,7 +46,7 @@ def publish(
     Args:
         model: slimmed or not.
         repo_id: "name" or "owner/name"; made if it is not there. A model card in it keeps its own text.
-        tokenizer: pushed with the model if given.
+        tokenizer: pushed with the model; if it is the source's, as the files that it has there.
         private: make a new repository private.
         token: as for `from_pretrained`; by default that of `hf auth login`.
 
@@ -56,8 +60,7 @@ def publish(
     with _explained(repo_id), TemporaryDirectory() as folder:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_companions(model, folder, tokenizer)
         _keep_card(api, repo_id, Path(folder))
         write_files(model, folder, repo_id)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload slim model")

@@ -1,6 +1,6 @@
 """Whatever saves or pushes a slimmed model writes what belongs to it, too, once `install` was called.
 
-That is its model card and its history, `compressm.json` (the code file comes with the config). A slim model keeps its stock
+That is its model card, its history, `compressm.json`, and the config of its source (the code file comes with the config). A slim model keeps its stock
 class, so there is no method of its own to override; what is patched, and why no public hook will do:
 
 - `PreTrainedModel.save_pretrained`: everything that saves a model ends there.
@@ -25,6 +25,7 @@ from ..modeling.modeling_compressm import is_slimmed, wrap_once, write_source
 from ..reporting.card import card_files, write_model_card
 from ..reporting.files import write_files_whole
 from ..reporting.record import record_files
+from .source import config_files
 
 
 def install() -> None:
@@ -34,12 +35,12 @@ def install() -> None:
 
 
 def write_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
-    """Write what belongs to a slimmed model beside its weights and config: history and card, if it was ever cut."""
+    """Write what belongs to a slimmed model beside its weights, if it was ever cut: config, history and card."""
     write_files_whole(folder, _files(model, folder, repo_id))
 
 
 def _files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> dict[str, bytes]:
-    return record_files(model) | card_files(model, folder, repo_id)
+    return config_files(model) | record_files(model) | card_files(model, folder, repo_id)
 
 
 def _with_files(stock_save: Callable) -> Callable:

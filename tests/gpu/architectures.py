@@ -1,7 +1,7 @@
 """Every supported architecture, trained for a few hundred steps on real text and then halved without fine-tuning.
 
-`python tests/gpu/architectures.py FOLDER --vocab-size V`, with the `train.npy` and `valid.npy` that
-`train_reference_models.py` writes, prints a row of a markdown table for each model type: perplexity of the full model, and
+`python tests/gpu/architectures.py FOLDER --vocab-size V`, with token ids below V (uint16) in its
+`train.npy` and `valid.npy`, prints a row of a markdown table for each model type: perplexity of the full model, and
 after a cut to half of the states by our default, by greedy selection and by a random one (mean of three). The last column
 is how far the loss of our cut in training mode is from that in evaluation mode: fused kernels read weights and buffers of
 their own. All Mamba-2 models scan the same shapes, so that kernels are tuned once in a process: with `--only`, run the

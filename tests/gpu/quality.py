@@ -1,8 +1,8 @@
 """What a cut costs, with no fine-tuning: perplexity and recall on held-out text, for every way to choose sizes and states.
 
-`python tests/gpu/quality.py tests/reference/mamba-small tests/reference/mamba2-small FOLDER_OF_ANOTHER_MODEL`, on models of
-`train_benchmark_models.py`. Calibration and evaluation are on the code and prose in `tests/reference`. Columns: states of a layer, on average; change of the perplexity; change of that of the tokens whose bigram
-occurred earlier in the window; mean divergence from the full model's predictions, in nats per token; seconds to measure,
+`python tests/gpu/quality.py hf_compressm/reference/mamba-small hf_compressm/reference/mamba2-small FOLDER_OF_ANOTHER_MODEL`, on models of
+`train_reference_models.py`. Calibration and evaluation are on the code and prose that the package ships. Columns: states of a
+layer, on average; change of the perplexity; change of that of the tokens whose bigram occurred earlier in the window; mean divergence from the full model's predictions, in nats per token; seconds to measure,
 plan and cut.
 """
 
@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_compressm import CompreSSMConfig, measure
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.data.evaluation import evaluate
-from hf_compressm.data.texts import LENGTH, windows
+from hf_compressm.data.texts import CALIBRATION, EVALUATION, LENGTH, windows
 
-TEXTS = Path(__file__).parents[1] / "reference"
 BASELINES = ["ghost", "lti_modal", "magnitude", "random"]
 BUDGETS = [0.01, 0.003, 0.03, 0.001, 0.1]
 
@@ -58,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+")
     parser.add_argument("--only", default="", help="rows whose name holds one of these, apart by commas")
-    parser.add_argument("--calibration", type=Path, default=TEXTS / "calibration.txt")
-    parser.add_argument("--evaluation", type=Path, default=TEXTS / "evaluation.txt")
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION)
+    parser.add_argument("--evaluation", type=Path, default=EVALUATION)
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to calibrate and to evaluate on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
     steps, window, saved = (TINY_STEPS, TINY_WINDOW, TINY_SAVED) if args.tiny else (STEPS, WINDOW, SAVED)
     batch, length = (4, 16) if args.tiny else (64 if args.model == "mamba" else 32, 512)
     text = "".join((PACKAGE / "reference" / name).read_text("utf-8") for name in ("calibration.txt", "evaluation.txt"))
-    ids = torch.tensor(load_tokenizer(PACKAGE / "reference" / "mamba-tiny")(text, verbose=False)["input_ids"])
+    ids = torch.tensor(load_tokenizer(PACKAGE / "reference" / "mamba-small")(text, verbose=False)["input_ids"])
     # Whole global batches: the last, smaller one of an epoch would be another on another number of processes.
     count = len(ids) // length // batch * batch
     rows = ids[: count * length].view(-1, length)

@@ -49,7 +49,7 @@ def push() -> dict[str, Any]:
         compress_(model, CompreSSMConfig(state_size=sizes or {0: 4, 1: 6}), IDS)
         return model
 
-    reference = Path(hf_compressm.__file__).parent / "reference" / "mamba-tiny"
+    reference = Path(hf_compressm.__file__).parent / "reference" / "mamba-small"
     text = (reference.parent / "calibration.txt").read_text()[:3000]
     pushed = {}
 

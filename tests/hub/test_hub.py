@@ -76,7 +76,7 @@ def test_the_card(hub, pushed):
     (result,) = metadata["model-index"][0]["results"]
     assert result["metrics"][0]["type"] == "perplexity"
     assert f"| {result['metrics'][0]['value']:.2f} |" in text
-    assert "32 of 64 SSM states" in text
+    assert "48 of 96 SSM states" in text
     assert "1 x 512 tokens" in text
     assert text.count("| 16 |") == 4  # the table of layers
     assert 'from_pretrained("me/compressed", trust_remote_code=True)' in text
@@ -151,7 +151,7 @@ CLI = "import time; time.sleep = lambda seconds: None; from hf_compressm.cli imp
 def compress(hub: HubServer, folder: Path, *arguments: object, **kwargs: Any) -> Any:
     text = folder / "calibration.txt"
     text.write_text((REFERENCE / "calibration.txt").read_text()[:600])
-    model = REFERENCE / "mamba-tiny"
+    model = REFERENCE / "mamba-small"
     settings = ("--state-size", 4, "--no-evaluate", "--calibration", text)
     return start(hub, folder, "-c", CLI, "compress", model, *arguments, *settings, **kwargs)
 

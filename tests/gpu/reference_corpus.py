@@ -1,6 +1,6 @@
 """Collects what the reference models are trained on, and writes the texts that go with them.
 
-    python benchmark_corpus.py --prose FOLDER --out CORPUS
+    python reference_corpus.py --prose FOLDER --out CORPUS
 
 CORPUS gets a byte-level BPE tokenizer, streams of token ids (train.npy, {valid,test}_{code,prose}.npy), and the texts
 calibration.txt (from the sources of valid) and evaluation.txt (from those of test).

@@ -1,0 +1,134 @@
+"""The checkpoint that a slim model came from: its config with the sizes changed, and the files that lie beside it.
+
+transformers writes a config anew when it saves: names that it has since changed, infinities as `{"__float__": ...}`, defaults
+of its own version. Engines and older versions of transformers that read the original don't read that. So a slim model with
+one size for all layers, which is a stock checkpoint, keeps the config that it came with, but for what has changed since.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
+
+from ..compat import commit_hash
+from ..modeling.modeling_compressm import MODULE_NAME, is_slimmed
+from ..reporting.card import CARD
+from ..reporting.record import RECORD, base_model, history_of
+
+logger = logging.get_logger(__name__)
+
+# What is made anew, and weights of all formats; and nothing in folders.
+_WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx", "gguf", "npz")
+_NOT_CARRIED = (
+    *(CONFIG_NAME, CARD, RECORD, f"{MODULE_NAME}.py", "spectra.png", ".*", "*.index.json", "trainer_state.json"),
+    *(f"*.{suffix}" for suffix in _WEIGHTS),
+    "*/*",
+)
+_TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_IGNORED = ("transformers_version", "_name_or_path")
+_OLD_NAMES = {"dtype": "torch_dtype"}
+
+
+def config_files(model: PreTrainedModel) -> dict[str, bytes]:
+    """config.json of a slim model with one size for all layers, by its name: its source's, with what has changed since.
+
+    Nothing for a model that was never cut or has layers of different sizes, or if the source is gone or of another layout.
+    """
+    config = None if is_slimmed(model.config) or not history_of(model) else _original_config(model)
+    if config is None:
+        return {}
+    before, after = _values(type(model.config).from_dict(config)), _values(model.config)
+    after |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    _edit(config, before, after, model.config.attribute_map)
+    return {CONFIG_NAME: f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()}
+
+
+def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write what belongs to a model beside weights, config and card: the files of its source, as they are, and a tokenizer.
+
+    Args:
+        model: that was saved in the folder.
+        folder: where to.
+        tokenizer: for the model; if it is the source's, then that one's files stay as they are there.
+    """
+    source = _folder(model) if _original_config(model) is not None else None
+    files = [] if source is None else [path for path in source.iterdir() if path.is_file()]
+    files = [path for path in files if not _matches(path, _NOT_CARRIED)]
+    if tokenizer is not None and (source is None or _saved(tokenizer) != _saved_of(source)):
+        files = [path for path in files if not _matches(path, _TOKENIZER)]
+        tokenizer.save_pretrained(folder)
+    if source is not None and not source.samefile(folder):
+        for path in files:
+            shutil.copyfile(path, Path(folder) / path.name)
+
+
+def _original_config(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What config.json says where a model came from; None if that is gone or of another layout."""
+    repository, path = base_model(model), Path(str(getattr(model.config, "name_or_path", "") or "")) / CONFIG_NAME
+    try:
+        if repository is not None:  # from the cache, as a rule
+            path = Path(hf_hub_download(repository, CONFIG_NAME, revision=commit_hash(model.config)))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if config.get("model_type") == model.config.model_type else None
+
+
+def _folder(model: PreTrainedModel) -> Path | None:
+    """The folder that a model came from, of a repository with all but its weights; None if it can't be read."""
+    repository = base_model(model)
+    if repository is None:
+        return Path(str(model.config.name_or_path))
+    try:
+        found = snapshot_download(repository, revision=commit_hash(model.config), ignore_patterns=list(_NOT_CARRIED))
+    except OSError as error:
+        logger.warning(
+            f"hf_compressm: {repository} can't be read again ({error}): none of its other files are carried over."
+        )
+        return None
+    return Path(found)
+
+
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def _edit(
+    original: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], aliases: Mapping[str, str]
+) -> None:
+    """Write what differs between two configs in the first one's file, under the names that this uses. In place."""
+    names = {canonical: alias for alias, canonical in aliases.items() if alias in original} | _OLD_NAMES
+    for key, value in after.items():
+        name = key if key in original else names.get(key, key)
+        name = name if name in original else key
+        if isinstance(value, dict) and isinstance(original.get(name), dict) and isinstance(before.get(key), dict):
+            _edit(original[name], before[key], value, {})
+        elif value != before.get(key) and key not in _IGNORED:
+            original[name] = value
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def _saved(tokenizer: Any) -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _saved_of(source: Path) -> dict[str, bytes]:
+    """What the source's own tokenizer would be saved as."""
+    try:
+        return _saved(AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError):
+        return {}
