@@ -1,11 +1,11 @@
 """What healing gains: perplexity and recall on held-out text after a cut, and after a distillation from the full model.
 
-`python tests/gpu/healing.py FOLDER... --prose FILE`, on models of `train_benchmark_models.py`. Healed on Python source of the
+`python tests/gpu/healing.py FOLDER... --prose FILE`, on models of `train_reference_models.py`. Healed on Python source of the
 packages of the Python that runs this, but for those of the evaluation, and on the prose of a file, evaluated on the code and
-prose in `tests/reference`. A row of a markdown table for each cut and each number of tokens: states of a layer, on average;
+prose that the package ships. A row of a markdown table for each cut and each number of tokens: states of a layer, on average;
 change of the perplexity; change of that of the tokens whose bigram occurred earlier in the window; divergence from the full
 model's predictions on that text, in nats per token; seconds to heal. Mamba's scan is the Triton kernel of
-`train_benchmark_models.py` where its own kernels are not installed.
+`train_reference_models.py` where its own kernels are not installed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_corpus import HELD_OUT, SKIPPED, digest, is_written_by_hand
+from reference_corpus import HELD_OUT, SKIPPED, digest, is_written_by_hand
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,11 +28,10 @@ from hf_compressm import CompreSSMConfig, Measurement, measure
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.data.evaluation import evaluate
 from hf_compressm.data.healing import HealingText
-from hf_compressm.data.texts import LENGTH, windows
+from hf_compressm.data.texts import EVALUATION, LENGTH, windows
 from hf_compressm.healing import cut_and_heal_, heal, rate
 from hf_compressm.healing.callbacks import KeepBest
 
-TEXTS = Path(__file__).parents[1] / "reference"
 CUTS: dict[str, dict[str, dict[str, Any]]] = {
     "mamba": {
         "budget 0.01": {"max_divergence": 0.01},
@@ -111,7 +110,7 @@ def print_curve() -> None:
 
 def patch_scan() -> None:
     """Mamba's scan by Triton, forward and backward, where it would be a loop over tokens."""
-    from train_benchmark_models import CHUNK, Scan
+    from train_reference_models import CHUNK, Scan
 
     stock = modeling_mamba.mamba_selective_scan
 
@@ -167,7 +166,7 @@ def main() -> None:
 
 def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
     """Print the table of one model."""
-    unseen = windows((TEXTS / "evaluation.txt").read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
+    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in unseen.split(16)]
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
     base = evaluate(full, unseen)
