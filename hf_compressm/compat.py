@@ -58,6 +58,13 @@ def accelerate_state() -> list[dict[str, Any]]:
     return [owner._shared_state for owner in (PartialState, AcceleratorState, GradientState)]
 
 
+def recompute_activations_(model: Any) -> None:
+    """Have a model compute its activations again in the backward pass; it was called by another name before 5.24."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
+
+
 def forget_compiled_code() -> None:
     """Have torch.compile trace anew; only if something was compiled, since the reset imports inductor, which is slow."""
     dynamo: Any = sys.modules.get("torch._dynamo")

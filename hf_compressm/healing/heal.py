@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..compat import recompute_activations_
 from ..config import CompreSSMConfig
 from ..cutting import Plan
 from ..cutting.divergence import Divergence
@@ -164,7 +165,7 @@ def _train_(
     )
     bar = Bar(config.heal, steps)
     if sum(p.numel() for p in model.parameters()) >= LARGE and model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations_(model)
     with tempfile.TemporaryDirectory() as folder, restoring(bar.close):
         arguments = HealingArguments(
             folder,

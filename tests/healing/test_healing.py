@@ -232,6 +232,22 @@ def test_the_learning_rate_is_where_its_noise_costs_a_share_of_the_cut(mamba2):
     assert distance() == pytest.approx(1e-2 * NOISE, rel=0.5)
 
 
+def test_activations_may_be_computed_again(monkeypatch):
+    models, calls = [tiny_mamba2(), tiny_mamba2()], [[], []]
+    for model, its_calls, large in zip(models, calls, (2**28, 1), strict=True):
+        monkeypatch.setattr(heal, "LARGE", large)
+        script(monkeypatch, [3.0, 2.0, 1.0], [])
+        handle = model.backbone.layers[0].norm.register_forward_hook(
+            lambda *args, its_calls=its_calls: its_calls.append(1)
+        )
+        compress_(model, replace(QUICK, heal=400), IDS)
+        handle.remove()
+        assert model.backbone.layers[0].gradient_checkpointing is False
+    assert len(calls[1]) - len(calls[0]) == 2  # in each step once more
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0, msg=name)
+
+
 def test_small_steps_of_bfloat16_parameters_add_up():
     plain, parameter = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
     for optimizer in (torch.optim.AdamW([plain], lr=1e-3), MasterAdamW([parameter], lr=1e-3)):
