@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from types import MethodType
 from typing import Any
 
+import torch
+from accelerate.hooks import ModelHook, remove_hook_from_module
+from accelerate.utils import PrefixedDataset, align_module_device
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",)}
@@ -28,6 +35,9 @@ USED = {
     "accelerate.state.PartialState._shared_state": "a Trainer resets Accelerate's global state, which Accelerators of others use",
     "accelerate.state.AcceleratorState._shared_state": "the same",
     "accelerate.state.GradientState._shared_state": "the same",
+    "accelerate.hooks.AlignDevicesHook": "its attributes execution_device, weights_map and original_devices, as `module._hf_hook`: "
+    "where the weights of an offloaded module are, and where they are computed with",
+    "accelerate.hooks.add_hook_to_module": "keeps the `forward` of the module's class as `module._old_forward`",
     "torch._dynamo.utils.counters": "whether anything was compiled that has to be compiled again",
 }
 
@@ -70,6 +80,81 @@ def forget_compiled_code() -> None:
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
         dynamo.reset()
+
+
+def hook_of(module: nn.Module) -> Any:
+    """Accelerate's hook on a module, by which its weights are moved; None if there is none."""
+    return getattr(module, "_hf_hook", None)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module computes on, which is not that of its weights if these are offloaded."""
+    for each in module.modules():
+        device = getattr(hook_of(each), "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """With offloaded weights of a module, and of what is in it, on the device that it computes on."""
+    with ExitStack() as stack:
+        for each in module.modules():
+            stack.enter_context(align_module_device(each))
+        yield
+
+
+def weights_map(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
+    """Where the weights of an offloaded module wait in memory, and what comes before their names there; else None."""
+    found, prefix = getattr(hook_of(module), "weights_map", None), ""
+    while isinstance(found, PrefixedDataset):
+        found, prefix = found.dataset, found.prefix + prefix
+    found = getattr(found, "state_dict", found)  # of an `OffloadedWeightsLoader`
+    return (found, prefix) if isinstance(found, dict) else None
+
+
+def is_in_memory(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a module is there, or waits on the CPU as an offloaded one."""
+    found = weights_map(module)
+    return not module.get_parameter(name).is_meta or (found is not None and found[1] + name in found[0])
+
+
+def keep_offloaded_(module: nn.Module, name: str) -> None:
+    """Let a parameter that was given new data, and is at hand now, wait on the CPU where the module's others do. In place."""
+    found = weights_map(module)
+    if found is not None:
+        weights, prefix = found
+        weights[prefix + name] = module.get_parameter(name).detach().cpu()
+        hook_of(module).original_devices.setdefault(name, torch.device("cpu"))
+
+
+def without_hooks_(module: nn.Module) -> None:
+    """Take accelerate's hooks off a module, and what is in it, without moving a weight. In place."""
+    for each in module.modules():
+        if hook_of(each) is not None:
+            each._hf_hook = ModelHook()
+            remove_hook_from_module(each)
+            if inspect.ismethod(each.forward):  # what it was before it had a hook, and so would be in another class
+                del each.forward
+
+
+def follow_class_(module: nn.Module) -> None:
+    """Let the hook of a module that was given another class call the `forward` of that. In place."""
+    if inspect.ismethod(vars(module).get("_old_forward")):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def stock_scans(modules: Iterable[nn.Module]) -> list[tuple[Any, Callable]]:
+    """The Python modules in which transformers scans Mamba-1 mixers with a loop over tokens, and the function that does.
+
+    Since 5.24 it is a function of the module that is looked up when the mixer runs; none are found where it is not, or
+    where mamba_ssm takes its place.
+    """
+    if find_spec("mamba_ssm") is not None:
+        return []
+    homes: dict[str, Any] = {type(module).__module__: sys.modules.get(type(module).__module__) for module in modules}
+    return [(home, home.mamba_selective_scan) for home in homes.values() if hasattr(home, "mamba_selective_scan")]
 
 
 def uncompiled(module: Any) -> Any:

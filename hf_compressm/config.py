@@ -15,7 +15,7 @@ TARGETS = ("max_divergence", "tolerance", "state_size", "ratio")
 """The fields of which one at most is given."""
 MAX_DIVERGENCE, TOLERANCE = 0.01, 0.05
 """Default targets: after training, and in training."""
-REALIZATIONS = ["auto", "select", "project"]
+REALIZATIONS = ["auto", "select", "project", "project_heads"]
 """What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
 Weights = Literal["auto", "fisher", "gate"]
@@ -37,7 +37,8 @@ class CompreSSMConfig:
         state_size: the size itself, for all layers or as {layer: size}. Honoured exactly.
         ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
         realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
-            state. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
+            state; "project_heads" (Mamba-2) another one in each head, of a size of its own, where a layer's size is the
+            heads' mean. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
             elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
@@ -51,8 +52,8 @@ class CompreSSMConfig:
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
         multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for Mamba-1, and
-            for Mamba-2 multiples of 8. "tuned", the default in training, takes few sizes, for which kernels need not be
-            tuned again and again: for Mamba-2 powers of two from 16 up.
+            for Mamba-2 multiples of 8, or any mean over heads. "tuned", the default in training, takes few sizes, for which
+            kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
         heal: tokens to learn from after the cut, by distillation from the full model; 0 is off. A few millions take
             away a third to three quarters of what a hard cut costs. The text is `calibration_data`, or what stands in for it,
@@ -68,6 +69,9 @@ class CompreSSMConfig:
             a state_size or ratio is reached in equal steps.
         min_reduction: with a tolerance, an attempt that would remove a smaller share of all states is skipped.
         calibration_batches: training batches that the statistics are taken on, the last ones before the attempt.
+        calibration_seconds: measuring takes no further calibration batch after so many seconds, and a warning says how many
+            tokens it got to: for a model after training. None: 10 on a GPU and 60 on a CPU for the package's own text, and
+            all of the data where it is given.
         rollback: undo a cut that makes the metric of the evaluation set worse by more than this, and stop cutting. None
             keeps all cuts.
 
@@ -96,6 +100,7 @@ class CompreSSMConfig:
     num_reductions: int = 4
     min_reduction: float = 0.05
     calibration_batches: int = 4
+    calibration_seconds: float | None = None
     rollback: float | None = None
 
     def __post_init__(self) -> None:
@@ -114,8 +119,10 @@ class CompreSSMConfig:
                 f"state_size={self.state_size} is below min_state_size={self.min_state_size}: drop min_state_size, which "
                 "is for sizes that the library chooses, or lower it."
             )
-        if self.uniform and self.realization == "project":
-            raise ValueError("uniform=True makes a stock checkpoint, which realization='project' can't be: drop one.")
+        if self.uniform and self.realization in ("project", "project_heads"):
+            raise ValueError(
+                f"uniform=True makes a stock checkpoint, which realization={self.realization!r} can't be: drop one."
+            )
         if (self.start < 1) == (self.end < 1) and self.start >= self.end:
             raise ValueError(f"start must come before end, got {self.start} and {self.end}.")
 
@@ -260,5 +267,6 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "num_reductions": _whole(1),
     "min_reduction": _number("in [0, 1)", lambda x: 0 <= x < 1, "a share of the states"),
     "calibration_batches": _whole(1),
+    "calibration_seconds": _number("from 0 up", lambda x: x >= 0, "seconds"),
     "rollback": _number("from 0 up", lambda x: x >= 0, "a change of the metric"),
 }

@@ -141,7 +141,6 @@ DATA = [
     Dataset.from_dict({"tokens": LISTS}),
     Dataset.from_dict({"input_ids": []}),
     Dataset.from_dict({"input_ids": LISTS, "attention_mask": [[5] * 12] * 2}),
-    Dataset.from_dict({"input_ids": LISTS}).to_iterable_dataset(),
     DatasetDict(train=Dataset.from_dict({"input_ids": LISTS})),
     pd.DataFrame({"tokens": LISTS}),
     pd.DataFrame({"input_ids": [0.5, 1.5]}),

@@ -1,6 +1,6 @@
 """The command line: one module for each command of hf-compressm."""
 
-from . import analyze, benchmark, compress, demo, export, show
+from . import analyze, benchmark, compress, demo, estimate, export, show
 from .app import app
 
-__all__ = ["analyze", "app", "benchmark", "compress", "demo", "export", "show"]
+__all__ = ["analyze", "app", "benchmark", "compress", "demo", "estimate", "export", "show"]

@@ -63,7 +63,7 @@ def analyze(
         with progress_bar() as progress:
             loaded, tokenizer = load(model, progress)
             batches = calibration_batches_of(loaded, tokenizer, calibration, progress)
-            with measuring(loaded, batches, progress, then="looking for the fewest states" if frontier else ""):
+            with measuring(progress):
                 if frontier:
                     measurement = measure(loaded, batches)
                     reports = [measurement.plan(CompreSSMConfig(max_divergence=b)).report for b in BUDGETS]

@@ -62,6 +62,7 @@ def compress(
         str,
         typer.Option(
             help="select: keep some of the states. project (Mamba-2 only): mix them into fewer, which loses less. "
+            "project_heads (Mamba-2 only): another mix, of another size, in each head, which loses least. "
             "auto: select for Mamba, project for Mamba-2."
         ),
     ] = "auto",
@@ -155,8 +156,7 @@ def compress(
                 evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
             ids = evaluation_ids(tokenizer) if evaluate else None
             before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
-            batches = None if heal else text
-            with measuring(slim, batches, progress, then="choosing the states to keep", heal=heal):
+            with measuring(progress):
                 report = compress_(slim, config, text, tokenizer=tokenizer)
             nothing_cut = report.states_after == report.states_before
             if ids is not None and not nothing_cut:

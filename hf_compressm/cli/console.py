@@ -15,7 +15,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Model = Annotated[
     str, typer.Argument(help="A name on the Hub, or a folder, in the layout of transformers or of state-spaces/*.")
@@ -144,7 +152,8 @@ def progress_bar() -> Iterator[Progress]:
     logging.disable_progress_bar()
     disable_progress_bars()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as progress:
         yield progress
 
 
@@ -186,9 +195,7 @@ def healing_text_of(tokenizer: Any, text: Path | None) -> Any:
     """All of a text in windows; None for what the package has."""
     from ..data.texts import every_window
 
-    if text is None:
-        return None
-    return every_window(_read(text, tokenizer), tokenizer)
+    return None if text is None else every_window(_read(text, tokenizer), tokenizer)
 
 
 def _read(text: Path, tokenizer: Any) -> str:
@@ -201,32 +208,16 @@ def _read(text: Path, tokenizer: Any) -> str:
 
 
 @contextmanager
-def measuring(
-    model: Any, batches: list[Any] | None, progress: Progress, then: str = "", heal: int = 0
-) -> Iterator[None]:
-    """A bar over the model's forward passes on the batches (None: who knows), a spinner for what follows, and a bar over the
-    tokens of healing."""
-    task = progress.add_task("measuring", total=None if batches is None else len(batches))
-    healing: list[Any] = []
+def measuring(progress: Progress) -> Iterator[None]:
+    """A bar over the batches that are measured, then over the layers that sizes are looked for in."""
+    from ..cutting.progress import listening
 
-    def advance(module: Any, args: Any, output: Any) -> None:
-        if heal and module.training:  # and the full model, which it learns from, is not
-            if not healing:
-                progress.update(task, visible=False)
-                healing.append(progress.add_task("healing, tokens", total=heal))
-            progress.advance(healing[0], output[0].shape[:2].numel())
-            return
-        progress.advance(task)
-        if progress.tasks[progress.task_ids.index(task)].finished and then:
-            progress.update(task, description=then)
-
-    handle = model.base_model.register_forward_hook(advance)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for one in (task, *healing):
-            progress.remove_task(one)
+    task = progress.add_task("measuring", total=None)
+    with listening(lambda text, done, total: progress.update(task, description=text, completed=done, total=total)):
+        try:
+            yield
+        finally:
+            progress.remove_task(task)
 
 
 def timed_evaluation(model: Any, ids: Any, progress: Progress, description: str) -> Any:

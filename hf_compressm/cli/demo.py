@@ -53,7 +53,7 @@ def demo(
             ids = evaluation_ids(tokenizer)
             before = timed_evaluation(model, ids, progress, f"{name}: perplexity before")
             batches = calibration_batches_of(model, tokenizer, None, progress)
-            with measuring(model, batches, progress, then="choosing the states to keep"):
+            with measuring(progress):
                 report = compress_(model, cut, batches)
             model.save_pretrained(folder / name)
             write_companions(model, folder / name, tokenizer)

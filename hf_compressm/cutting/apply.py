@@ -1,4 +1,4 @@
-"""Make a planned cut in the model, its config and the optimizer: all of it is computed before anything changes."""
+"""Make a planned cut in the model, its config and the optimizer: all of it is computed once before anything changes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backends import Backend
+from ..compat import follow_class_, keep_offloaded_, weights_at_hand
 from ..layers import Layer, Realization, new_data
 from ..modeling.state_sizes import set_state_sizes, text_configs
 from .optimizer import NewState, check_optimizers, cut_states, set_states_
@@ -29,32 +30,51 @@ def cut_(
     """
     if optimizers:
         check_optimizers(optimizers, model)
-    ready: list[tuple[Layer, Realization, dict[str, Tensor]]] = []
+    ready: list[tuple[Layer, Realization]] = []
     states: list[NewState] = []
     for layer in layers:
         if layer.index not in realizations:
             continue
-        parameters = dict(layer.mixer.named_parameters())
-        realization = realizations[layer.index].to(next(iter(parameters.values())).device)
-        cuts = realization.parameter_cuts(layer)
-        new = new_data(layer, cuts)
-        if not all(torch.isfinite(data).all() for data in new.values()):
-            raise ValueError(
-                f"The cut of layer {layer.index} to {realization.size} states is not finite: look at the model's weights "
-                "and the calibration data. Nothing was changed."
-            )
-        for name, cut in cuts.items():
-            parameter = parameters[name] if cut.index is not None else None
-            states += cut_states(optimizers, f"{layer.name}.{name}", parameter, cut)
-        ready.append((layer, realization, new))
-    for layer, realization, new in ready:
-        realization.apply_(layer, new, backend.resize_parameter_)
+        realization = realizations[layer.index].to(layer.device)
+        with weights_at_hand(layer.mixer):
+            parameters = dict(layer.mixer.named_parameters())
+            cuts = realization.parameter_cuts(layer)
+            # Looked at, and made once more in its turn: all layers' together would be most of a second model.
+            if not all(torch.isfinite(data).all() for data in new_data(layer, cuts).values()):
+                raise ValueError(
+                    f"The cut of layer {layer.index} to {realization.size} states is not finite: look at the model's "
+                    "weights and the calibration data. Nothing was changed."
+                )
+            for name, cut in cuts.items():
+                parameter = parameters[name] if cut.index is not None else None
+                states += cut_states(optimizers, f"{layer.name}.{name}", parameter, cut)
+        ready.append((layer, realization))
+    for layer, realization in ready:
+        with weights_at_hand(layer.mixer):
+            new = new_data(layer, realization.parameter_cuts(layer))
+            realization.apply_(layer, new, backend.resize_parameter_)
+            follow_class_(layer.mixer)
+            for name in new:
+                owner, _, own_name = name.rpartition(".")
+                keep_offloaded_(layer.mixer.get_submodule(owner), own_name)
     if ready:
         write_sizes_(model, layers)
         _keep_trained_weights(model)
     set_states_(states)
     if optimizers:  # of what a realization of one's own may have changed
         check_optimizers(optimizers, model)
+
+
+@torch.no_grad()
+def replaced_parameters(layers: Sequence[Layer], realizations: Mapping[int, Realization]) -> list[Tensor]:
+    """The parameters that a cut gives new data, other than offloaded ones."""
+    found = []
+    for layer in layers:
+        if layer.index in realizations and not any(p.is_meta for p in layer.mixer.parameters()):
+            parameters = dict(layer.mixer.named_parameters())
+            cuts = realizations[layer.index].to(layer.device).parameter_cuts(layer)
+            found += [parameters[name] for name in cuts if name in parameters]
+    return found
 
 
 def write_sizes_(model: PreTrainedModel, layers: Sequence[Layer]) -> None:
@@ -64,6 +84,7 @@ def write_sizes_(model: PreTrainedModel, layers: Sequence[Layer]) -> None:
         model,
         {layer.index: layer.state_size for layer in layers},
         {index: size for index, size in unprojected.items() if size is not None},
+        {layer.index: layer.head_state_sizes for layer in layers if layer.head_state_sizes is not None},
     )
 
 

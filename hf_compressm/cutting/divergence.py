@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..compat import device_of, weights_at_hand
 from ..data.evaluation import evaluating
-from ..interrupts import restoring
-from ..layers import Layer, Realization, new_data
+from ..hankel import budgets
+from ..layers import Layer, Realization, find_layers
 from .observing import hooks
+from .passes import in_passes
+from .progress import followed
+from .resuming import Outputs
+from .trials import cut_copy
+
+# Numbers in the predictions that are compared together.
+TOGETHER = 2**24
 
 
 class Divergence:
@@ -25,32 +32,56 @@ class Divergence:
     Args:
         model: as it is before any cut.
         batches: what to predict on, each with `input_ids` and `attention_mask`.
+        layer_by_layer: the layers will be cut one at a time: each pass begins where the model differs.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]], *, layer_by_layer: bool = False) -> None:
         self.model = model
-        self.batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
+        layers, device = find_layers(model), device_of(model)
+        self._outputs = Outputs(model, layers if layer_by_layer else [])
+        self.parts = [part for batch in batches for part in in_passes(batch, layers, device)]
         self.has_head = False
-        self.full = list(self._predictions())
+        self.full: list[Tensor] = []
+        for predictions in self._predictions(self._outputs.kept):
+            kept = torch.cat([some for _, some in self._split(predictions)])
+            held = sum(tensor.nbytes for tensor in self.full)
+            self.full.append(kept if held + kept.nbytes <= budgets.PREDICTIONS else kept.cpu())
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
 
     @torch.no_grad()
-    def _predictions(self) -> Iterator[Tensor]:
+    def _predictions(self, around: Callable[[int], AbstractContextManager[None]]) -> Iterator[Tensor]:
         with evaluating(self.model):
-            for batch in self.batches:
-                output = self.model(**batch, use_cache=False)
+            for number, part in enumerate(self.parts):
+                with around(number):
+                    output = self.model(**part, use_cache=False)
                 self.has_head = hasattr(output, "logits")
-                yield output.logits.float().log_softmax(-1) if self.has_head else output[0].float()
+                yield output.logits if self.has_head else output[0]
+
+    def _split(self, predictions: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of predictions [..., classes] after the other, as log-probabilities; hidden states as they are."""
+        rows = predictions.flatten(0, -2)
+        step = max(1, TOGETHER // rows.shape[1])
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step].float()
+            yield slice(start, start + step), some.log_softmax(-1) if self.has_head else some
 
     @torch.no_grad()
-    def __call__(self) -> float:
-        """Of the model as it is now."""
+    def __call__(self, first: Layer | None = None) -> float:
+        """Of the model as it is now; with `first`, the first layer that is not as it was, it is run from there on."""
         moved = of = 0.0
-        for batch, full, now in zip(self.batches, self.full, self._predictions(), strict=True):
-            mask = batch["attention_mask"] if full.dim() == 3 else full.new_ones(len(full))
-            each = (full.exp() * (full - now)).sum(-1) if self.has_head else (full - now).square().sum(-1)
-            moved += float((each * mask).sum())
-            of += float(mask.sum() if self.has_head else (full.square().sum(-1) * mask).sum())
+
+        def around(number: int) -> AbstractContextManager[None]:
+            return nullcontext() if first is None else self._outputs.resumed(number, first)
+
+        for part, full, predictions in zip(self.parts, self.full, self._predictions(around), strict=True):
+            mask = part["attention_mask"].flatten().to(predictions.device).double()
+            if len(mask) != len(full):  # such as the last hidden states of a model that pools
+                mask = mask.new_ones(len(full))
+            for rows, now in self._split(predictions):
+                then = full[rows].to(now.device)
+                each = (then.exp() * (then - now)).sum(-1) if self.has_head else (then - now).square().sum(-1)
+                moved += float((each * mask[rows]).sum())
+                of += float(mask[rows].sum() if self.has_head else (then.square().sum(-1) * mask[rows]).sum())
         return max(0.0, moved / of) if of else 0.0
 
 
@@ -66,61 +97,25 @@ def output_errors(
         batches: what to look at; for an honest answer, nothing was fitted to it.
     """
     lost, whole = dict.fromkeys(cuts, 0.0), dict.fromkeys(cuts, 0.0)
-    seen: dict[int, tuple[Any, Any, Tensor]] = {}
+    mask: list[Tensor] = []
 
-    def hook_of(index: int) -> Any:
+    def hook_of(layer: Layer) -> Any:
         def hook(mixer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            seen[index] = args, kwargs, output[0] if isinstance(output, tuple) else output
+            full = output[0] if isinstance(output, tuple) else output
+            with weights_at_hand(mixer):
+                slim = cut_copy(layer, cuts[layer.index]).mixer.forward(*args, **kwargs)  # without the hooks
+            slim = slim[0] if isinstance(slim, tuple) else slim
+            counts = mask[-1].to(full.device)[..., None]
+            lost[layer.index] += float(((slim - full) * counts).double().square().sum())
+            whole[layer.index] += float((full * counts).double().square().sum())
 
         return hook
 
     chosen = [layer for layer in layers if layer.index in cuts]
-    registered = (layer.mixer.register_forward_hook(hook_of(layer.index), with_kwargs=True) for layer in chosen)
-    with evaluating(model):
-        copies = {layer.index: _cut_copy(layer, cuts[layer.index]).mixer for layer in chosen}  # without the hooks
+    registered = (layer.mixer.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in chosen)
     with hooks(registered), evaluating(model):
-        for batch in batches:
-            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            model.base_model(**on_device, use_cache=False)
-            mask = on_device["attention_mask"][..., None]
-            for layer in chosen:
-                args, kwargs, full = seen.pop(layer.index)
-                slim = copies[layer.index](*args, **kwargs)
-                slim = slim[0] if isinstance(slim, tuple) else slim
-                lost[layer.index] += float(((slim - full) * mask).double().square().sum())
-                whole[layer.index] += float((full * mask).double().square().sum())
+        for batch in followed("judging the cut on held-out text", batches):
+            for part in in_passes(batch, layers, device_of(model)):
+                mask.append(part["attention_mask"])
+                model.base_model(**part, use_cache=False)
     return {index: lost[index] / whole[index] if whole[index] else 0.0 for index in cuts}
-
-
-def _cut_copy(layer: Layer, cut: Realization) -> Layer:
-    other = copy.copy(layer)
-    other.mixer = copy.deepcopy(layer.mixer)
-    cut.apply_(other, new_data(other, cut.parameter_cuts(other)))
-    return other
-
-
-@contextmanager
-def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int, Realization]) -> Iterator[None]:
-    """The model with cut copies of mixers in the places of those mixers, by layer index; afterwards it is as it was."""
-    chosen = (layer for layer in layers if layer.index in cuts)
-    copies = {layer.name: _cut_copy(layer, cuts[layer.index]).mixer for layer in chosen}
-    with mixers_for_a_while(model, copies):
-        yield
-
-
-@contextmanager
-def mixers_for_a_while(model: nn.Module, mixers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with other mixers, by their names; afterwards it is as it was."""
-    taken: list[tuple[nn.Module, str, nn.Module]] = []
-
-    def restore() -> None:
-        for owner, name, mixer in taken:
-            setattr(owner, name, mixer)
-
-    with restoring(restore):
-        for path, mixer in mixers.items():
-            parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            taken.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, mixer)
-        yield

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from ..config import CompreSSMConfig, ConfigLike
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs
+from ..layers import Layer, MixerInputs, realization_of
 from ..reporting.report import CompressionReport
 from .plan import Plan, make_plan, make_report
+from .scans import quick_scans
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,27 @@ class Measurement:
             layer.state_size != entry.groups[0].size for layer, entry in zip(self.layers, self.statistics, strict=True)
         ):
             raise ValueError("The model was cut since it was measured: measure it again.")
-        if config.refits and self.inputs is None:
+        name = realization_of(config, self.layers)
+        fits = config.refits and any(layer.realizations[name].has_fit for layer in self.layers)
+        if fits and self.inputs is None:
             raise ValueError(
-                "The measurement kept no inputs to refit the layers on: measure with refit > 0, or plan with refit=0."
+                "The measurement kept no inputs to refit the layers on: measure with this config, or plan with refit=0."
             )
         if config.max_divergence is not None and not self.held_out:
             raise ValueError(
                 "The measurement held no data back, which a max_divergence is measured on: measure with this config."
             )
-        return make_plan(
-            self.model,
-            self.layers,
-            self.statistics,
-            config,
-            weights=self.weights,
-            inputs=self.inputs if config.refits else None,
-            sample=self.sample,
-            held_out=self.held_out,
-        )
+        with quick_scans(self.layers):
+            return make_plan(
+                self.model,
+                self.layers,
+                self.statistics,
+                config,
+                weights=self.weights,
+                inputs=self.inputs if fits else None,
+                sample=self.sample,
+                held_out=self.held_out,
+            )
 
     def report(self) -> CompressionReport:
         """The Hankel singular values of every layer, in a report in which every layer keeps its size."""

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ..compat import device_of
 from ..config import CompreSSMConfig, ConfigLike
 from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
+from ..hankel import budgets
 from ..hankel.statistics import Statistics
-from ..layers import Layer, MixerInputs, find_layers, plain_model
+from ..layers import Layer, find_layers, plain_model, realization_of
+from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
+from .passes import in_passes
+from .progress import followed
+from .scans import quick_scans
 
-# What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens.
+logger = logging.get_logger(__name__)
+
+# What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens. At most so
+# many sequences, and as many as make so many tokens.
 SENSITIVITY_SEQUENCES = 4
+SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
+# What measuring on the package's own text or on samples may take, if the config names no time.
+SECONDS = {"cpu": 60.0, "cuda": 10.0}
 # Of so many sequences, one is held out to see what a cut loses; a max_divergence, which decides by them, takes more.
 HELD_OUT_FROM = 8
 
@@ -33,9 +48,9 @@ def measure(
         model: with Mamba or Mamba-2 layers, on any device.
         data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the package
             ships, if there is a tokenizer, else samples of the model itself.
-        config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept; for
-            a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for any other cut an eighth, if
-            there are eight sequences.
+        config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
+            realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
+            any other cut an eighth, if there are eight sequences.
         tokenizer: for texts.
 
     Raises:
@@ -50,26 +65,58 @@ def measure(
         batches, held_out = hold_out(batches, model)
     elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
         batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)
-    statistics = empty_statistics(layers, config)
-    inputs: dict[int, MixerInputs] | None = {} if config.refits else None
+    statistics = empty_statistics(layers, config, budgets.STATISTICS)
+    name = realization_of(config, layers)
+    fits = config.refits and any(layer.realizations[name].has_fit for layer in layers)
+    inputs = Inputs() if fits else None
     by_loss = can_weigh_by_loss(model, layers, config)
-    with evaluating(model):
-        for number, batch in enumerate(batches):
-            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    device = device_of(model)
+    begin, seconds = time.monotonic(), config.calibration_seconds
+    if seconds is None:
+        seconds = SECONDS.get(device.type, SECONDS["cuda"]) if data is None else math.inf
+    with evaluating(model), quick_scans(layers):
+        for number, batch in enumerate(followed("measuring", batches)):
+            if number and time.monotonic() - begin > seconds:
+                _note_tokens(statistics, batches, seconds)
+                break
             if by_loss:
+                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 observe_by_loss(model, layers, statistics, on_device, inputs, seed=config.seed + number)
-            else:
+                continue
+            for part in in_passes(batch, layers, device):
                 with observing(layers, statistics, inputs):
-                    model.base_model(**on_device, use_cache=False)
+                    model.base_model(**part, use_cache=False)
     check_measured(layers, statistics)
-    sample = {name: tensor[:SENSITIVITY_SEQUENCES].to(model.device) for name, tensor in batches[0].items()}
+    tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
+    few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
+    sample = {name: tensor[:few] for name, tensor in batches[0].items()}
     weights = "fisher" if by_loss else "gate"
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
 
 
-def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig) -> list[Statistics]:
-    """For each layer an accumulator that has seen nothing."""
-    return [layer.statistics(mean_lti=config.estimator == "mean_lti") for layer in layers]
+def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:
+    """For each layer an accumulator that has seen nothing.
+
+    Args:
+        layers, config: what is measured, and how.
+        budget: bytes of them that may be on a device; further Gramians are added up on the CPU.
+    """
+    statistics, held = [], dict.fromkeys([layer.device for layer in layers], 0)
+    for layer in layers:
+        entry = layer.statistics(mean_lti=config.estimator == "mean_lti")
+        held[layer.device] += sum(total.numel() * total.element_size() for total in entry.sums())
+        if budget is not None and held[layer.device] > budget:
+            entry.offload_()
+        statistics.append(entry)
+    return statistics
+
+
+def _note_tokens(statistics: Sequence[Statistics], batches: Sequence[Mapping[str, Tensor]], seconds: float) -> None:
+    of = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    logger.warning(
+        f"hf_compressm: measured on {int(statistics[0].tokens)} of {of} tokens, which took the {seconds:g} s that there are for "
+        "it: more time (calibration_seconds) makes a better cut."
+    )
 
 
 def check_measured(layers: Sequence[Layer], statistics: Sequence[Statistics]) -> None:

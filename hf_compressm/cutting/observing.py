@@ -8,23 +8,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..compat import weights_at_hand
 from ..config import CompreSSMConfig
 from ..data.packing import unpacked
 from ..hankel.statistics import Statistics
 from ..interrupts import restoring, uninterrupted
-from ..layers import Layer, MixerInputs
+from ..layers import Layer
+from .inputs import Inputs
+from .passes import blocks_of, checkpointed, kept_on_cpu, sequences_back
 
-# Sequences of a forward and backward pass, whose activations are kept for all layers.
+# Sequences of a forward and backward pass, at most.
 SEQUENCES = 4
+# Numbers in the predicted probabilities that are looked at together.
+CLASSES = 2**24
 
 
 @contextmanager
 def observing(
     layers: Sequence[Layer],
     statistics: Sequence[Statistics],
-    inputs: dict[int, MixerInputs] | None = None,
+    inputs: Inputs | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[None]:
     """Add what the mixers read in the forward passes in here to their statistics, and to `inputs` if given.
@@ -65,7 +69,7 @@ def observe_by_loss(
     layers: Sequence[Layer],
     statistics: Sequence[Statistics],
     batch: Mapping[str, Any],
-    inputs: dict[int, MixerInputs] | None = None,
+    inputs: Inputs | None = None,
     *,
     args: Sequence[Any] = (),
     seed: int = 0,
@@ -84,26 +88,46 @@ def observe_by_loss(
         seed: of the labels.
     """
     by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True)}
-    sequences = len(batch["input_ids"])
+    sequences, length = batch["input_ids"].shape
     if max_tokens is not None:
-        sequences = min(sequences, max(1, max_tokens // batch["input_ids"].shape[1]))
-    for start in range(0, sequences, SEQUENCES):
-        rows = slice(start, min(start + SEQUENCES, sequences))
-        part = {name: value[rows] if _is_by_row(value, batch["input_ids"]) else value for name, value in batch.items()}
-        reads: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
-        outputs: dict[int, Tensor] = {}
+        sequences = min(sequences, max(1, max_tokens // length))
+    step = sequences_back(model, layers, length, SEQUENCES)
 
-        def take(
-            layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None, reads: dict = reads
-        ) -> None:
+    def add(layer: Layer, read: tuple[Tensor, Tensor | None, Tensor | None], seq_idx: Tensor | None) -> None:
+        _add(layer, by_index[layer.index], read, seq_idx, inputs)
+
+    for start in range(0, sequences, step):
+        rows = slice(start, min(start + step, sequences))
+        part = {name: value[rows] if _is_by_row(value, batch["input_ids"]) else value for name, value in batch.items()}
+        _read_with_gradients(model, layers, part, args, seed + start, add)
+
+
+def _read_with_gradients(
+    model: Any, layers: Sequence[Layer], batch: Mapping[str, Any], args: Sequence[Any], seed: int, add: Any
+) -> None:
+    """Call `add` with each layer, what its mixer reads, with the gradient, and the samples' numbers: from the last layer on."""
+    blocks, run_again = blocks_of(model, layers)
+    reads: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+    backward = False
+
+    def take(layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
+        if backward or layer.index not in run_again:
             reads[layer.index] = (hidden_states.detach(), mask, seq_idx)
 
-        with _reading(layers, take), _keeping_outputs(layers, outputs), _grad_from_embeddings(model):
-            loss = _loss(model(*args, **part | {"use_cache": False}), part, seed + start)
-            gradients = torch.autograd.grad(loss, list(outputs.values()))
-        for layer, gradient in zip(layers, gradients, strict=True):
-            hidden_states, mask, seq_idx = reads[layer.index]
-            _add(layer, by_index[layer.index], (hidden_states, mask, gradient.detach()), seq_idx, inputs)
+    def receive(layer: Layer, gradient: Tensor) -> None:
+        hidden_states, mask, seq_idx = reads.pop(layer.index)
+        add(layer, (hidden_states, mask, gradient.detach()), seq_idx)
+
+    with (
+        _reading(layers, take),
+        _receiving_gradients(layers, receive),
+        _grad_from_embeddings(model) as embedded,
+        checkpointed(blocks),
+        kept_on_cpu(model, len(blocks), batch["input_ids"].numel()),
+    ):
+        end, by_end = _loss(model(*args, **dict(batch) | {"use_cache": False}), batch, seed)
+        backward = True
+        torch.autograd.grad(end, embedded, by_end)
 
 
 @torch.no_grad()
@@ -112,15 +136,16 @@ def _add(
     entry: Statistics,
     read: tuple[Tensor, Tensor | None, Tensor | None],
     seq_idx: Tensor | None,
-    inputs: dict[int, MixerInputs] | None,
+    inputs: Inputs | None,
 ) -> None:
     if seq_idx is not None and layer.keeps_samples_apart:
         read = unpacked(*read, seq_idx)
-    system = layer.read(*read)
+    with weights_at_hand(layer.mixer):
+        system = layer.read(*read)
     with torch.autocast(read[0].device.type, enabled=False):
         entry.update(system)
     if inputs is not None:
-        inputs.setdefault(layer.index, []).append(read)
+        inputs.keep(layer.index, read)
 
 
 @contextmanager
@@ -139,12 +164,13 @@ def _reading(layers: Sequence[Layer], take: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _keeping_outputs(layers: Sequence[Layer], outputs: dict[int, Tensor]) -> Iterator[None]:
-    """Keep what comes out of the scans, where the layers want the gradient."""
+def _receiving_gradients(layers: Sequence[Layer], add: Any) -> Iterator[None]:
+    """Call `add` with each layer and the gradient by what comes out of its scan, as soon as the backward pass has it."""
 
     def hook_of(layer: Layer) -> Any:
         def hook(module: Any, args: tuple) -> None:
-            outputs[layer.index] = args[0]
+            if args[0].requires_grad:
+                args[0].register_hook(lambda gradient: add(layer, gradient))
 
         return hook
 
@@ -154,15 +180,17 @@ def _keeping_outputs(layers: Sequence[Layer], outputs: dict[int, Tensor]) -> Ite
 
 
 @contextmanager
-def _grad_from_embeddings(model: Any) -> Iterator[None]:
-    """Let autograd follow the activations, also where no parameter wants a gradient."""
+def _grad_from_embeddings(model: Any) -> Iterator[list[Tensor]]:
+    """Let autograd follow the activations, also where no parameter wants a gradient; gives what it begins with."""
+    embedded: list[Tensor] = []
 
     def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
-        return output if output.requires_grad else output.detach().requires_grad_()
+        embedded.append(output if output.requires_grad else output.detach().requires_grad_())
+        return embedded[-1]
 
     embeddings = model.get_input_embeddings()
     with hooks(one.register_forward_hook(hook) for one in [embeddings]):
-        yield
+        yield embedded
 
 
 @contextmanager
@@ -179,16 +207,29 @@ def hooks(registered: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def _loss(output: Any, batch: Mapping[str, Any], seed: int) -> Tensor:
+@torch.no_grad()
+def _loss(output: Any, batch: Mapping[str, Any], seed: int) -> tuple[Tensor, Tensor | None]:
+    """The model's loss; or its predictions, and the loss's gradient by them with labels drawn from them.
+
+    With the sum of cross entropies as the loss, that gradient is the predicted probabilities, less 1 at the label.
+    """
     if batch.get("labels") is not None:
-        return output.loss
-    logits = output.logits.float().flatten(0, -2)
+        return output.loss, None
+    logits = output.logits
+    gradient, mask = torch.empty_like(logits), batch.get("attention_mask")
     generator = torch.Generator(logits.device).manual_seed(seed)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.numel() == len(labels):
-        labels = labels.masked_fill(mask.flatten() == 0, -100)
-    return F.cross_entropy(logits, labels, reduction="sum")
+    rows = max(1, CLASSES // logits.shape[-1])
+    for row, result in zip(logits.flatten(0, -2).split(rows), gradient.flatten(0, -2).split(rows), strict=True):
+        p = row.float().softmax(-1)
+        below = p.cumsum(
+            1
+        )  # where a uniform number falls among them tells the label; multinomial takes ten times as long
+        drawn = torch.rand(len(p), 1, generator=generator, device=p.device) * below[:, -1:]
+        labels = torch.searchsorted(below, drawn, right=True).clamp_(max=p.shape[1] - 1)
+        result.copy_(p.scatter_add_(1, labels, -torch.ones_like(drawn)))
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        gradient *= mask.to(gradient)[..., None]
+    return logits, gradient
 
 
 def _is_by_row(value: Any, ids: Tensor) -> bool:

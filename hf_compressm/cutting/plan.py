@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
+from ..compat import weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
@@ -19,14 +20,16 @@ from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, 
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
-from .apply import cut_
+from .apply import cut_, replaced_parameters
 from .budget import Ladder, keep_budget
-from .divergence import Divergence, cut_for_a_while, output_errors
+from .divergence import Divergence, output_errors
 from .nothing_to_cut import why_nothing
 from .optimizer import as_list
+from .progress import followed
 from .sensitivity import cost_curves, errors
 from .sizes import check_targets, choose_sizes, sizes_to_choose_from
 from .snapshot import undone_on_error
+from .trials import cut_for_a_while
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +97,8 @@ class Plan:
                 "again."
             )
         earlier = history_of(model)
-        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_):
+        replaced = replaced_parameters(layers, self.realizations)
+        with uninterrupted(), undone_on_error(model, layers, optimizers, backend.resize_parameter_, replaced):
             cut_(model, layers, self.realizations, optimizers, backend)
             record_cut_(model, self.report, self.config, earlier)
         logger.info(f"hf_compressm: cut {len(self.realizations)} of {len(layers)} SSM layers.")
@@ -136,16 +140,15 @@ def make_plan(
     fitted: dict[tuple[int, int], Realization] = {}
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
-        made = {}
-        for layer, path, size in zip(layers, paths, sizes, strict=True):
-            if size < layer.state_size:
-                key = layer.index, size
-                if key not in fitted:
-                    fitted[key] = path[size]
-                    if inputs is not None:
-                        fitted[key] = path[size].refit(layer, inputs[layer.index], config.refit)
-                made[layer.index] = fitted[key]
-        return made
+        cut = [row for row in zip(layers, paths, sizes, strict=True) if row[2] < row[0].state_size]
+        new = [row for row in cut if (row[0].index, row[2]) not in fitted]
+        for layer, path, size in new if inputs is None else followed("refitting layers", new):
+            made = path[size]
+            if inputs is not None:
+                with weights_at_hand(layer.mixer):
+                    made = made.refit(layer, inputs[layer.index], config.refit)
+            fitted[layer.index, size] = made
+        return {layer.index: fitted[layer.index, size] for layer, _, size in cut}
 
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
 
@@ -153,7 +156,7 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample]))
+        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample], layer_by_layer=True))
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:
@@ -203,6 +206,7 @@ def make_report(
                 output_error=0.0 if realization is None else realization.error,
                 channels=layer.channels,
                 realization="" if realization is None else realization.kind or realization.name,
+                head_sizes=None if realization is None else realization.head_sizes,
             )
         )
     added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..hankel.statistics import Statistics
 from ..layers import Layer, Realization
-from .divergence import Divergence, cut_for_a_while
+from .divergence import Divergence
+from .progress import followed
+from .trials import cut_for_a_while
 
 # Shares of the states at which the factor is measured, a forward pass for each in each layer. On well-trained models two
 # points find better sizes than one, and four hardly better ones than two.
@@ -70,13 +72,14 @@ def cost_curves(
         divergence: of the model from what it is now.
     """
     curves = []
-    for layer, path, sizes, curve in zip(layers, paths, choices, lost, strict=True):
+    rows = list(zip(layers, paths, choices, lost, strict=True))
+    for layer, path, sizes, curve in followed("trying sizes, layer by layer", rows):
         at, factors = [], []
         for size in sorted({nearest(sizes, share) for share in POINTS}):
             if curve[size - 1] > 0:
                 with cut_for_a_while(model, [layer], {layer.index: path[size]}):
                     at.append(size)
-                    factors.append(divergence() / float(curve[size - 1]))
+                    factors.append(divergence(layer) / float(curve[size - 1]))
         scale = np.interp(np.arange(1, len(curve) + 1), at, factors) if at else np.ones(len(curve))
         curves.append(curve * torch.from_numpy(scale))
     return curves

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..compat import weights_map
+from ..hankel import budgets
 from ..interrupts import uninterrupted
 from ..layers import Layer, set_data_
 from ..modeling.state_sizes import text_configs
@@ -19,8 +21,11 @@ from ..reporting.record import Recorded
 class Snapshot:
     """What a cut replaces: it makes new tensors, so that references to the old ones are enough.
 
+    On a GPU these would be most of a second model, so there the old weights wait on the CPU if they are many.
+
     Args:
         model, layers, optimizers: before the cut. No training step may come between it and `restore_`.
+        replaced: parameters that the cut gives new data, as far as that is known.
         resize_: as the cut gives parameters new data.
     """
 
@@ -30,6 +35,7 @@ class Snapshot:
         layers: Sequence[Layer],
         optimizers: Sequence[torch.optim.Optimizer],
         resize_: Callable[[Tensor, Tensor], None] = set_data_,
+        replaced: Sequence[Tensor] = (),
     ) -> None:
         self.resize_ = resize_
         modules = [module for layer in layers for module in layer.mixer.modules()]
@@ -40,7 +46,12 @@ class Snapshot:
         self.collections = [
             Contents(value) for module in modules for value in vars(module).values() if isinstance(value, dict | set)
         ]
-        self.parameters = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+        elsewhere = {id(p) for p in replaced if p.device.type != "cpu"}
+        if sum(p.nbytes for p in replaced) <= budgets.REPLACED:
+            elsewhere.clear()
+        self.parameters = [(p, p.data.cpu() if id(p) in elsewhere else p.data, p.grad) for p in parameters]
+        offloaded = [found[0] for module in modules if (found := weights_map(module)) is not None]
+        self.collections += [Contents(weights) for weights in {id(weights): weights for weights in offloaded}.values()]
         self.states = [
             (optimizer, parameter, Contents(optimizer.state[parameter]) if parameter in optimizer.state else None)
             for optimizer in optimizers
@@ -58,7 +69,7 @@ class Snapshot:
             for parameter, data, gradient in self.parameters:
                 if not _is_same(parameter.data, data):
                     parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
-                    self.resize_(parameter, data)
+                    self.resize_(parameter, data.to(parameter.device))
                 parameter.grad = gradient
             for optimizer, parameter, state in self.states:
                 if state is not None:
@@ -87,13 +98,14 @@ def undone_on_error(
     layers: Sequence[Layer],
     optimizers: Sequence[torch.optim.Optimizer],
     resize_: Callable[[Tensor, Tensor], None] = set_data_,
+    replaced: Sequence[Tensor] = (),
 ) -> Iterator[Snapshot]:
     """Undo the cut that is made in here if it, or what comes after it in here, ends in an error or interrupt.
 
     Args:
-        model, layers, optimizers, resize_: as for `Snapshot`, which this gives.
+        model, layers, optimizers, resize_, replaced: as for `Snapshot`, which this gives.
     """
-    snapshot = Snapshot(model, layers, optimizers, resize_)
+    snapshot = Snapshot(model, layers, optimizers, resize_, replaced)
     try:
         yield snapshot
     except BaseException:

@@ -7,6 +7,9 @@
 | list of texts | what the tokenizer makes of them |
 | dictionary, `datasets.Dataset` or DataFrame | its `input_ids`, with its `attention_mask` if it has one, or its `text` |
 | DataLoader, or list of tensors [n, L] or dictionaries | batches of its own |
+| streamed `datasets.IterableDataset`, or any iterable of rows | its rows, 8 at a time |
+
+Of what has no end in sight (all but tables and lists) only the first 2^18 tokens are read.
 """
 
 from __future__ import annotations
@@ -19,12 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .texts import LENGTH
+
+logger = logging.get_logger(__name__)
 
 Batch = dict[str, Tensor]
 
 BATCH = 8
+STREAM_TOKENS = 2**18
 # The first tokens see an empty state; much shorter sequences would measure little else.
 MIN_LENGTH = 8
 
@@ -40,26 +47,32 @@ def batches_of(data: Any, tokenizer: Any = None) -> list[Batch]:
         ValueError: if there are no sequences, or a mask does not fit its ids or holds other numbers than 0 and 1.
         TypeError: if the data is of another kind, or texts come without a tokenizer.
     """
-    batches = list(read_batches(data, tokenizer))
+    batches: list[Batch] = []
+    tokens, stream = 0, is_stream(data)
+    for batch in read_batches(data, tokenizer):
+        if stream and tokens >= STREAM_TOKENS:
+            logger.info(f"hf_compressm: read the first {tokens} tokens of the calibration data, which go on.")
+            break
+        batches.append(batch)
+        tokens += batch["input_ids"].numel()
     if not batches:
         raise _empty()
     return batches
 
 
 def read_batches(data: Any, tokenizer: Any = None) -> Iterator[Batch]:
-    """The same, one after another, so that a stream is not held as a whole."""
+    """The same one after another, as they are asked for, to the end of the data."""
     if hasattr(data, "tolist") and not isinstance(data, Tensor | np.ndarray):  # a column of a DataFrame
         data = data.tolist()
     if _holds_rows(data):
         yield from _rows(data, tokenizer, BATCH)
         return
-    if isinstance(data, str | bytes) or not isinstance(data, Iterable) or hasattr(data, "column_names"):
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise TypeError(
             f"Calibration data of type {type(data).__name__} is not known: give a LongTensor or integer array [n, L], a "
-            "list of texts, a datasets.Dataset (not streamed), DataFrame or dictionary with `input_ids` or `text`, or a "
-            "DataLoader."
+            "list of texts, a datasets.Dataset, DataFrame or dictionary with `input_ids` or `text`, or a DataLoader."
         )
-    for batch in data:
+    for batch in data if isinstance(data, Sequence) else _in_batches(data):
         if not _holds_rows(batch):
             raise TypeError(
                 f"The batches of calibration data hold token ids [n, L], got {type(batch).__name__}: let the DataLoader "
@@ -69,8 +82,42 @@ def read_batches(data: Any, tokenizer: Any = None) -> Iterator[Batch]:
 
 
 def is_stream(data: Any) -> bool:
-    """Whether it gives batches one after another, and need not be held as a whole."""
-    return isinstance(data, Iterable) and not isinstance(data, Sequence) and not _holds_rows(data)
+    """Whether it gives its batches or rows one after another, with no end in sight: all but tables and lists."""
+    listed = hasattr(data, "tolist") or isinstance(data, Sequence) or _holds_rows(data)
+    return isinstance(data, Iterable) and not listed
+
+
+def _in_batches(data: Iterable[Any]) -> Iterator[Any]:
+    """Batches as they come; of single rows, as streamed datasets give them, tables of 8."""
+    rows: list[Any] = []
+    for item in data:
+        row = _row(item)
+        if row is None:
+            yield item
+            continue
+        rows.append(row)
+        if len(rows) == BATCH:
+            yield _table(rows)
+            rows = []
+    if rows:
+        yield _table(rows)
+
+
+def _row(item: Any) -> dict[str, Any] | None:
+    """A row of a table, by its columns; None for a batch."""
+    if isinstance(item, str):
+        return {"text": item}
+    if not isinstance(item, Mapping):
+        return None
+    if "input_ids" in item:
+        ids = item["input_ids"]
+        one = ids.ndim == 1 if isinstance(ids, Tensor | np.ndarray) else bool(ids) and isinstance(ids[0], int)
+        return {name: item[name] for name in ("input_ids", "attention_mask") if name in item} if one else None
+    return {"text": item["text"]} if isinstance(item.get("text"), str) else None
+
+
+def _table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
 
 
 def _holds_rows(data: Any) -> bool:

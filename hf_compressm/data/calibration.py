@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..compat import device_of
 from .batches import BATCH, MIN_LENGTH, Batch, batches_of, check_batches
 from .texts import CALIBRATION, LENGTH, windows
 
@@ -50,7 +51,7 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
 
 def sequences_for(model: PreTrainedModel) -> int:
     """How many sequences of a text to measure a model on, by where it is."""
-    return CPU_SEQUENCES if model.device.type == "cpu" else GPU_SEQUENCES
+    return CPU_SEQUENCES if device_of(model).type == "cpu" else GPU_SEQUENCES
 
 
 def hold_out(batches: list[Batch], model: PreTrainedModel, every: int = 4) -> tuple[list[Batch], list[Batch]]:
@@ -104,9 +105,9 @@ def sample(model: PreTrainedModel, sequences: int = CPU_SEQUENCES, length: int =
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} can't generate its own calibration data: give calibration_data.")
     start = model.config.bos_token_id or 0
-    ids = torch.full((sequences, 1), start, device=model.device)
+    ids = torch.full((sequences, 1), start, device=device_of(model))
     settings = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
-    with _seeded(model.device):
+    with _seeded(device_of(model)):
         return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
 
 

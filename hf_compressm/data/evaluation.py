@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..compat import device_of
 from ..interrupts import restoring
 from .batches import check_batches
 from .texts import EVALUATION, LENGTH, windows
@@ -66,7 +67,7 @@ def evaluate(model: PreTrainedModel, ids: Tensor, advance: Callable[[int], Any] 
     check_batches([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], model)
     lost, recalled = [], []
     with evaluating(model):
-        for batch in ids.to(model.device).split(BATCH if model.device.type == "cpu" else 8 * BATCH):
+        for batch in ids.to(device_of(model)).split(BATCH if device_of(model).type == "cpu" else 8 * BATCH):
             logits = model(batch, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.mT, batch[:, 1:], reduction="none")
             lost.append(loss.double().sum())

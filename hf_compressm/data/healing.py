@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..compat import device_of
 from .batches import BATCH, Batch, batches_of, check_batches, is_stream, read_batches
 from .calibration import sample, sequences_for
 from .texts import CALIBRATION, LENGTH, every_window
@@ -50,7 +51,7 @@ class HealingText:
             )
         elif data is None:
             logger.info("hf_compressm: no text and no tokenizer, healing on samples of the model itself.")
-            data = sample(model, SAMPLES if model.device.type == "cuda" else most, LENGTH)
+            data = sample(model, SAMPLES if device_of(model).type == "cuda" else most, LENGTH)
         if is_stream(data):
             rows = _rows(read_batches(data, tokenizer))
             if iter(data) is data:  # it can't be read again

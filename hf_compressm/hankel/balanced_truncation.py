@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .singular_values import cross_factor, gramian_factor, in_parts
+from .factorisations import in_parts
+from .singular_values import cross_factor, gramian_factor
 from .systems import DiagonalSystem, StateSpace
 
 RANK_TOLERANCE = 1e-10

@@ -57,6 +57,11 @@ class HeadwiseStatistics(Statistics):
         """The diagonal of P, summed over the channels with their output weights, [heads, N]."""
         return torch.cat([head.state_power() for head in self.heads])
 
+    def offload_(self) -> None:
+        """Add up the heads' Gramians and normal matrices on the CPU."""
+        for head in self.heads:
+            head.offload_()
+
     def sums(self) -> Iterator[Tensor]:
         """The tensors that are sums over tokens."""
         for head in self.heads:

@@ -25,7 +25,7 @@ FIRST_TOKENS = 16
 # States whose K_t are computed at once by the kernel, which holds a token's in registers.
 TOGETHER = 64
 # Numbers in the largest temporary tensor of a fused update.
-WORKING_SET = 2**26
+WORKING_SET = 2**24
 
 
 class MambaStatistics(Statistics):
@@ -53,8 +53,8 @@ class MambaStatistics(Statistics):
         self.rates += (system.delta * system.valid[..., None]).sum((0, 1))[:, None] * system.A
         if self.mean_lti:
             drive = (system.delta * system.u).square() * system.valid[..., None]
-            self.P += torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
-            self.Q += torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C)
+            P = torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
+            self._add(P, torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C))
         if kernels.fused(system.u):
             self._update_fused(system)
         else:
@@ -67,9 +67,7 @@ class MambaStatistics(Statistics):
 
         u, delta, A, B, C, gate = system.u, system.delta, system.A, system.B, system.C, system.gate
         if not self.mean_lti:
-            P, Q = gramians(u, delta, A, B, C, system.valid)
-            self.P += P
-            self.Q += Q
+            self._add(*gramians(u, delta, A, B, C, system.valid))
         (moments,) = self.groups
         size = moments.size
         if not len(moments.candidates):
@@ -111,9 +109,19 @@ class MambaStatistics(Statistics):
         if not self.mean_lti:
             self.Q += observability_gramian(system.delta, system.A, system.C, system.valid)
 
+    def _add(self, P: Tensor, Q: Tensor) -> None:
+        self.P += P.to(self.P.device)
+        self.Q += Q.to(self.Q.device)
+
+    def offload_(self) -> None:
+        """Add up Gramians and normal matrices on the CPU."""
+        self.P, self.Q = self.P.cpu(), self.Q.cpu()
+        for moments in self.groups:
+            moments.offload_()
+
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [channels, N, N]."""
-        P, Q = self.P.double() / self.tokens, self.Q.double() / self.tokens
+        P, Q = (X.to(self.weight.device).double() / self.tokens for X in (self.P, self.Q))
         if not self.mean_lti:
             return P, Q
         return lti_gramian(self.decay, P), lti_gramian(self.decay, Q)
@@ -130,10 +138,10 @@ class MambaStatistics(Statistics):
 
     def modal_gain(self) -> Tensor:
         """AIRE-style score of each state, [1, N]: the modes' gains c^2 p / (1 - |abar|^2), averaged over channels."""
-        energy = self.P.diagonal(dim1=1, dim2=2).double()
+        energy = self.P.diagonal(dim1=1, dim2=2).to(self.weight.device).double()
         output = self.groups[0].output.diagonal()
         return (self.weight @ (energy * output / (1 - self.decay.square())))[None]
 
     def state_power(self) -> Tensor:
         """The diagonal of P, summed over the channels with their output weights, [1, N]."""
-        return (self.weight @ self.P.diagonal(dim1=-2, dim2=-1).double())[None]
+        return (self.weight @ self.P.diagonal(dim1=-2, dim2=-1).to(self.weight.device).double())[None]

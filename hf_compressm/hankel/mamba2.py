@@ -19,20 +19,22 @@ from .moments import ReadoutMoments
 from .selective import Mamba2System
 from .statistics import Statistics
 
+# Numbers in the largest temporary tensor.
+WORKING_SET = 2**22
+
 
 class Mamba2Statistics(Statistics):
     """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
 
     All heads of a group share B and C, and Abar is a scalar per head, so that a group is one system with the Gramians
-    sum over heads of w P_h and of w Q_h. In Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known
-    before the last: they are kept for each head.
+    sum over heads of w P_h and of w Q_h. They are kept for each head, which may also have a projection of its own; and in
+    Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known before the last.
 
     Attributes:
         tokens: that were seen.
         weight: sum over tokens of w, [heads].
         rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
-        controllable: sum over tokens of w P_t, [groups, N, N]; with `mean_lti`, of B B^T times the input's energy in each
-            head, [heads, N, N].
+        controllable: sum over tokens of w P_t, [heads, N, N]; with `mean_lti`, of B B^T times the input's energy.
         observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
     """
 
@@ -42,7 +44,7 @@ class Mamba2Statistics(Statistics):
 
         self.mean_lti = mean_lti
         self.tokens, self.weight, self.rates = zeros(), zeros(heads), zeros(heads)
-        self.controllable = zeros(heads if mean_lti else groups, size, size)
+        self.controllable = zeros(heads, size, size)
         self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
 
@@ -53,7 +55,9 @@ class Mamba2Statistics(Statistics):
         if self.mean_lti:
             self.rates += (system.delta * system.valid[..., None]).sum((0, 1)) * system.A
             drive = (system.delta[..., None] * system.x).square().sum(-1)
-            self.controllable += _outer_products(drive * system.valid[..., None], system.B)
+            self.controllable += _outer_products(drive * system.valid[..., None], system.B).to(
+                self.controllable.device
+            )
         if kernels.fused(system.x):
             self._update_fused(system)
         else:
@@ -66,8 +70,8 @@ class Mamba2Statistics(Statistics):
         x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
         if not self.mean_lti:
             P, reach = controllability(x, delta, A, B, gate, system.valid)
-            self.controllable += P
-            self.observable += _outer_products(reach * system.valid[..., None], C)
+            self.controllable += P.to(self.controllable.device)
+            self.observable += _outer_products(reach * system.valid[..., None], C).to(self.observable.device)
         output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
         contributions = contribution(x, delta, A, B, C, gate)
         for moments, part, M in zip(self.groups, output, contributions, strict=True):
@@ -78,20 +82,33 @@ class Mamba2Statistics(Statistics):
         """The same in plain torch, a few tokens at a time."""
         groups = system.B.shape[2]
         for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
-            gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
-            K = gated.mT @ gated  # [batch, time, groups, N, N]
+            gated = system.gate[:, time, ..., None] * h
             if not self.mean_lti:
-                self.controllable += K.sum((0, 1))
+                rows = gated.movedim(2, 0).flatten(1, 3)
+                self.controllable += (rows.mT @ rows).to(self.controllable.device)
+            gated = gated.unflatten(2, (groups, -1)).flatten(3, 4)
+            K = gated.mT @ gated  # [batch, time, groups, N, N]
             for group, moments in enumerate(self.groups):
                 moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
         if not self.mean_lti:
             reach = observability_reach(system.delta, system.A, system.valid)
-            self.observable += _outer_products(reach * system.valid[..., None], system.C)
+            self.observable += _outer_products(reach * system.valid[..., None], system.C).to(self.observable.device)
+
+    def offload_(self) -> None:
+        """Add up the Gramians on the CPU."""
+        self.controllable, self.observable = self.controllable.cpu(), self.observable.cpu()
 
     @property
     def P(self) -> Tensor:  # noqa: N802
         """The sum over tokens and a group's heads of w P, [groups, N, N]."""
-        return self._over_heads(self.controllable) if self.mean_lti else self.controllable
+        weight = self._mean_weight() if self.mean_lti else torch.ones_like(self.weight)
+        return self._over_heads(weight, self.controllable)
+
+    @property
+    def P_of_heads(self) -> Tensor:  # noqa: N802
+        """The sum over tokens of w P, [heads, N, N]."""
+        controllable = self.controllable.to(self.weight.device)
+        return self._mean_weight()[:, None, None] * controllable if self.mean_lti else controllable
 
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [groups, N, N]."""
@@ -100,7 +117,7 @@ class Mamba2Statistics(Statistics):
             observable = outputs.repeat_interleave(len(self.weight) // len(outputs), dim=0)
         else:
             observable = self.observable
-        return self.P / self.tokens, self._over_heads(observable) / self.tokens
+        return self.P / self.tokens, self._over_heads(self._mean_weight(), observable) / self.tokens
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The groups' spectra as they are, [groups, N]."""
@@ -115,22 +132,28 @@ class Mamba2Statistics(Statistics):
         """The diagonal of P, which holds the output weights already, [groups, N]."""
         return self.P.diagonal(dim1=1, dim2=2)
 
-    def _over_heads(self, sums: Tensor) -> Tensor:
-        """Add up the heads of each group with their mean weights; with `mean_lti`, also over all later tokens."""
+    def _mean_weight(self) -> Tensor:
+        """Of each head, [heads]; with `mean_lti`, also over all later tokens."""
         weight = self.weight / self.tokens
-        if self.mean_lti:
-            weight = weight / (1 - torch.exp(2 * self.rates / self.tokens))
-        return (weight[:, None, None] * sums).unflatten(0, (len(self.groups), -1)).sum(1)
+        return weight / (1 - torch.exp(2 * self.rates / self.tokens)) if self.mean_lti else weight
+
+    def _over_heads(self, weight: Tensor, sums: Tensor) -> Tensor:
+        """Sums of the heads added up over each group by weight, where they lie: what comes back is [groups, N, N]."""
+        by_group = zip(*(tensor.unflatten(0, (len(self.groups), -1)) for tensor in (weight, sums)), strict=True)
+        return torch.stack([torch.tensordot(w.to(X.device), X, 1) for w, X in by_group]).to(weight.device)
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:
-    """sum over tokens of weight x x^T for each head, [heads, N, N], head by head: only one is as large as x.
+    """sum over tokens of weight x x^T for each head, [heads, N, N], some heads at a time.
 
     Args:
         weight: [batch, length, heads].
         x: of each group, [batch, length, groups, N].
     """
     per_group = weight.shape[2] // x.shape[2]
-    rows = [x[:, :, group].flatten(0, 1) for group in range(x.shape[2])]
-    heads = enumerate(weight.flatten(0, 1).unbind(1))
-    return torch.stack([(w[:, None] * rows[head // per_group]).mT @ rows[head // per_group] for head, w in heads])
+    together = max(1, WORKING_SET // x[:, :, 0].numel())
+    found = []
+    for group, weights in enumerate(weight.flatten(0, 1).split(per_group, dim=1)):
+        rows = x[:, :, group].flatten(0, 1)
+        found += [(some.T[..., None] * rows).mT @ rows for some in weights.split(together, dim=1)]
+    return torch.cat(found)

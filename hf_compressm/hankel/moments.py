@@ -23,9 +23,10 @@ class ReadoutMoments:
     y'_t = sum_s (R C_t)_s h_ts leaves an error that is quadratic in R, with the coefficients kept here (float64).
 
     Attributes:
+        large_on: the device of `normal_pairs` and `beside`.
         output: sum over t of C_t C_t^T, [N, N].
         contribution: M, the sum over t of K_t * C_t C_t^T (elementwise), [N, N].
-        cross: sum over t of (K_t C_t) C_t^T, [N, N].
+        cross: sum over t of (K_t C_t) C_t^T, [N, N]; for a read-out.
         candidates: the c states whose least-squares read-out may be any map of C, [c]; empty if it is not asked for.
         rest: the states beside them, [N - c]; empty if there are no candidates.
         normal_pairs: sum over t of K_t (x) C_t C_t^T over pairs of candidates and pairs of states,
@@ -38,6 +39,7 @@ class ReadoutMoments:
         self.size = size
         self.readout = readout
         self.output = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.large_on = device
         self.contribution, self.cross = self.output.clone(), self.output.clone()
         self._take(torch.arange(size if readout and size**2 <= MAX_READOUT else 0, device=device))
 
@@ -46,14 +48,15 @@ class ReadoutMoments:
         outer = C[:, :, None] * C[:, None, :]
         self.output += outer.sum(0)
         self.contribution += (K * outer).sum(0)
-        self.cross += torch.einsum("tij,tj,tk->ik", K, C, C)
+        if self.readout:
+            self.cross += torch.einsum("tij,tj,tk->ik", K, C, C)
         if self.readout and not len(self.candidates):
             self.choose_candidates(self.contribution)
         if self.readout:
             c = self.candidates
             k, j = torch.tril_indices(len(c), len(c), device=K.device)
             a, b = torch.tril_indices(self.size, self.size, device=K.device)
-            self.normal_pairs += K[:, c[k], c[j]].T @ outer[:, a, b]
+            self.normal_pairs += (K[:, c[k], c[j]].T @ outer[:, a, b]).to(self.large_on)
             if len(self.rest):
                 self.add_beside(C, K[:, c[:, None], self.rest], slice(None))
 
@@ -71,7 +74,7 @@ class ReadoutMoments:
         rows, columns = _tril_places(len(c), C.device), _tril_places(self.size, C.device)
         outer = (C[:, :, None] * C[:, None, :]).flatten(1)[:, columns]
         pairs = K.flatten(1)[:, rows].double().mT @ outer
-        self.normal_pairs += pairs
+        self.normal_pairs += pairs.to(self.large_on)
         if moved is None or contribution is None:
             # Both are sums of what the read-out takes of all pairs of states.
             where = _pair_index(c)
@@ -91,7 +94,7 @@ class ReadoutMoments:
             some: which they are.
         """
         moved = (K * C[:, None, self.rest[some]]).flatten(1)
-        self.beside[:, some] += (moved.mT @ C).view(len(self.candidates), -1, self.size)
+        self.beside[:, some] += (moved.mT @ C).view(len(self.candidates), -1, self.size).to(self.large_on)
 
     def choose_candidates(self, contribution: Tensor) -> None:
         """There are too many states for a fit over all of them: take those that matter most on the first tokens."""
@@ -100,7 +103,7 @@ class ReadoutMoments:
     def normal_matrix(self) -> Tensor:
         """The least-squares normal matrix over all candidates, [c * N, c * N], rows ordered by (candidate, state)."""
         rows, columns = _pair_index(self.candidates), _pair_index(torch.arange(self.size, device=self.output.device))
-        normal = self.normal_pairs[rows[:, None, :, None], columns[None, :, None, :]]
+        normal = self.normal_pairs.to(rows.device)[rows[:, None, :, None], columns[None, :, None, :]]
         return normal.reshape(2 * [len(self.candidates) * self.size])
 
     def _take(self, candidates: Tensor) -> None:
@@ -109,8 +112,13 @@ class ReadoutMoments:
         beside[candidates] = False
         # Nothing is beside no candidates: there is no read-out, or they are not chosen yet.
         self.rest = beside.nonzero()[:, 0][: N * c]
-        self.normal_pairs = self.output.new_zeros(c * (c + 1) // 2, N * (N + 1) // 2)
-        self.beside = self.output.new_zeros(c, len(self.rest), N)
+        self.normal_pairs = self.output.new_zeros(c * (c + 1) // 2, N * (N + 1) // 2, device=self.large_on)
+        self.beside = self.output.new_zeros(c, len(self.rest), N, device=self.large_on)
+
+    def offload_(self) -> None:
+        """Add up `normal_pairs` and `beside` on the CPU."""
+        self.large_on = torch.device("cpu")
+        self.normal_pairs, self.beside = self.normal_pairs.cpu(), self.beside.cpu()
 
 
 def _pair_index(items: Tensor) -> Tensor:

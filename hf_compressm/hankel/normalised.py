@@ -23,7 +23,7 @@ Gauss-Newton steps that know R's own denominator, g by least squares. Steps are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,7 +32,20 @@ from torch import Tensor
 
 from .mamba import MambaStatistics
 from .realization import Selection
-from .refit import RIDGE, fit_dynamics, fit_inputs, gated_output, parts_to_fit, scaled_states, solve, without_others
+from .refit import (
+    RIDGE,
+    Lazy,
+    Pairs,
+    energy_of,
+    fit_dynamics,
+    fit_inputs,
+    parts_to_fit,
+    scaled_states,
+    solve,
+    with_outputs,
+    without_others,
+    without_skip,
+)
 from .selective import MambaSystem
 
 HALVINGS = 3
@@ -99,12 +112,13 @@ class NormalisedStatistics(MambaStatistics):
 
 
 def refit_normalised(
-    systems: list[MambaSystem], start: NormalisedCut, rounds: int, gamma: Tensor | None
+    systems: Iterable[MambaSystem], start: NormalisedCut, rounds: int, gamma: Tensor | None
 ) -> NormalisedCut:
     """Fit the kept states to the full layer's output.
 
     Args:
-        systems: the full layer's, one per calibration batch, with gamma in C and unweighted B.
+        systems: the full layer's, one per calibration batch, with gamma in C and unweighted B; they are
+            gone through several times.
         start: where the fit starts.
         rounds: of steps in each of A, T and R.
         gamma: see the module's glossary.
@@ -113,7 +127,7 @@ def refit_normalised(
         the fit, in float64. Its error is at most that of the start.
     """
     fit = _Fit(systems, gamma)
-    A = systems[0].A.double()[:, start.kept]
+    A = next(iter(fit.full))[0].A.double()[:, start.kept]
     start = replace(start, A=A, skip=A.new_zeros(len(A)))
     best = min(fit.with_gain(start, start.gain), fit.with_gain(start), key=lambda cut: cut.error)
     for turn, parts in enumerate(parts_to_fit(start.readout, rounds)):
@@ -137,20 +151,21 @@ Move = Callable[[float], NormalisedCut]
 class _Fit:
     """The full layer's gated output, and steps of a cut layer towards it."""
 
-    def __init__(self, systems: list[MambaSystem], gamma: Tensor | None) -> None:
+    def __init__(self, systems: Iterable[MambaSystem], gamma: Tensor | None) -> None:
+        self.gamma = gamma
         self.gain_per_state = gamma is not None
-        self.targets = [gated_output(system) for system in systems]
-        if gamma is not None:
-            systems = [replace(system, C=system.C / _nonzero(gamma.float())) for system in systems]
-        self.systems = systems
-        self.energy = _energy(self.targets)
+        self.full = with_outputs(systems)
+        self.energy = energy_of(self.full)
 
     def with_gain(self, cut: NormalisedCut, gain: Tensor | None = None) -> NormalisedCut:
         """The cut with a g, by default the one that fits best, and its error."""
         assert cut.A is not None
         r = len(cut.kept)
         normal, right = cut.A.new_zeros(r, r), cut.A.new_zeros(r)
-        for system, rest in zip(self._normalised(cut), self._rest(cut), strict=True):
+        energy = 0.0
+        for raw, rest in self._rest(cut):
+            system = self._normalised(raw, cut)
+            energy += float(rest.double().square().sum())
             for time, h in scaled_states(system, cut.A.float(), system.B):
                 features = h.mul_(system.C[:, time, None]).flatten(0, 2)
                 normal += features.mT @ features
@@ -160,24 +175,23 @@ class _Fit:
         elif gain is None:
             gain = (right.sum() / _positive(normal.sum())).expand(r)
         explained = float(2 * gain @ right - gain @ normal @ gain)
-        error = (_energy(self._rest(cut)) - explained) / self.energy if self.energy else 0.0
+        error = (energy - explained) / self.energy if self.energy else 0.0
         return replace(cut, gain=gain, error=error)
 
     def step_inputs(self, cut: NormalisedCut, part: Tensor) -> Move:
         assert cut.A is not None
-        systems, readout = self._with_denominators(cut), cut.gain[:, None] * cut.readout
-        rest = without_others(systems, self._rest(cut), part, cut.A, cut.inputs, readout)
+        readout = cut.gain[:, None] * cut.readout
+        rest = without_others(self._scaled(self._rest(cut), cut), part, cut.A, cut.inputs, readout)
         inputs = cut.inputs.clone()
-        inputs[part] = fit_inputs(systems, rest, cut.A[:, part], readout[part])
+        inputs[part] = fit_inputs(rest, cut.A[:, part], readout[part])
         return lambda length: replace(cut, inputs=cut.inputs + length * (inputs - cut.inputs))
 
     def step_dynamics(self, cut: NormalisedCut) -> Move:
         assert cut.A is not None
         assert cut.skip is not None
         A, skip = cut.A, cut.skip
-        systems, readout = self._with_denominators(cut), cut.gain[:, None] * cut.readout
         # Its second part is D as a whole: what remains to be fitted contains the present one.
-        step, fitted = fit_dynamics(systems, self.targets, A, cut.inputs, readout)
+        step, fitted = fit_dynamics(self._scaled(self._full(), cut), A, cut.inputs, cut.gain[:, None] * cut.readout)
         return lambda length: replace(
             cut, A=A * (length * step).clamp(-1, 1).exp(), skip=skip + length * (fitted - skip)
         )
@@ -187,8 +201,8 @@ class _Fit:
         assert cut.A is not None
         (r, N), p = cut.readout.shape, len(part)
         normal, right = cut.A.new_zeros(p, N, p, N), cut.A.new_zeros(p, N)
-        scaled = self._with_denominators(cut)
-        for system, raw, rest in zip(self._normalised(cut), scaled, self._rest(cut), strict=True):
+        for plain, rest in self._rest(cut):
+            system, raw = self._normalised(plain, cut), _with_denominators(plain, cut)
             for time, h in scaled_states(system, cut.A.float(), system.B):
                 h = h.mul_(cut.gain.float())
                 v, C = system.C[:, time, None], raw.C[:, time].flatten(0, 1)
@@ -203,24 +217,31 @@ class _Fit:
         step[part] = solve(normal.view(p * N, p * N), right.flatten(), READOUT_DAMPING).view(p, N)
         return lambda length: replace(cut, readout=cut.readout + length * step)
 
-    def _normalised(self, cut: NormalisedCut) -> list[MambaSystem]:
-        """The systems with B' = norm(T B) and norm(R C)."""
-        T, R = cut.inputs.float().mT, cut.readout.float().mT
-        return [replace(system, B=_norm(system.B @ T), C=_norm(system.C @ R)) for system in self.systems]
+    def _full(self) -> Pairs:
+        """The systems without gamma in C, and what the full layer gives."""
+        if self.gamma is None:
+            return self.full
+        gamma = _nonzero(self.gamma.float())
+        return Lazy(lambda: ((replace(system, C=system.C / gamma), y) for system, y in self.full))
 
-    def _with_denominators(self, cut: NormalisedCut) -> list[MambaSystem]:
-        """The systems with B / rms(T B) and C / rms(R C), of which T and R make B' and C' / g."""
-        T, R = cut.inputs.float().mT, cut.readout.float().mT
-        return [
-            replace(system, B=system.B / _rms(system.B @ T), C=system.C / _rms(system.C @ R))
-            for system in self.systems
-        ]
-
-    def _rest(self, cut: NormalisedCut) -> list[Tensor]:
-        """What the states have to explain."""
+    def _rest(self, cut: NormalisedCut) -> Pairs:
+        """The same with what the states have to explain."""
         assert cut.skip is not None
-        skip = cut.skip.float()
-        return [y - system.gate * system.u * skip for system, y in zip(self.systems, self.targets, strict=True)]
+        return without_skip(self._full(), cut.skip)
+
+    def _normalised(self, system: MambaSystem, cut: NormalisedCut) -> MambaSystem:
+        """The system with B' = norm(T B) and norm(R C)."""
+        T, R = cut.inputs.float().mT, cut.readout.float().mT
+        return replace(system, B=_norm(system.B @ T), C=_norm(system.C @ R))
+
+    def _scaled(self, pairs: Pairs, cut: NormalisedCut) -> Pairs:
+        return Lazy(lambda: ((_with_denominators(system, cut), target) for system, target in pairs))
+
+
+def _with_denominators(system: MambaSystem, cut: NormalisedCut) -> MambaSystem:
+    """The system with B / rms(T B) and C / rms(R C), of which T and R make B' and C' / g."""
+    T, R = cut.inputs.float().mT, cut.readout.float().mT
+    return replace(system, B=system.B / _rms(system.B @ T), C=system.C / _rms(system.C @ R))
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -237,7 +258,3 @@ def _nonzero(x: Tensor) -> Tensor:
 
 def _positive(x: Tensor) -> Tensor:
     return x.clamp_min(1e-12)
-
-
-def _energy(outputs: list[Tensor]) -> float:
-    return sum(float(y.double().square().sum()) for y in outputs)

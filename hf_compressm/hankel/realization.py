@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .balanced_truncation import balance
+from .factorisations import cholesky, cholesky_inverse, solve
 from .moments import ReadoutMoments
 from .singular_values import gramian_factor
 
-SIDE_BY_SIDE = 2**26
+SIDE_BY_SIDE = 2**24
 """Numbers in the normal matrices of the layers that are eliminated side by side."""
 
 
@@ -65,7 +66,7 @@ def select(moments: ReadoutMoments, order: Tensor) -> dict[int, Selection]:
     lost = [*M.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal().tolist(), 0.0]
     prefixes = torch.stack([torch.cat([order[:r].sort().values, order[r:]]) for r in range(1, N + 1)])
     prefixes = prefixes.to(moments.contribution.device)
-    return {r: Selection(prefixes[r - 1, :r], None, _share(lost[r], lost[0])) for r in range(1, N + 1)}
+    return {r: Selection(prefixes[r - 1, :r], None, share(lost[r], lost[0])) for r in range(1, N + 1)}
 
 
 def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[int, Selection]:
@@ -87,10 +88,10 @@ def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[in
 def select_each_with_readout(moments: list[ReadoutMoments], ridge: float = 1e-6) -> list[dict[int, Selection]]:
     """`select_with_readout` for many layers: those of one size run side by side, and a GPU is waited for only once."""
     paths: list[dict[int, Selection]] = [{} for _ in moments]
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int, torch.device], list[int]] = {}
     for index, entry in enumerate(moments):
-        alike.setdefault((len(entry.candidates), entry.size), []).append(index)
-    for (c, N), indices in alike.items():
+        alike.setdefault((len(entry.candidates), entry.size, entry.output.device), []).append(index)
+    for (c, N, _), indices in alike.items():
         together = max(1, SIDE_BY_SIDE // (c * N) ** 2)
         for start in range(0, len(indices), together):
             part = indices[start : start + together]
@@ -125,20 +126,20 @@ def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Se
             break
         blocks = inverse.view(layers, r, N, r, N).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         rows = solution.view(layers, r, N)
-        cost = (rows * torch.linalg.solve_ex(blocks, rows[..., None]).result[..., 0]).sum(2)
+        cost = (rows * solve(blocks, rows[..., None])[..., 0]).sum(2)
         drop = cost.argmin(1, keepdim=True)
         stays = torch.arange(r - 1, device=kept.device)
         stays = stays + (stays >= drop)
         gone, flat = drop * N + state, (stays[..., None] * N + state).flatten(1)
         beside = inverse[layer[..., None], gone[..., None], flat[:, None]]
-        gain = torch.linalg.solve_ex(blocks[layer[:, 0], drop[:, 0]], beside).result.mT
+        gain = solve(blocks[layer[:, 0], drop[:, 0]], beside).mT
         solution = solution[layer, flat] - (gain @ solution[layer, gone][..., None])[..., 0]
         inverse = inverse[layer[..., None], flat[..., None], flat[:, None]] - gain @ beside
         target, scale, kept = target[layer, flat], scale[layer, flat], kept[layer, stays]
     errors = torch.stack([*lost, energy]).T.tolist()
     for index, error in enumerate(errors):
         for step, (states, readout) in enumerate(steps):
-            sizes[index][states.shape[1]] = Selection(states[index], readout[index], _share(error[step], error[-1]))
+            sizes[index][states.shape[1]] = Selection(states[index], readout[index], share(error[step], error[-1]))
     return sizes
 
 
@@ -158,7 +159,7 @@ def _eliminate_rest(
     candidates, rest, N = moments.candidates, moments.rest, moments.size
     M = moments.contribution
     own = M[rest, rest].clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
-    beside = moments.beside.transpose(1, 2).flatten(0, 1) * scale[:, None] * own
+    beside = moments.beside.to(own.device).transpose(1, 2).flatten(0, 1) * scale[:, None] * own
     explained = inverse @ beside
     normal = M[rest][:, rest] * own[:, None] * own - beside.mT @ explained
     right = M[rest].sum(1) * own - beside.mT @ solution
@@ -173,7 +174,7 @@ def _eliminate_rest(
         kept, order = torch.cat([candidates, rest[others]]).sort()
         readout = torch.cat([readouts[..., step], readouts.new_zeros(len(others), N)])
         readout[torch.arange(len(candidates), len(kept)), rest[others]] = (gains[step] * own)[others]
-        path[len(kept)] = Selection(kept, readout[order], _share(error, energy))
+        path[len(kept)] = Selection(kept, readout[order], share(error, energy))
     return path
 
 
@@ -210,7 +211,7 @@ def _ridge_inverse(normal: Tensor, ridge: float) -> tuple[Tensor, float]:
     """(normal + ridge I)^-1 of symmetric matrices with a diagonal of ones, [layers, n, n], and the ridge."""
     ridge = safe_ridge(normal, ridge)
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal + ridge * identity).L), ridge
+    return cholesky_inverse(cholesky(normal + ridge * identity)[0]), ridge
 
 
 def safe_ridge(normal: Tensor, ridge: float) -> float:
@@ -220,7 +221,7 @@ def safe_ridge(normal: Tensor, ridge: float) -> float:
     raised tenfold until it is twice as large as that.
     """
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    while ridge < 0.1 and torch.linalg.cholesky_ex(normal + ridge / 2 * identity).info.any():
+    while ridge < 0.1 and cholesky(normal + ridge / 2 * identity)[1].any():
         ridge *= 10
     return ridge
 
@@ -239,10 +240,11 @@ def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:
     # From the smallest up, and 0 for all of them.
     lost = [*sigma.square().flip(0).cumsum(0).flip(0).tolist(), 0.0]
     return {
-        r: Projection(B_projection[:, :r], C_projection[:, :r], _share(lost[r], lost[0]))
+        r: Projection(B_projection[:, :r], C_projection[:, :r], share(lost[r], lost[0]))
         for r in range(1, moments.size + 1)
     }
 
 
-def _share(part: float, whole: float) -> float:
+def share(part: float, whole: float) -> float:
+    """The part as a share, in spite of rounding not below 0; 0 of nothing."""
     return max(0.0, part / whole) if whole > 0 else 0.0

@@ -18,14 +18,14 @@ others leave, and then another part (`parts_to_fit`); A and D are always fitted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..kernels.reference import mamba_sensitivities, mamba_states
-from . import moments
+from ..kernels.reference import mamba_sensitivities, mamba_states, mamba_states_by_input
+from . import budgets, factorisations, moments
 from .realization import Selection, safe_ridge
 from .selective import MambaSystem
 
@@ -33,8 +33,13 @@ RIDGE = 1e-6
 """Added to the unit diagonal of the scaled normal matrices of T and R."""
 DAMPING = 1e-2
 """Likewise for the Gauss-Newton steps of A and D."""
-WORKING_SET = 2**26
-"""Numbers in the largest temporary tensor."""
+WORKING_SET = {"cpu": 2**20}
+"""Numbers in the largest temporary tensor by the type of the device, 2^24 on any other: on a CPU, what its cache holds."""
+INPUT_CHANNELS = 512
+"""Channels that T, which all share, is fitted on, spread over all of them: its normal matrix is most of a fit's work."""
+
+Pairs = Iterable[tuple[MambaSystem, Tensor]]
+"""Systems and what is to be fitted to them, [batch, length, channels], batch after batch, in any number of passes."""
 
 
 @dataclass(frozen=True)
@@ -55,40 +60,72 @@ class Refit:
         return len(self.kept)
 
 
-def refit(systems: list[MambaSystem], selection: Selection, rounds: int) -> Refit:
+class Lazy(Iterable[tuple[MambaSystem, Tensor]]):
+    """What a function yields, anew each time that it is gone through."""
+
+    def __init__(self, make: Callable[[], Iterator[tuple[MambaSystem, Tensor]]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[tuple[MambaSystem, Tensor]]:
+        return self._make()
+
+
+def with_outputs(systems: Iterable[MambaSystem]) -> Pairs:
+    """Systems and their gated outputs: kept if they are few (`budgets.SYSTEMS`), and else computed anew in each pass."""
+    pairs = Lazy(lambda: ((system, gated_output(system)) for system in systems))
+    held, few = 0, []
+    for pair in pairs:
+        held += 4 * pair[1].nbytes
+        if held > budgets.SYSTEMS:
+            return pairs
+        few.append(pair)
+    return few
+
+
+def refit(systems: Iterable[MambaSystem], selection: Selection, rounds: int) -> Refit:
     """Fit the kept states to the full layer's output.
 
     Args:
-        systems: the full layer's, one per calibration batch.
+        systems: the full layer's, one per calibration batch; they are gone through several times.
         selection: which states stay; its read-out is where the fit starts.
         rounds: of least squares, with a Gauss-Newton step between any two. The best round is kept.
 
     Returns:
         the fit, in float64. Its error is at most that of the selection, up to rounding and the ridge.
     """
-    N, kept = systems[0].A.shape[1], selection.kept
+    full, kept = with_outputs(systems), selection.kept
+    first, _ = next(iter(full))
+    N = first.A.shape[1]
     identity = torch.eye(N, dtype=torch.float64, device=kept.device)
-    A, inputs = systems[0].A.double()[:, kept], identity[kept]
+    A, inputs = first.A.double()[:, kept], identity[kept]
     readout = identity[kept] if selection.readout is None else selection.readout.double().clone()
     skip = A.new_zeros(len(A))
-    targets = [gated_output(system) for system in systems]
-    energy = sum(float(y.double().square().sum()) for y in targets)
+    energy = energy_of(full)
     parts = parts_to_fit(readout, rounds)
     best = None
     for turn in range(rounds):
         if turn:
-            step, skip = fit_dynamics(systems, targets, A, inputs, readout)
+            step, skip = fit_dynamics(full, A, inputs, readout)
             A = A * step.clamp(-1, 1).exp()
-        full = [y - system.gate * system.u * skip.float() for system, y in zip(systems, targets, strict=True)]
         for part in parts[turn]:
-            rest = without_others(systems, full, part, A, inputs, readout)
-            inputs[part] = fit_inputs(systems, rest, A[:, part], readout[part])
-            readout[part], gain = _fit_readout(systems, rest, A[:, part], inputs[part])
-        error = (sum(float(y.double().square().sum()) for y in rest) - gain) / energy if energy else 0.0
+            rest = without_others(without_skip(full, skip), part, A, inputs, readout)
+            inputs[part] = fit_inputs(rest, A[:, part], readout[part])
+            readout[part], gain, left = _fit_readout(rest, A[:, part], inputs[part])
+        error = (left - gain) / energy if energy else 0.0
         if best is None or error < best.error:
             best = Refit(kept, A, inputs.clone(), readout.clone(), skip, max(error, 0.0))
     assert best is not None
     return best
+
+
+def energy_of(pairs: Pairs) -> float:
+    """Of what is to be fitted."""
+    return sum(float(target.double().square().sum()) for _, target in pairs)
+
+
+def without_skip(pairs: Pairs, skip: Tensor) -> Pairs:
+    """What a change of D leaves of the targets."""
+    return Lazy(lambda: ((system, y - system.gate * system.u * skip.float()) for system, y in pairs))
 
 
 def parts_to_fit(readout: Tensor, rounds: int) -> list[list[Tensor]]:
@@ -103,28 +140,29 @@ def parts_to_fit(readout: Tensor, rounds: int) -> list[list[Tensor]]:
     return [[first, others[turn % len(others)]] if others else [first] for turn in range(rounds)]
 
 
-def without_others(
-    systems: list[MambaSystem], targets: list[Tensor], part: Tensor, A: Tensor, inputs: Tensor, readout: Tensor
-) -> list[Tensor]:
+def without_others(pairs: Pairs, part: Tensor, A: Tensor, inputs: Tensor, readout: Tensor) -> Pairs:
     """What the states beside a part leave of the targets."""
     if len(part) == len(readout):
-        return targets
+        return pairs
     others = torch.ones(len(readout), dtype=torch.bool, device=part.device)
     others[part] = False
     A, T, R = A[:, others].float(), inputs[others].float().mT, readout[others].float().mT
-    beside = (replace(system, A=A, B=system.B @ T, C=system.C @ R) for system in systems)
-    return [target - gated_output(system) for target, system in zip(targets, beside, strict=True)]
+
+    def rest(system: MambaSystem, target: Tensor) -> Tensor:
+        return target - gated_output(replace(system, A=A, B=system.B @ T, C=system.C @ R))
+
+    return Lazy(lambda: ((system, rest(system, target)) for system, target in pairs))
 
 
 def scaled_states(system: MambaSystem, A: Tensor, B: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The states, times the channels' gates."""
-    for time, h in mamba_states(system.u, system.delta, A, B, chunk=_chunk(system, A)):
+    for time, h in mamba_states(system.u, system.delta, A, B, chunk=_chunk(system, A.numel())):
         yield time, h.mul_(system.gate[:, time, :, None])
 
 
-def _chunk(system: MambaSystem, A: Tensor) -> int:
-    """Tokens that are scanned at once."""
-    return min(max(WORKING_SET // (len(system.u) * A.numel()), 1), 16)
+def _chunk(system: MambaSystem, states: int) -> int:
+    """Tokens that are scanned at once, of a system with so many states in all channels together."""
+    return min(max(WORKING_SET.get(system.u.device.type, 2**24) // (len(system.u) * states), 1), 16)
 
 
 def gated_output(system: MambaSystem) -> Tensor:
@@ -134,45 +172,49 @@ def gated_output(system: MambaSystem) -> Tensor:
     return y
 
 
-def fit_inputs(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, readout: Tensor) -> Tensor:
+def fit_inputs(pairs: Pairs, A: Tensor, readout: Tensor) -> Tensor:
     """T for a given R: each kept state is split into what the N rows of B drive."""
-    (r, N), rates = readout.shape, A.float().repeat_interleave(readout.shape[1], dim=1)
+    (r, N), channels = readout.shape, len(A)
+    some = torch.linspace(0, channels - 1, min(channels, INPUT_CHANNELS), device=A.device).round().long()
+    rates, R = A.float()[some], readout.float().mT
     normal, right = A.new_zeros(r * N, r * N), A.new_zeros(r * N)
-    for system, target in zip(systems, targets, strict=True):
-        C = (system.C @ readout.float().mT).repeat_interleave(N, dim=-1)
-        for time, h in scaled_states(system, rates, system.B.repeat(1, 1, r)):
-            features = h.mul_(C[:, time, None]).flatten(0, 2)
+    for system, target in pairs:
+        C, gate = system.C @ R, system.gate[..., some]
+        chunk = _chunk(system, len(some) * r * N)
+        for time, h in mamba_states_by_input(
+            system.u[..., some], system.delta[..., some], rates, system.B, chunk=chunk
+        ):
+            features = h.mul_((gate[:, time, :, None] * C[:, time, None])[..., None]).view(-1, r * N)
             normal += features.mT @ features
-            right += features.mT @ target[:, time].flatten()
+            right += features.mT @ target[:, time][..., some].flatten()
     return solve(normal, right, RIDGE).view(r, N)
 
 
-def _fit_readout(systems: list[MambaSystem], targets: list[Tensor], A: Tensor, inputs: Tensor) -> tuple[Tensor, float]:
-    """R for a given T, and the energy of the targets that it explains."""
+def _fit_readout(pairs: Pairs, A: Tensor, inputs: Tensor) -> tuple[Tensor, float, float]:
+    """R for a given T, the energy of the targets that it explains, and all their energy."""
     r, N = inputs.shape
-    normal, right = A.new_zeros(r, N, r, N), A.new_zeros(r, N)
-    for system, target in zip(systems, targets, strict=True):
+    normal, right, energy = A.new_zeros(r, N, r, N), A.new_zeros(r, N), 0.0
+    for system, target in pairs:
         for time, h in scaled_states(system, A.float(), system.B @ inputs.float().mT):
             C = system.C[:, time].flatten(0, 1)
             K = (h.mT @ h).flatten(0, 1)
             outer = (C[:, :, None] * C[:, None]).flatten(1)
             normal += (K.flatten(1).mT @ outer).view(r, r, N, N).transpose(1, 2)
             right += torch.einsum("bti,bto->io", (h.mT @ target[:, time, :, None])[..., 0], system.C[:, time])
+        energy += float(target.double().square().sum())
     normal, right = normal.view(r * N, r * N), right.flatten()
     solution = solve(normal, right, RIDGE)
-    return solution.view(r, N), float(2 * solution @ right - solution @ normal @ solution)
+    return solution.view(r, N), float(2 * solution @ right - solution @ normal @ solution), energy
 
 
-def fit_dynamics(
-    systems: list[MambaSystem], targets: list[Tensor], A: Tensor, inputs: Tensor, readout: Tensor
-) -> tuple[Tensor, Tensor]:
+def fit_dynamics(pairs: Pairs, A: Tensor, inputs: Tensor, readout: Tensor) -> tuple[Tensor, Tensor]:
     """The Gauss-Newton step of log(-A), [channels, r], and D's change, [channels]: one small system per channel."""
     channels, r = A.shape
     normal, right = A.new_zeros(channels, r + 1, r + 1), A.new_zeros(channels, r + 1)
-    for system, target in zip(systems, targets, strict=True):
+    for system, target in pairs:
         C = (system.C @ readout.float().mT)[:, :, None]
         B = system.B @ inputs.float().mT
-        scan = mamba_sensitivities(system.u, system.delta, A.float(), B, chunk=_chunk(system, A))
+        scan = mamba_sensitivities(system.u, system.delta, A.float(), B, chunk=_chunk(system, A.numel()))
         for time, h, sensitivity in scan:
             gate = system.gate[:, time]
             error = target[:, time] - gate * (h * C[:, time]).sum(-1)
@@ -190,4 +232,4 @@ def solve(normal: Tensor, right: Tensor, ridge: float) -> Tensor:
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     scaled = normal * scale[..., :, None] * scale[..., None, :]
     scaled += safe_ridge(scaled, ridge) * identity
-    return torch.linalg.solve(scaled, (right * scale)[..., None])[..., 0] * scale
+    return factorisations.solve(scaled, (right * scale)[..., None])[..., 0] * scale

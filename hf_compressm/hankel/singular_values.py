@@ -12,24 +12,11 @@ balancing transformations (1987), for the square-root form σ = svd(L_Q^H L_P), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from .factorisations import in_parts
 from .systems import double
-
-TOGETHER = 1024
-"""Matrices that are factorised at once: a GPU's solvers take a workspace many times as large as their input."""
-
-
-def in_parts(factorise: Callable[[Tensor], tuple[Tensor, ...]], X: Tensor) -> tuple[Tensor, ...]:
-    """What a factorisation gives of matrices [..., n, n], a bounded number of them at a time."""
-    flat = X.reshape(-1, *X.shape[-2:])
-    if len(flat) <= TOGETHER:
-        return factorise(X)
-    parts = zip(*(factorise(part) for part in flat.split(TOGETHER)), strict=True)
-    return tuple(torch.cat(part).unflatten(0, X.shape[:-2]) for part in parts)
 
 
 def check_finite(P: Tensor, name: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .singular_values import TOGETHER, check_finite, hankel_singular_values
+from .factorisations import TOGETHER
+from .singular_values import check_finite, hankel_singular_values
 from .statistics import Statistics
 
 # The largest matrices that the factorisations of a GPU take many at a time.
@@ -25,9 +26,9 @@ def hankel_spectra(statistics: Sequence[Statistics]) -> list[Tensor]:
     layers in float64 may be more than a GPU holds.
     """
     spectra: dict[int, Tensor] = {}
-    waiting: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+    waiting: dict[tuple[int, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
     for index, entry in enumerate(statistics):
-        alike = waiting.setdefault(entry.groups[0].size, [])
+        alike = waiting.setdefault((entry.groups[0].size, entry.tokens.device), [])
         alike.append((index, *entry.gramians()))
         if sum(len(P) for _, P, _ in alike) >= TOGETHER:
             spectra |= _spectra(statistics, alike)

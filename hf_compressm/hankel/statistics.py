@@ -44,6 +44,9 @@ class Statistics(ABC):
     def state_power(self) -> Tensor:
         """The diagonal of P, summed over the channels with their output weights, [groups, N]."""
 
+    def offload_(self) -> None:
+        """Add up on the CPU what grows with the square of the state size, where it is not there already."""
+
     def sums(self) -> Iterator[Tensor]:
         """The tensors that are sums over tokens."""
         for owner in (self, *self.groups):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
-from transformers.utils import logging
+
+from ..cutting.progress import followed
 
 
 class KeepBest(TrainerCallback):
@@ -57,31 +58,19 @@ class KeepBest(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar over the tokens, where transformers shows its own.
+    """Tell how far it is, as the long loops of a cut do.
 
     Args:
-        tokens: of all steps.
-        steps: how many.
+        steps: of the training.
     """
 
-    def __init__(self, tokens: int, steps: int) -> None:
-        self.tokens, self.steps = tokens, steps
-        self.bar: Any = None
+    def __init__(self, steps: int) -> None:
+        self._steps = followed("healing", range(steps))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin."""
-        self.bar = logging.tqdm(total=self.tokens, desc="healing", unit=" tokens", unit_scale=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance by a step's tokens."""
-        done = self.tokens * state.global_step // self.steps
-        self.bar.update(done - self.tokens * (state.global_step - 1) // self.steps)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Show the divergence."""
-        self.bar.set_postfix(divergence=f"{metrics['eval_divergence']:.4g}")
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Another step."""
+        next(self._steps, None)
 
     def close(self) -> None:
-        """End, whatever ends it."""
-        if self.bar is not None:
-            self.bar.close()
+        """No more."""
+        self._steps.close()

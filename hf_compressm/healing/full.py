@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cutting.divergence import mixers_for_a_while
+from ..compat import hook_of, without_hooks_
+from ..cutting.trials import mixers_for_a_while
 from ..data.evaluation import evaluating
 
 
@@ -35,5 +36,8 @@ class FullModel:
 
 def _copy(mixer: nn.Module, changed: Collection[str]) -> nn.Module:
     """Of a mixer, in evaluation mode: it shares all parameters but those."""
-    shared = {id(p): p for name, p in mixer.named_parameters() if name not in changed}
-    return copy.deepcopy(mixer, shared).eval()
+    same: list[Any] = [parameter for name, parameter in mixer.named_parameters() if name not in changed]
+    same += [hook for module in mixer.modules() if (hook := hook_of(module)) is not None]
+    other = copy.deepcopy(mixer, {id(value): value for value in same}).eval()
+    without_hooks_(other)
+    return other

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import recompute_activations_
+from ..compat import device_of, recompute_activations_
 from ..config import CompreSSMConfig
 from ..cutting import Plan
 from ..cutting.divergence import Divergence
+from ..cutting.scans import quick_scans
 from ..data.healing import HealingText
 from ..interrupts import restoring, uninterrupted
 from ..layers import find_layers
@@ -96,11 +97,12 @@ def cut_and_heal_(
     }
     every = config.heal_parameters == "all"
     full = FullModel(model, {} if every else changed)
-    divergence = Divergence(model, held_out)
-    plan.apply_(model, optimizer)
-    names = {f"{mixer}.{name}" for mixer in changed for name in changed[mixer]}
-    parameters = [parameter for name, parameter in model.named_parameters() if every or name in names]
-    return heal_(model, full, parameters, text, divergence, config)
+    with quick_scans(layers):  # where no gradient is wanted
+        divergence = Divergence(model, held_out)
+        plan.apply_(model, optimizer)
+        names = {f"{mixer}.{name}" for mixer in changed for name in changed[mixer]}
+        parameters = [parameter for name, parameter in model.named_parameters() if every or name in names]
+        return heal_(model, full, parameters, text, divergence, config)
 
 
 def heal_(
@@ -151,7 +153,8 @@ def _train_(
 ) -> None:
     from .trainer import HealingArguments, HealingTrainer  # a Trainer takes seconds to import
 
-    rows = text.without(divergence.batches)
+    device = device_of(model)
+    rows = text.without(divergence.parts)
     vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     sequences = max(1, round(STEP_TOKENS / text.tokens_per_sequence))
     if isinstance(rows, Sequence):
@@ -163,14 +166,14 @@ def _train_(
     logger.info(
         f"hf_compressm: healing in {steps} steps of {parts} x {together} sequences, at a learning rate of {rate:.2g}."
     )
-    bar = Bar(config.heal, steps)
+    bar = Bar(steps)
     if sum(p.numel() for p in model.parameters()) >= LARGE and model.supports_gradient_checkpointing:
         recompute_activations_(model)
     with tempfile.TemporaryDirectory() as folder, restoring(bar.close):
         arguments = HealingArguments(
             folder,
-            on=str(model.device),
-            use_cpu=model.device.type == "cpu",
+            on=str(device),
+            use_cpu=device.type == "cpu",
             max_steps=steps,
             per_device_train_batch_size=together,
             gradient_accumulation_steps=parts,
@@ -188,8 +191,8 @@ def _train_(
             disable_tqdm=True,
             seed=config.seed,
         )
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         trainer = HealingTrainer(
             model,
             full,

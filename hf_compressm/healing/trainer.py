@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from ..compat import device_of
 from ..cutting.divergence import Divergence
 from ..data.healing import collate
 from .full import FullModel
@@ -53,8 +54,8 @@ class HealingTrainer(Trainer):
 
     def __init__(self, model: Any, full: FullModel, divergence: Divergence, **kwargs: Any) -> None:
         self.full, self.divergence = full, divergence
-        self.tokens = torch.zeros((), dtype=torch.int64, device=model.device)
-        super().__init__(model, data_collator=collate, eval_dataset=divergence.batches, **kwargs)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device_of(model))
+        super().__init__(model, data_collator=collate, eval_dataset=divergence.parts, **kwargs)
         self.remove_callback(PrinterCallback)
 
     def compute_loss(

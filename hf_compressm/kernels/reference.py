@@ -44,6 +44,45 @@ def mamba_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int =
         yield time, states
 
 
+def mamba_output(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """What a Mamba-1 scan gives, C_t h_t, [batch, length, channels].
+
+    Args:
+        u, delta, A, B: as for `mamba_states`.
+        C: output maps, [batch, length, N].
+    """
+    y = torch.empty_like(u)
+    chunk = min(16, max(1, 2**19 // (len(u) * A.numel())))
+    for time, h in mamba_states(u, delta, A, B, chunk=chunk):
+        y[:, time] = (h @ C[:, time, :, None])[..., 0]
+    return y
+
+
+def mamba_states_by_input(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int = 16
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield what each input map drives in each state of a Mamba-1 scan, a chunk of time at a time.
+
+    Args:
+        u, delta, chunk: as for `mamba_states`.
+        A: continuous-time dynamics of r states, [channels, r].
+        B: N input maps, [batch, length, N].
+
+    Yields:
+        the slice of time and the states there, [batch, time, channels, r, N]. The tensor is reused by the next step.
+    """
+    state = u.new_zeros(u.shape[0], *A.shape, B.shape[2])
+    for start in range(0, u.shape[1], chunk):
+        time = slice(start, min(start + chunk, u.shape[1]))
+        decay = torch.exp(delta[:, time, :, None] * A)[..., None]
+        inputs = (delta[:, time] * u[:, time])[..., None, None] * B[:, time, None, None, :]
+        states = inputs.expand(-1, -1, -1, A.shape[1], -1).contiguous()
+        for t in range(states.shape[1]):
+            state = states[:, t].addcmul_(decay[:, t], state)
+        state = state.clone()
+        yield time, states
+
+
 def mamba_sensitivities(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *, chunk: int = 16
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -103,8 +142,8 @@ def observability_gramian(delta: Tensor, A: Tensor, C: Tensor, valid: Tensor, *,
     """Sum the time-varying observability Gramians of a diagonal scan over batch and time.
 
     With Q_t = C_t C_t^T + Abar_{t+1} Q_{t+1} Abar_{t+1}, the sum over t of Q_t equals the sum over s of
-    C_s C_s^T * G_s with G_s = 1 + (Abar_s Abar_s^T) * G_{s-1}, elementwise: a forward scan. Both are symmetric, so
-    only the N (N + 1) / 2 pairs are kept, and on a CPU the channels are taken in blocks that stay in its cache.
+    C_s C_s^T * G_s with G_s = 1 + Abar_s G_{s-1} Abar_s: a forward scan. On a CPU the channels are taken in blocks that
+    stay in its cache.
 
     Args:
         delta: step sizes, [batch, length, channels].
@@ -118,25 +157,20 @@ def observability_gramian(delta: Tensor, A: Tensor, C: Tensor, valid: Tensor, *,
     """
     batch, length, channels = delta.shape
     size = A.shape[-1]
-    i, j = torch.tril_indices(size, size, device=A.device)
-    rates = A[:, i] + A[:, j]
-    outputs = C[..., i] * C[..., j] * valid[..., None]
-    block = max(1, 2**17 // (batch * len(i))) if delta.device.type == "cpu" else channels
-    Q = delta.new_zeros(channels, size, size)
-    for first in range(0, channels, block):
-        channel = slice(first, first + block)
-        G = delta.new_zeros(batch, rates[channel].shape[0], len(i))
+    outputs = C[..., :, None] * C[..., None, :] * valid[..., None, None]
+    block = max(1, 2**17 // (batch * size**2)) if delta.device.type == "cpu" else channels
+    Q = []
+    for rates, steps in zip(A.split(block), delta.split(block, dim=2), strict=True):
+        G = delta.new_zeros(batch, len(rates), size, size)
         total = torch.zeros_like(G)
         for start in range(0, length, chunk):
-            decay = torch.exp(delta[:, start : start + chunk, channel, None] * rates[channel])
-            for step in range(decay.shape[1]):
+            decay = torch.exp(steps[:, start : start + chunk, :, None] * rates)
+            for step, one in enumerate(decay.unbind(1)):
                 t = start + step
-                G.mul_(decay[:, step]).add_(valid[:, t, None, None])
-                total.addcmul_(G, outputs[:, t, None, :])
-        pairs = total.sum(0)
-        Q[channel, i, j] = pairs
-        Q[channel, j, i] = pairs
-    return Q
+                G.mul_(one[..., :, None]).mul_(one[..., None, :]).add_(valid[:, t, None, None, None])
+                total.addcmul_(G, outputs[:, t, None])
+        Q.append(total.sum(0))
+    return torch.cat(Q)
 
 
 def observability_reach(delta: Tensor, A: Tensor, valid: Tensor) -> Tensor:

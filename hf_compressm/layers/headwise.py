@@ -15,6 +15,7 @@ from .contracts import MixerInputs
 from .mamba import MambaLayer
 from .mixer import causal_conv, linear, valid_tokens
 from .parameters import ParameterCut
+from .systems import Systems
 
 
 class HeadwiseMambaLayer(MambaLayer):
@@ -60,7 +61,7 @@ class HeadwiseMambaLayer(MambaLayer):
     def statistics(self, *, mean_lti: bool) -> HeadwiseStatistics:
         """An empty accumulator for `read`'s systems."""
         channels = self.channels // self.groups
-        return HeadwiseStatistics(self.groups, channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
+        return HeadwiseStatistics(self.groups, channels, self.state_size, self.device, mean_lti=mean_lti)
 
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
@@ -85,8 +86,8 @@ class HeadwiseMambaLayer(MambaLayer):
 
     def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
         """Fit the selection of each head to the mixer's output on its inputs, as `read` takes them."""
-        heads = zip(*(self.read(*read) for read in inputs), strict=True)
-        return [refit(list(systems), kept, rounds) for systems, kept in zip(heads, selections, strict=True)]
+        systems = Systems(self, inputs)
+        return [refit(systems.head(number), kept, rounds) for number, kept in enumerate(selections)]
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C, [heads, N]."""

@@ -14,6 +14,7 @@ from ..hankel.selective import MambaSystem
 from .contracts import MixerInputs
 from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut
+from .systems import Systems
 
 
 class MambaLayer(MixerLayer):
@@ -53,7 +54,7 @@ class MambaLayer(MixerLayer):
     @property
     def gradient_is_slow(self) -> bool:  # type: ignore[override]
         """On a CPU, where the stock scan is a loop whose backward pass takes the square of the length."""
-        return next(self.mixer.parameters()).device.type == "cpu"
+        return self.device.type == "cpu"
 
     @property
     def state_size(self) -> int:
@@ -65,9 +66,14 @@ class MambaLayer(MixerLayer):
         """Scanned channels: each has a state of N numbers per sequence."""
         return self.mixer.intermediate_size
 
+    @property
+    def activation_bytes(self) -> int:
+        """Four float32 tensors of [length, channels, N]."""
+        return 16 * self.channels * self.state_size
+
     def statistics(self, *, mean_lti: bool) -> Any:
         """An empty accumulator for `read`'s systems."""
-        return MambaStatistics(self.channels, self.state_size, self.mixer.A_log.device, mean_lti=mean_lti)
+        return MambaStatistics(self.channels, self.state_size, self.device, mean_lti=mean_lti)
 
     def read(self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None) -> Any:
         """The mixer's selective system on its input [batch, length, hidden]."""
@@ -93,7 +99,7 @@ class MambaLayer(MixerLayer):
 
     def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
         """Fit the selection of each group to the mixer's output on its inputs, as `read` takes them."""
-        return [refit([self.read(*read) for read in inputs], selections[0], rounds)]
+        return [refit(Systems(self, inputs), selections[0], rounds)]
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C, [1, N]."""

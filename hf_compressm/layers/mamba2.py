@@ -29,6 +29,13 @@ STEP = 8
 class Mamba2Select(Select):
     """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
 
+    has_fit = False
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """But for a layer whose heads' states differ in number."""
+        return layer.head_state_sizes is None
+
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
         """Multiples of 8, or of what the config names so far as the CUDA convolution takes it; or the tuned ones."""
@@ -65,7 +72,7 @@ class Project(Realization):
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """For `Mamba2Mixer`: there is a mixer like it that scans a projected state."""
-        return isinstance(layer.mixer, Mamba2Mixer)
+        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
@@ -87,7 +94,7 @@ class Project(Realization):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """The maps that keep the first states."""
-        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        identity = torch.eye(layer.state_size, size, device=layer.device)
         return cls((Projection(identity, identity, 0.0),) * layer.groups)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
@@ -141,7 +148,7 @@ class Mamba2Layer(MixerLayer):
             "layer_idx",
         ]
     )
-    MAY_HAVE = frozenset({"mup_vector", PROJECTION})
+    MAY_HAVE = frozenset({"mup_vector", PROJECTION, "head_order", "column_head", "column_start", "column_place"})
     SYSTEM = frozenset(["A_log", "D", "dt_bias", "in_proj", "conv1d", PROJECTION])
     family = "Mamba-2"
     keeps_samples_apart = True
@@ -177,14 +184,33 @@ class Mamba2Layer(MixerLayer):
         return getattr(self.mixer, "unprojected_state_size", None)
 
     @property
+    def head_state_sizes(self) -> tuple[int, ...] | None:  # type: ignore[override]
+        """N of each head of a mixer that is projected by head, else None."""
+        return getattr(self.mixer, "head_state_sizes", None)
+
+    @property
     def gradient_at(self) -> str:  # type: ignore[override]
         """The gated norm, after which nothing is linear in the scan's output; Falcon-H1 can do without."""
         return "norm" if hasattr(self.mixer.norm, "weight") else "out_proj"
 
+    @property
+    def activation_bytes(self) -> int:
+        """Four float32 tensors of [length, heads, chunk], and of [length, heads, N]."""
+        return 16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size)
+
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
-        """An empty accumulator for `read`'s systems."""
+        """An empty accumulator for `read`'s systems.
+
+        Raises:
+            ValueError: if the mixer is projected by head: it is one system for each head then.
+        """
         mixer = self.mixer
-        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, mixer.A_log.device, mean_lti=mean_lti)
+        if self.head_state_sizes is not None:
+            raise ValueError(
+                f"Each head of {self.name} scans a projection of its own, and such a layer can't be measured or cut again: "
+                "take the model that it was cut from. Nothing was changed."
+            )
+        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, self.device, mean_lti=mean_lti)
 
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
@@ -246,6 +272,8 @@ class Mamba2Layer(MixerLayer):
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""
         mixer = self.mixer
+        if self.head_state_sizes is not None:
+            return {PROJECTION: torch.Size([2, mixer.unprojected_state_size, mixer.num_heads * size])}
         if self.unprojected_state_size is not None:
             return {PROJECTION: torch.Size([2 * self.groups, self.unprojected_state_size, size])}
         conv = mixer.intermediate_size + 2 * self.groups * size

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat import device_of
 from .contracts import MixerInputs, Realization
 from .selection import Select
 
@@ -31,6 +32,7 @@ class MixerLayer:
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
     keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
+    head_state_sizes: tuple[int, ...] | None = None
     gradient_at: str | None = None
     gradient_is_slow: bool = False
 
@@ -52,6 +54,11 @@ class MixerLayer:
     def expected_shapes(cls, mixer: Any) -> dict[str, list[int | None]]:
         """The shapes of a mixer's tensors, by name (None: any), from its attributes."""
         return {}
+
+    @property
+    def device(self) -> torch.device:
+        """That the mixer computes on."""
+        return device_of(self.mixer)
 
     @property
     def groups(self) -> int:

@@ -13,6 +13,7 @@ from .contracts import MixerInputs, Realization
 from .mamba import MambaLayer
 from .parameters import ParameterCut
 from .selection import Select
+from .systems import Systems
 
 NORMS = ("b_layernorm", "c_layernorm")
 
@@ -29,7 +30,7 @@ class NormalisedSelect(Select):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """Keep the first states."""
-        kept = torch.arange(size, device=layer.mixer.A_log.device)
+        kept = torch.arange(size, device=layer.device)
         first = torch.eye(size, layer.state_size, dtype=torch.float64, device=kept.device)
         return cls((NormalisedCut(kept, None, first, first, first.new_ones(size), None, 0.0),))
 
@@ -39,8 +40,7 @@ class NormalisedSelect(Select):
 
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
         """Fit the layer to the full one's output."""
-        systems = [layer.read(*read) for read in inputs]
-        return NormalisedRefit((refit_normalised(systems, self.groups[0], rounds, layer.gamma),))
+        return NormalisedRefit((refit_normalised(Systems(layer, inputs), self.groups[0], rounds, layer.gamma),))
 
 
 class NormalisedReadOut(NormalisedSelect):
@@ -83,8 +83,7 @@ class NormalisedMambaLayer(MambaLayer):
 
     def statistics(self, *, mean_lti: bool) -> NormalisedStatistics:
         """An empty accumulator for `read`'s systems."""
-        device = self.mixer.A_log.device
-        return NormalisedStatistics(self.channels, self.state_size, device, mean_lti=mean_lti)
+        return NormalisedStatistics(self.channels, self.state_size, self.device, mean_lti=mean_lti)
 
     def _normalise(self, step: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mixer = self.mixer

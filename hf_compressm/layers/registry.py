@@ -13,15 +13,16 @@ A mixer is known by what it has, not by its name. Two families and these differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import uncompiled
+from ..compat import is_in_memory, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
+from .by_head import ProjectHeads
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
 from .mamba import MambaLayer
@@ -48,6 +49,9 @@ def register_realization(family: Any, realization: type[Realization]) -> None:
         REALIZATIONS.append(realization.name)
 
 
+register_realization(Mamba2Layer, ProjectHeads)
+
+
 def plain_model(model: Any) -> PreTrainedModel:
     """The model inside of `torch.compile`, or itself.
 
@@ -70,8 +74,12 @@ def plain_model(model: Any) -> PreTrainedModel:
     raise TypeError(f"{kind} is no PreTrainedModel, as the models of transformers are: {todo}.")
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
+def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
     """The model's SSM layers, in order.
+
+    Args:
+        model: that has them.
+        shapes_alone: its weights are not looked at, and may be on the meta device.
 
     Raises:
         ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, computed from others,
@@ -91,7 +99,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     if not layers:
         text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
         raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{text}")
-    _check_weights(model, layers)
+    if not shapes_alone:
+        _check_weights(model, layers)
     _check_indices(layers)
     return layers
 
@@ -109,13 +118,19 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
             "class loads: cut the model that it was projected from with uniform=True, or drop uniform=True."
         )
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
+    by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
+    if by_head:
+        raise ValueError(
+            f"Each head of layer {by_head[0]} scans a projection of its own, and such a layer can't be cut again: cut the "
+            "model that it was cut from. Nothing was changed."
+        )
     if config.realization == "auto":
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
     if config.realization not in have:
         reason = (
             "needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its own rate, and a "
             "projection would not commute with that; the Mamba-2 mixers of other architectures have no projected form here"
-            if config.realization == "project"
+            if config.realization in ("project", "project_heads")
             else f"is not for these layers, which can {' or '.join(sorted(have))}"
         )
         raise ValueError(f"realization={config.realization!r} {reason}. Take realization='select'.")
@@ -124,9 +139,9 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
 
 def realize(
     layers: Sequence[Layer], statistics: Sequence[Any], config: CompreSSMConfig, name: str
-) -> list[dict[int, Realization]]:
+) -> list[Mapping[int, Realization]]:
     """For each layer its realization of that name at every size."""
-    paths: list[dict[int, Realization]] = [{} for _ in layers]
+    paths: list[Mapping[int, Realization]] = [{} for _ in layers]
     for realization in dict.fromkeys(layer.realizations[name] for layer in layers):
         mine = [position for position, layer in enumerate(layers) if layer.realizations[name] is realization]
         made = realization.paths([layers[i] for i in mine], [statistics[i] for i in mine], config)
@@ -156,10 +171,11 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
         for name, module in layer.mixer.named_modules(prefix=layer.name):
             _refuse_computed(name, module)
         for name, parameter in layer.mixer.named_parameters():
-            if parameter.is_meta:
+            owner, _, own_name = name.rpartition(".")
+            if not is_in_memory(layer.mixer.get_submodule(owner), own_name):
                 raise ValueError(
-                    f"{layer.name}.{name} is on the meta device: load the model with its weights in memory "
-                    "(no meta device, no disk offload) before cutting it."
+                    f"{layer.name}.{name} is on the meta device, and its weights are not in memory: load the model "
+                    "without a meta device or disk offload before cutting it; device_map may leave it on the CPU."
                 )
             one_byte = parameter.element_size() < 2  # float8 counts as floating point
             if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.moments import elimination_order
 from ..hankel.realization import Selection, select, select_each_with_readout
@@ -36,7 +37,8 @@ def _lti_modal(layer: Any, statistics: Any, group: int, config: CompreSSMConfig)
 
 
 def _magnitude(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
-    return layer.magnitude()[group].argsort(descending=True)
+    with weights_at_hand(layer.mixer):
+        return layer.magnitude()[group].argsort(descending=True)
 
 
 def _random(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
@@ -59,6 +61,7 @@ class Select(Realization):
     """Keep some states, with their own rows of B and C. `groups` are `hankel.realization.Selection`s."""
 
     name = kind = "select"
+    has_fit = True
 
     @property
     def kept(self) -> list[list[int]]:
@@ -100,7 +103,7 @@ class Select(Realization):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """Keep the first states of each group."""
-        kept = torch.arange(size, device=_device(layer))
+        kept = torch.arange(size, device=layer.device)
         return Select((Selection(kept, None, 0.0),) * layer.groups)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
@@ -137,7 +140,3 @@ class Refit(Select):
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
         """Itself: it is fitted."""
         return self
-
-
-def _device(layer: Any) -> torch.device:
-    return next(layer.mixer.parameters()).device

@@ -90,7 +90,7 @@ class CompressionReport:
         for layer in self.layers:
             table.add_row(
                 str(layer.index),
-                f"{layer.old_size} -> {layer.new_size}" if layer.new_size != layer.old_size else str(layer.old_size),
+                _states(layer),
                 f"{layer.energy_kept:.2%}",
                 f"{layer.output_error:.2%}",
             )
@@ -106,7 +106,7 @@ class CompressionReport:
 
     def plot(self) -> Any:
         """The spectra of all layers, each relative to its largest value, with what was kept; and beside them, where it is
-        known, what any other total of states would have cost: a matplotlib Figure."""
+        known, what any other total of states would have cost, and the states of each head: a matplotlib Figure."""
         return plot_report(self.layers, self.tradeoff)
 
     def _summary(self) -> str:
@@ -136,3 +136,10 @@ class CompressionReport:
         if found is None or found.recall_before is None or found.recall_after is None:
             return ""
         return f", of repeated bigrams {found.recall_before:.2f} -> {found.recall_after:.2f}"
+
+
+def _states(layer: LayerReport) -> str:
+    if layer.new_size == layer.old_size:
+        return str(layer.old_size)
+    of_heads = f" (heads {min(layer.head_sizes)} to {max(layer.head_sizes)})" if layer.head_sizes else ""
+    return f"{layer.old_size} -> {layer.new_size}{of_heads}"

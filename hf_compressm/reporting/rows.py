@@ -21,7 +21,10 @@ class LayerReport:
     """Share of the layer's output energy that the cut loses, on tokens that nothing was fitted to where the report has any."""
     channels: int
     realization: str = ""
-    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted) or "project"; empty if not."""
+    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted), "project" or "project_heads";
+    empty if not."""
+    head_sizes: list[int] | None = None
+    """States of each head after the cut, where they may differ; `new_size` is their mean."""
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,11 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
             "max_divergence is for a trained model: what a cut costs now says little, since training goes on. Give a "
             "tolerance, ratio or state_size, and rollback for a bound on the evaluation set's metric."
         )
-    if config.realization == "project":
+    if config.realization in ("project", "project_heads"):
         raise ValueError(
-            "realization='project' is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
-            "kernel can't take them. Train with realization='select', or call compress_ with 'project' after training."
+            f"realization={config.realization!r} is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
+            f"kernel can't take them. Train with realization='select', or call compress_ with {config.realization!r} after "
+            "training."
         )
     tolerance = config.tolerance if config.has_target else TOLERANCE
     return replace(

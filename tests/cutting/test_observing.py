@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig, measure
-from hf_compressm.cutting.divergence import Divergence, cut_for_a_while
-from hf_compressm.cutting.observing import observe_by_loss
+from hf_compressm.cutting.divergence import Divergence
+from hf_compressm.cutting.inputs import Inputs
+from hf_compressm.cutting.observing import _loss, observe_by_loss
 from hf_compressm.cutting.sensitivity import errors
+from hf_compressm.cutting.trials import cut_for_a_while
 from hf_compressm.layers import find_layers, realize
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 from tests.layers.models import TYPES, build, tokens
@@ -22,7 +26,7 @@ def test_the_gradient_is_that_of_the_loss_by_the_scans_output(token_ids, name):
     model = MODELS[name]().double()
     layer = find_layers(model)[0]
     batch = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "labels": token_ids}
-    inputs: dict = {}
+    inputs = Inputs()
     statistics = [entry.statistics(mean_lti=False) for entry in find_layers(model)]
     observe_by_loss(model, find_layers(model), statistics, batch, inputs)
     with torch.no_grad():
@@ -78,3 +82,19 @@ def test_auto_weighs_by_the_loss_where_it_is_quick(token_ids):
     assert measure(tiny_mamba2(), token_ids, CompreSSMConfig(tolerance=0.1)).weights == "gate"
     with pytest.raises(ValueError, match="no head"):
         measure(tiny_mamba2().backbone, token_ids, CompreSSMConfig(weights="fisher"))
+
+
+def test_labels_are_drawn_from_the_predictions():
+    """So the gradient by the logits, p less 1 at the label, is 0 on average, and adds up to 0 in each row."""
+    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0]]).expand(50_000, 4).log_softmax(-1)
+    mask = torch.ones(1, len(logits))
+    mask[0, :10] = 0
+    output = SimpleNamespace(logits=logits[None])
+    end, gradient = _loss(output, {"attention_mask": mask}, seed=0)
+    assert end is output.logits
+    assert gradient is not None
+    assert torch.equal(gradient[0, :10], torch.zeros(10, 4))
+    assert gradient.sum(-1).abs().max() < 1e-6
+    p = logits[0].exp()
+    assert ((gradient[0].mean(0)).abs() < 4 * (p * (1 - p) / len(logits)).sqrt()).all()
+    assert torch.equal(gradient[0, 10:].argmin(-1).bincount() > 0, torch.ones(4, dtype=torch.bool))

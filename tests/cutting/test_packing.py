@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig
+from hf_compressm.cutting.inputs import Inputs
 from hf_compressm.cutting.measuring import empty_statistics
 from hf_compressm.cutting.observing import observing
 from hf_compressm.hankel.spectra import hankel_spectra
@@ -35,7 +36,7 @@ def test_statistics_of_packed_rows(model_type):
     batch, mask = torch.zeros(5, 14, rows.shape[-1]), torch.zeros(5, 14)
     for number, sample in enumerate(samples):
         batch[number, -len(sample) :], mask[number, -len(sample) :] = sample, 1
-    inputs = {}
+    inputs = Inputs()
     packed = measured(layer, rows, inputs, seq_idx=seq_idx)
     if model_type not in APART:  # transformers lets the state run on
         assert torch.equal(hankel_spectra(packed)[0], hankel_spectra(measured(layer, rows))[0])

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_compressm
 from hf_compressm import CompreSSMConfig, compress_, measure
-from hf_compressm.cutting.divergence import Divergence, cut_for_a_while
+from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.cutting.sensitivity import POINTS, cost_curves, errors
+from hf_compressm.cutting.trials import cut_for_a_while
 from hf_compressm.data.texts import windows
 from hf_compressm.hub import load_tokenizer
 from hf_compressm.layers import find_layers, realize

@@ -155,6 +155,7 @@ CUTS = {
     "refit": (tiny_mamba, {"ratio": 0.5, "refit": 1}, True),
     "refit, no optimizer": (tiny_mamba, {"state_size": 4, "uniform": True, "refit": 1}, False),
     "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}, False),
+    "project_heads": (projected, {"state_size": {0: 4, 1: 3}, "realization": "project_heads"}, False),
     "project again": (projected, {"state_size": 4}, False),
     "select of projected": (projected, {"state_size": 4, "realization": "select"}, True),
 }
@@ -193,7 +194,11 @@ def test_a_cut_is_made_whole_or_not_at_all(name):
     assert outcomes["before"] > 100
 
 
-CHANGE_FOR_A_WHILE = ("cutting/observing.py", "cutting/divergence.py", "data/evaluation.py", "interrupts/")
+CHANGE_FOR_A_WHILE = (
+    *(f"cutting/{name}.py" for name in ("observing", "passes", "trials", "resuming")),
+    "data/evaluation.py",
+    "interrupts/",
+)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import datasets
@@ -163,3 +164,33 @@ def test_sampling_leaves_a_gpus_random_numbers_where_they_were(mamba, device):
     state = torch.cuda.get_rng_state()
     sample(mamba.to(device), 2, 12)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("stream", "ids", "mask"),
+    [
+        (lambda: datasets.Dataset.from_dict({"input_ids": LISTS}).to_iterable_dataset(), IDS, None),
+        (lambda: datasets.Dataset.from_dict(TABLE).to_iterable_dataset().with_format("torch"), IDS, MASK),
+        (lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), OF_TEXTS, None),
+        (lambda: ({"input_ids": row, "labels": row} for row in LISTS), IDS, None),
+        (lambda: iter(TEXTS), OF_TEXTS, None),
+    ],
+)
+def test_streams_of_rows(stream, ids, mask):
+    assert same(stream(), ids, mask, tokenizer=Letters())
+
+
+@pytest.mark.parametrize("item", [{"input_ids": IDS[0]}, {"input_ids": IDS}, IDS, "abcdefghijkl"])
+def test_of_a_stream_without_an_end_the_first_tokens_are_read(item, monkeypatch):
+    monkeypatch.setattr("hf_compressm.data.batches.STREAM_TOKENS", 3 * BATCH * L)
+    taken = []
+
+    def stream():
+        for number in itertools.count():
+            taken.append(number)
+            yield item
+
+    batches = batches_of(stream(), Letters())
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    assert 3 * BATCH * L <= tokens < 4 * BATCH * L
+    assert len(taken) <= 4 * BATCH

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_compressm.hankel.balanced_truncation import balance
+from hf_compressm.hankel.factorisations import TOGETHER
 from hf_compressm.hankel.mamba import MambaStatistics
-from hf_compressm.hankel.singular_values import TOGETHER, cross_factor, gramian_factor, hankel_singular_values
+from hf_compressm.hankel.singular_values import cross_factor, gramian_factor, hankel_singular_values
 from hf_compressm.hankel.spectra import BATCHED, hankel_spectra
 from hf_compressm.hankel.systems import DiagonalSystem
 

@@ -78,7 +78,7 @@ def test_the_card(hub, pushed):
     assert f"| {result['metrics'][0]['value']:.2f} |" in text
     assert "48 of 96 SSM states" in text
     assert "1 x 512 tokens" in text
-    assert text.count("| 16 |") == 4  # the table of layers
+    assert text.count("| 16 |") == 6  # the table of layers
     assert 'from_pretrained("me/compressed", trust_remote_code=True)' in text
     assert "2510.02823" in text
     assert str(REFERENCE) not in text

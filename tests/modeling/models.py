@@ -48,8 +48,13 @@ def build(config) -> PreTrainedModel:
     return model.eval()
 
 
-def slim(config, sizes: list[int], projected_from: dict[int, int] | None = None) -> PreTrainedModel:
-    set_state_sizes(config, dict(enumerate(sizes)), projected_from)
+def slim(
+    config,
+    sizes: list[int],
+    projected_from: dict[int, int] | None = None,
+    head_sizes: dict[int, list[int]] | None = None,
+) -> PreTrainedModel:
+    set_state_sizes(config, dict(enumerate(sizes)), projected_from, head_sizes)
     return build(config)
 
 
@@ -65,6 +70,9 @@ NOT_UNIFORM = {
     "mamba2_projected_to_one_size": lambda: slim(mamba2_config(), [3, 3, 3], {0: 8, 1: 8, 2: 8}),
     "mamba2_projected_keeps_size": lambda: slim(mamba2_config(), [8, 8, 8], {0: 8, 1: 8, 2: 8}),
     "mamba2_projected_in_part": lambda: slim(mamba2_config(), [3, 8, 4], {0: 8}),
+    "mamba2_projected_by_head": lambda: slim(
+        mamba2_config(), [3, 8, 2], {0: 8, 2: 8}, {0: [8, 0, 1, 3], 2: [2, 3, 1, 2]}
+    ),
 }
 
 

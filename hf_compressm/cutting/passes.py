@@ -1,0 +1,107 @@
+"""How many sequences pass through a model at once, and what a backward pass keeps of them: see `hankel.budgets`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..hankel import budgets
+from ..interrupts import restoring, uninterrupted
+from ..layers import Layer
+
+Batch = Mapping[str, Tensor]
+
+
+def sequences_together(layers: Sequence[Layer], length: int) -> int:
+    """How many sequences fit in a forward pass."""
+    return max(1, budgets.ACTIVATIONS // (max(layer.activation_bytes for layer in layers) * length))
+
+
+def in_passes(batch: Batch, layers: Sequence[Layer], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """A batch as parts that pass through the model one after the other, on its device."""
+    step = sequences_together(layers, batch["input_ids"].shape[1])
+    for start in range(0, len(batch["input_ids"]), step):
+        yield {name: tensor[start : start + step].to(device) for name, tensor in batch.items()}
+
+
+def blocks_of(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[nn.Module], set[int]]:
+    """The blocks of a model, one after the other, those without a mixer too; and the layers, by index, inside of them.
+
+    They are the members of the outermost `ModuleList` around a mixer.
+    """
+    blocks: dict[int, nn.Module] = {}
+    inside = set()
+    for layer in layers:
+        owner: nn.Module = model
+        for part in layer.name.split("."):
+            if isinstance(owner, nn.ModuleList):
+                blocks |= {id(block): block for block in owner}
+                inside.add(layer.index)
+                break
+            owner = getattr(owner, part)
+    return list(blocks.values()), inside
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[Any], Any]) -> Iterator[None]:
+    """Blocks with what `make` makes of their `forward`; afterwards they are as they were."""
+    before: list[tuple[nn.Module, Any]] = []
+
+    def restore() -> None:
+        for block, own in before:
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = own
+
+    with restoring(restore):
+        with uninterrupted():
+            for block in blocks:
+                before.append((block, block.__dict__.get("forward")))
+                block.forward = make(block.forward)
+        yield
+
+
+def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Keep only what the blocks read for a backward pass: each is run once more when the pass comes to it.
+
+    transformers' own checkpoints would want training mode, in which mixers take other paths.
+    """
+
+    def through_checkpoint(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    return replaced_forwards(blocks, through_checkpoint)
+
+
+def sequences_back(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:
+    """How many sequences, at most so many, fit in a forward and backward pass with its predictions."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # Predictions, perhaps in two precisions, and their gradient.
+    return max(1, min(most, budgets.ACTIVATIONS // (12 * vocabulary * length), sequences_together(layers, length)))
+
+
+def kept_on_cpu(model: Any, blocks: int, tokens: int) -> Any:
+    """A context in which what a backward pass keeps between blocks waits on the CPU, if it is too much for the device."""
+    width = model.get_input_embeddings().weight.shape[1]
+    if 4 * blocks * width * tokens <= budgets.CHECKPOINTS:
+        return nullcontext()
+
+    def pack(x: Tensor) -> Any:
+        # Weights are there anyway, and the small ones don't matter.
+        waits = x.device.type != "cpu" and x.numel() >= tokens and not isinstance(x, nn.Parameter)
+        return (x.device, x.cpu() if waits else x)
+
+    def unpack(packed: Any) -> Tensor:
+        device, x = packed
+        return x.to(device)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

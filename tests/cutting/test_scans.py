@@ -1,0 +1,85 @@
+"""The scans that serve while a model is measured give what the stock ones give, and only then."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from hf_compressm import CompreSSMConfig, measure
+from hf_compressm.cutting.scans import quick_scans
+from hf_compressm.layers import find_layers
+from tests.layers.models import MAMBA_1, build, tokens
+
+
+def stock_scan(model: Any) -> tuple[Any, Any]:
+    """The Python module of the mixers, and its scan."""
+    home = sys.modules[type(find_layers(model)[0].mixer).__module__]
+    return home, home.mamba_selective_scan
+
+
+@pytest.mark.parametrize("model_type", MAMBA_1)
+@torch.no_grad()
+def test_the_scan_is_the_stock_one(model_type, monkeypatch):
+    model, ids = build(model_type), tokens(3, 40)
+    home, stock = stock_scan(model)
+    calls: list[int] = []
+    monkeypatch.setattr(home, "mamba_selective_scan", lambda *a, **k: calls.append(1) or stock(*a, **k))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert calls
+    calls.clear()
+    with quick_scans(find_layers(model)):
+        found = model(ids, attention_mask=mask, use_cache=False).logits
+    assert not calls
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model(ids, use_cache=False)
+    assert calls
+
+
+def test_gradients_caches_and_other_precisions_are_the_stock_ones():
+    model, ids = build("mamba"), tokens(2, 12)
+    expected = model(ids, use_cache=True)
+    with quick_scans(find_layers(model)):
+        found = model(ids, use_cache=True)
+        found.logits.sum().backward()
+        with torch.no_grad():
+            cached = model(ids, use_cache=True)
+            half = model.bfloat16()(ids, use_cache=False).logits
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(cached.logits, expected.logits)
+    with torch.no_grad():
+        assert torch.equal(half, model(ids, use_cache=False).logits)
+
+
+def test_an_interrupt_puts_the_stock_scan_and_everything_else_back():
+    """Ctrl-C in any forward pass: of a measurement, of its backward pass, of trials with cut mixers."""
+    model, ids = build("mamba"), tokens(8, 12)
+    home, stock = stock_scan(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mixers = [layer.mixer for layer in find_layers(model)]
+    config = CompreSSMConfig(max_divergence=0.05, weights="fisher", refit=1)
+    calls, at = [0], [-1]
+
+    def interrupt(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == at[0]:
+            raise KeyboardInterrupt
+
+    for mixer in mixers:
+        mixer.out_proj.register_forward_pre_hook(interrupt)
+    measure(model, ids, config).plan(config)
+    every = calls[0]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    for number in sorted({1, 2, 3, 4, 5, every // 3, every // 2, every - 1, every}):
+        calls[0], at[0] = 0, number
+        with pytest.raises(KeyboardInterrupt):
+            measure(model, ids, config).plan(config)
+        assert home.mamba_selective_scan is stock
+        assert [layer.mixer for layer in find_layers(model)] == mixers
+        assert all("forward" not in vars(module) for module in model.modules())
+        assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
