@@ -54,7 +54,7 @@ def cut_alone(model: Any, config: CompreSSMConfig) -> tuple[CompressionReport, t
 CUTS = {
     "mamba": (tiny_mamba, {"state_size": 2, "refit": 0}),
     "mamba2, projected": (tiny_mamba2, {"state_size": {0: 1}}),
-    "mamba2, by head": (tiny_mamba2, {"state_size": 1, "realization": "project_heads"}),
+    "mamba2, by head": (tiny_mamba2, {"state_size": 2, "realization": "project_heads"}),
     "mamba2, selected": (lambda: tiny_mamba2(groups=2), {"state_size": 4, "realization": "select"}),
     "all": (tiny_mamba, {"state_size": 2, "refit": 0, "heal_parameters": "all"}),
 }
