@@ -21,6 +21,7 @@ REALIZATIONS = ["auto", "select", "project", "project_heads"]
 """What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
 Weights = Literal["auto", "fisher", "gate"]
+HealParameters = Literal["cut", "all"]
 Selection = Literal["auto", "greedy", "ghost", "lti_modal", "magnitude", "random"]
 
 
@@ -58,7 +59,14 @@ class CompreSSMConfig:
             for Mamba-2 multiples of 8, or any mean over heads. "tuned", the default in training, takes few sizes, for which
             kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
-        seed: of the "random" selection.
+        heal: tokens to learn from after the cut, by distillation from the full model; 0 is off. A few millions take
+            away a third to three quarters of what a hard cut costs. The text is `calibration_data`, or what stands in for it,
+            a part of which is held out: the weights that diverge least there are kept, those of the cut if none is better. A
+            `max_divergence` is kept by the cut already, and healing gains what it gains on top. Only of `compress_` and
+            `compress_pretrained`; a Mamba on a GPU wants its kernels (the `cuda` extra).
+        heal_parameters: what is trained: in mixers that were "cut", the parameters that A, B, C, D and the steps come from, or
+            "all" of the model, which takes a second copy of it.
+        seed: of the "random" selection, and of the order in which healing reads its text.
         start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in
             the warm-up. The last cut comes at `end`.
         num_reductions: attempts to cut, equidistant between `start` and `end`. A tolerance is given up at each of them;
@@ -88,6 +96,8 @@ class CompreSSMConfig:
     uniform: bool = False
     multiple_of: int | Literal["tuned"] | None = None
     min_state_size: int = 1
+    heal: int = 0
+    heal_parameters: HealParameters = "cut"
     seed: int = 0
     start: float = 0
     end: float = 0.1
@@ -258,6 +268,8 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "uniform": _flag,
     "multiple_of": lambda name, value: value if value == "tuned" else _whole(1)(name, value),
     "min_state_size": _whole(1),
+    "heal": _whole(0),
+    "heal_parameters": _one_of(get_args(HealParameters)),
     "seed": _whole(0),
     "start": _number("from 0 up", lambda x: x >= 0),
     "end": _number("above 0", lambda x: x > 0),

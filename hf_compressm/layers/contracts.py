@@ -106,6 +106,9 @@ class Layer(Protocol):
     def changed_by_a_cut(self) -> list[str]:
         """The parameters that a selection changes, by name."""
 
+    def system_parameters(self) -> list[str]:
+        """The parameters that A, B, C, D and the steps come from, by name: what a cut mixer is healed by."""
+
     def resize(self, size: int) -> None:
         """Tell the mixer its new state size, once its parameters have it."""
 

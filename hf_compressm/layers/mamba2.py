@@ -150,6 +150,7 @@ class Mamba2Layer(MixerLayer):
         ]
     )
     MAY_HAVE = frozenset({"mup_vector", PROJECTION, "head_order", "column_head", "column_start", "column_place"})
+    SYSTEM = frozenset(["A_log", "D", "dt_bias", "in_proj", "conv1d", PROJECTION])
     family = "Mamba-2"
     keeps_samples_apart = True
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Mamba2Select, "project": Project}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .figures import plot_report
-from .rows import Divergence, LayerReport, Perplexity, Tradeoff
+from .rows import Divergence, Healing, LayerReport, Perplexity, Tradeoff
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class CompressionReport:
     """Asked, predicted and measured, of a cut by `max_divergence`."""
     tradeoff: list[Tradeoff] | None = None
     """What other totals of states would have cost, from the fewest up."""
+    healing: Healing | None = None
+    """What a distillation after the cut gained; what else is reported of the layers is of the cut alone."""
     held_out_tokens: int = 0
     """Tokens that the output errors were taken on and nothing was fitted to; 0 where there was too little data to hold any
     back, and in training: the errors are those on the calibration data then."""
@@ -64,7 +66,9 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
         """From what `to_dict` gives."""
-        perplexity, divergence, tradeoff = (values.get(name) for name in ("perplexity", "divergence", "tradeoff"))
+        perplexity, divergence, tradeoff, healing = (
+            values.get(name) for name in ("perplexity", "divergence", "tradeoff", "healing")
+        )
         return cls(
             layers=[LayerReport(**row) for row in values["layers"]],
             realization=values["realization"],
@@ -74,6 +78,7 @@ class CompressionReport:
             divergence=None if divergence is None else Divergence(**divergence),
             held_out_tokens=values.get("held_out_tokens", 0),
             tradeoff=None if tradeoff is None else [Tradeoff(**point) for point in tradeoff],
+            healing=None if healing is None else Healing(**healing),
         )
 
     def __rich__(self) -> Any:
@@ -113,6 +118,11 @@ class CompressionReport:
             text += (
                 f"\ndivergence {self.divergence.measured:.4f} nats per token on held-out text, "
                 f"{self.divergence.asked:g} allowed\n(predicted: {self.divergence.predicted:.4f})"
+            )
+        if self.healing is not None:
+            text += (
+                f"\nhealed in {self.healing.seconds:,.0f} s on {self.healing.tokens:,} tokens: "
+                f"divergence {self.healing.before:.4f} -> {self.healing.after:.4f}"
             )
         if self.perplexity is not None:
             text += (

@@ -61,6 +61,23 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Healing:
+    """A distillation from the full model after a cut."""
+
+    parameters: str
+    """What was trained: of what was "cut", or "all"."""
+    tokens: int
+    """That were learnt from."""
+    seconds: float
+    before: float
+    """The divergence from the full model's predictions after the cut, on tokens that nothing was fitted to."""
+    after: float
+    """The lowest that healing came to there, which is the model's now. The same as before if it gained nothing."""
+    held_out_tokens: int
+    """That the divergences were measured on."""
+
+
+@dataclass(frozen=True)
 class Tradeoff:
     """One way to share states among the layers: how many in all, at which sizes, and the divergence to expect."""
 

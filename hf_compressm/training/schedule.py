@@ -54,6 +54,8 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
     Raises:
         ValueError: if a projection is asked for.
     """
+    if config.heal:
+        raise ValueError("heal is for a cut after training; while it goes on, training heals: drop heal.")
     if config.max_divergence is not None:
         raise ValueError(
             "max_divergence is for a trained model: what a cut costs now says little, since training goes on. Give a "
