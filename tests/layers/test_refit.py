@@ -14,7 +14,7 @@ from hf_compressm.hankel.refit_mamba2 import OwnLoss, RowsRefit
 from hf_compressm.layers import find_layers, new_data
 from hf_compressm.layers import rows as module
 from hf_compressm.layers.rows import fit_rows, parted, reading, rows_of
-from hf_compressm.layers.selection import Refit
+from hf_compressm.layers.selection import Refit, Select
 from tests.layers.models import MAMBA_1, TYPES, N, build, tokens
 
 MAMBA_2 = [name for name in TYPES if name not in MAMBA_1]
@@ -135,6 +135,25 @@ def test_on_a_cpu_a_fit_takes_no_more_work_than_it_may(monkeypatch):
     monkeypatch.setattr(module, "CPU_WORK", 150 * work)
     fit_rows(layer, [(hidden_states, mask, None)], selections, 3)
     assert counts == [[300, 30], [150, 15]]
+
+
+def test_sizes_are_chosen_by_cuts_that_are_fitted_in_one_round(monkeypatch):
+    """And each of those that are chosen is fitted once, in all rounds."""
+    model, fitted = build("mamba2"), []
+
+    def refit(self, layer, inputs, rounds):
+        fitted.append((layer.index, self.size, rounds))
+        return self
+
+    monkeypatch.setattr(Select, "refit", refit)
+    config = CompreSSMConfig(max_divergence=0.05, realization="select", multiple_of=4, refit=2)
+    report = measure(model, tokens(8, 24), config).plan(config).report
+    tried = [(layer.index, size, 1) for layer in find_layers(model) for size in (4, 12)]
+    assert fitted[:4] == tried
+    chosen = {(index, size, 2) for index, size in report.sizes.items() if size < N}
+    assert chosen <= set(fitted[4:])
+    assert len(set(fitted)) == len(fitted)
+    assert {rounds for *_, rounds in fitted[4:]} == {2}
 
 
 def test_one_of_eight_sequences_is_not_fitted_to():
