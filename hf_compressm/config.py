@@ -15,6 +15,8 @@ TARGETS = ("max_divergence", "tolerance", "state_size", "ratio")
 """The fields of which one at most is given."""
 MAX_DIVERGENCE, TOLERANCE = 0.01, 0.05
 """Default targets: after training, and in training."""
+REFIT, REFIT_IN_TRAINING = 3, 0
+"""Default rounds of fits: after training, and in training."""
 REALIZATIONS = ["auto", "select", "project", "project_heads"]
 """What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
@@ -42,9 +44,11 @@ class CompreSSMConfig:
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
             elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
-        refit: rounds of least squares, with "auto" on Mamba-1 layers, that refit A, B, C and D of a cut layer to the full
-            layer's output on the calibration data; 0 refits only the read-out C. Not used while training, which refits
-            everything.
+        refit: rounds, with "auto", in which a selected layer is fitted to the full layer's output on the calibration data; 0
+            fits only the read-out C of Mamba-1. In Mamba-1 it is A, B, C and D, by least squares. In Mamba-2 it is the kept
+            rows of B and C in `in_proj` and their channels of `conv1d`, by a hundred steps of L-BFGS a round, or fewer if
+            what one of eight sequences loses, which are not fitted to, no longer falls. By default 3 after training; while
+            training none, which fits everything itself, unless it is given: a fit at each cut helps Mamba-2's late ones.
         weights: what a layer's channels and tokens count in statistics and fits. "fisher": as much as the loss depends on
             them, by its gradient for labels sampled from the model's own predictions, so that what a cut costs is known in
             nats, over all layers alike. "gate": as much of them as reaches the residual stream. "auto" is "fisher" for a
@@ -70,8 +74,8 @@ class CompreSSMConfig:
         min_reduction: with a tolerance, an attempt that would remove a smaller share of all states is skipped.
         calibration_batches: training batches that the statistics are taken on, the last ones before the attempt.
         calibration_seconds: measuring takes no further calibration batch after so many seconds, and a warning says how many
-            tokens it got to: for a model after training. None: 10 on a GPU and 60 on a CPU for the package's own text, and
-            all of the data where it is given.
+            tokens it got to: for a model after training. None: for the package's own text 10 on a GPU and 60 on a CPU for
+            each 130M parameters, and no bound for data that is given.
         rollback: undo a cut that makes the metric of the evaluation set worse by more than this, and stop cutting. None
             keeps all cuts.
 
@@ -86,7 +90,7 @@ class CompreSSMConfig:
     ratio: float | None = None
     realization: str = "auto"
     selection: Selection = "auto"
-    refit: int = 3
+    refit: int | None = None
     weights: Weights = "auto"
     estimator: Estimator = "ltv"
     uniform: bool = False
@@ -159,6 +163,11 @@ class CompreSSMConfig:
         return self if self.has_target else replace(self, max_divergence=MAX_DIVERGENCE)
 
     @property
+    def fit_rounds(self) -> int:
+        """`refit`, or its default after training."""
+        return REFIT if self.refit is None else self.refit
+
+    @property
     def weighs_by_loss(self) -> bool:
         """Whether channels count as much as the loss depends on them, if it can be had."""
         by_loss = self.max_divergence is not None or self.ratio is not None
@@ -167,7 +176,7 @@ class CompreSSMConfig:
     @property
     def refits(self) -> bool:
         """Whether cut layers are refitted on what the mixers read."""
-        return self.refit > 0 and self.selection == "auto" and self.tolerance != 0
+        return self.fit_rounds > 0 and self.selection == "auto" and self.tolerance != 0
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a dictionary that JSON can hold; `CompreSSMConfig(**d)` gives the config back."""

@@ -16,7 +16,7 @@ from .console import (
     CalibrationFile,
     Json,
     Model,
-    calibration_batches_of,
+    calibration_text,
     check_figure,
     exit_codes,
     load,
@@ -62,13 +62,13 @@ def analyze(
             check_figure(figure)
         with progress_bar() as progress:
             loaded, tokenizer = load(model, progress)
-            batches = calibration_batches_of(loaded, tokenizer, calibration, progress)
+            data = calibration_text(loaded, tokenizer, calibration)
             with measuring(progress):
                 if frontier:
-                    measurement = measure(loaded, batches)
+                    measurement = measure(loaded, data, tokenizer=tokenizer)
                     reports = [measurement.plan(CompreSSMConfig(max_divergence=b)).report for b in BUDGETS]
                 else:
-                    reports = [hankel_singular_values(loaded, batches)]
+                    reports = [hankel_singular_values(loaded, data, tokenizer=tokenizer)]
         if figure is not None:
             reports[len(reports) // 2].plot().savefig(figure, dpi=150)
     if as_json:

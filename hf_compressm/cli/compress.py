@@ -16,7 +16,7 @@ from .console import (
     CalibrationFile,
     Json,
     Model,
-    calibration_batches_of,
+    calibration_text,
     empty_folder,
     exit_codes,
     fail,
@@ -74,7 +74,7 @@ def compress(
     ] = None,
     refit: Annotated[
         int,
-        typer.Option(help="Rounds of refitting the cut layers of a Mamba model to the full ones; 0 is quicker."),
+        typer.Option(help="Rounds of refitting the selected layers to the full ones; 0 is quicker."),
     ] = 3,
     heal: Annotated[
         int,
@@ -146,10 +146,7 @@ def compress(
             check_login()
         with progress_bar() as progress:
             slim, tokenizer = load(model, progress)
-            if heal:
-                text = healing_text_of(tokenizer, calibration)
-            else:
-                text = calibration_batches_of(slim, tokenizer, calibration, progress)
+            data = healing_text_of(tokenizer, calibration) if heal else calibration_text(slim, tokenizer, calibration)
             if evaluate and tokenizer is None:
                 raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
             if evaluate is None:
@@ -157,7 +154,7 @@ def compress(
             ids = evaluation_ids(tokenizer) if evaluate else None
             before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
             with measuring(progress):
-                report = compress_(slim, config, text, tokenizer=tokenizer)
+                report = compress_(slim, config, data, tokenizer=tokenizer)
             nothing_cut = report.states_after == report.states_before
             if ids is not None and not nothing_cut:
                 after = timed_evaluation(slim, ids, progress, "perplexity after")

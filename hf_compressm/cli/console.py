@@ -171,24 +171,12 @@ def load(model: str, progress: Progress) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def calibration_batches_of(model: Any, tokenizer: Any, text: Path | None, progress: Progress) -> list[dict[str, Any]]:
-    """What to measure on, in small batches, for a bar that moves."""
-    from ..data.batches import BATCH
-    from ..data.calibration import calibration_batches, sequences_for
+def calibration_text(model: Any, tokenizer: Any, text: Path | None) -> Any:
+    """Token ids of a text to measure on; None for the package's own."""
+    from ..data.calibration import sequences_for
     from ..data.texts import windows
 
-    data = None
-    if text is not None:
-        data = windows(_read(text, tokenizer), tokenizer, sequences_for(model))
-    task = progress.add_task("preparing calibration data", total=None)
-    batches = calibration_batches(data, model, tokenizer)
-    progress.remove_task(task)
-    size = max(1, BATCH // 4)
-    return [
-        {name: tensor[start : start + size] for name, tensor in batch.items()}
-        for batch in batches
-        for start in range(0, len(batch["input_ids"]), size)
-    ]
+    return None if text is None else windows(_read(text, tokenizer), tokenizer, sequences_for(model))
 
 
 def healing_text_of(tokenizer: Any, text: Path | None) -> Any:

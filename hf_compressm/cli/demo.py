@@ -12,7 +12,6 @@ from rich.table import Table
 
 from .app import command
 from .console import (
-    calibration_batches_of,
     empty_folder,
     exit_codes,
     load,
@@ -52,9 +51,8 @@ def demo(
             model, tokenizer = load(str(reference / name), progress)
             ids = evaluation_ids(tokenizer)
             before = timed_evaluation(model, ids, progress, f"{name}: perplexity before")
-            batches = calibration_batches_of(model, tokenizer, None, progress)
             with measuring(progress):
-                report = compress_(model, cut, batches)
+                report = compress_(model, cut, tokenizer=tokenizer)
             model.save_pretrained(folder / name)
             write_companions(model, folder / name, tokenizer)
             reloaded, _ = load(str(folder / name), progress)

@@ -37,9 +37,9 @@ class Divergence:
 
     def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]], *, layer_by_layer: bool = False) -> None:
         self.model = model
-        layers, device = find_layers(model), device_of(model)
+        layers = find_layers(model)
         self._outputs = Outputs(model, layers if layer_by_layer else [])
-        self.parts = [part for batch in batches for part in in_passes(batch, layers, device)]
+        self.parts = [on(device_of(model), part) for batch in batches for part in in_passes(batch, layers)]
         self.has_head = False
         self.full: list[Tensor] = []
         for predictions in self._predictions(self._outputs.kept):
@@ -85,6 +85,11 @@ class Divergence:
         return max(0.0, moved / of) if of else 0.0
 
 
+def on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 @torch.no_grad()
 def output_errors(
     model: Any, layers: Sequence[Layer], cuts: Mapping[int, Realization], batches: Sequence[Mapping[str, Tensor]]
@@ -115,7 +120,7 @@ def output_errors(
     registered = (layer.mixer.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in chosen)
     with hooks(registered), evaluating(model):
         for batch in followed("judging the cut on held-out text", batches):
-            for part in in_passes(batch, layers, device_of(model)):
+            for part in (on(device_of(model), part) for part in in_passes(batch, layers)):
                 mask.append(part["attention_mask"])
                 model.base_model(**part, use_cache=False)
     return {index: lost[index] / whole[index] if whole[index] else 0.0 for index in cuts}

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..compat import device_of
 from ..config import CompreSSMConfig, ConfigLike
+from ..data.batches import BATCH
 from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
 from ..hankel import budgets
@@ -32,8 +33,10 @@ logger = logging.get_logger(__name__)
 # many sequences, and as many as make so many tokens.
 SENSITIVITY_SEQUENCES = 4
 SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
-# What measuring on the package's own text or on samples may take, if the config names no time.
-SECONDS = {"cpu": 60.0, "cuda": 10.0}
+# What measuring on the package's own text or on samples may take for each so many parameters, if the config names no time.
+SECONDS, MODEL = {"cpu": 60.0, "cuda": 10.0}, 130e6
+# Sequences of a step, at most: on a CPU few, so that the time is kept and the bar moves.
+ROWS = {"cpu": 2}
 # Of so many sequences, one is held out to see what a cut loses; a max_divergence, which decides by them, takes more.
 HELD_OUT_FROM = 8
 
@@ -73,17 +76,18 @@ def measure(
     device = device_of(model)
     begin, seconds = time.monotonic(), config.calibration_seconds
     if seconds is None:
-        seconds = SECONDS.get(device.type, SECONDS["cuda"]) if data is None else math.inf
+        seconds = SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, model.num_parameters() / MODEL)
+        seconds = seconds if data is None else math.inf
+    parts = [part for batch in batches for part in in_passes(batch, layers, ROWS.get(device.type, BATCH))]
     with evaluating(model), quick_scans(layers):
-        for number, batch in enumerate(followed("measuring", batches)):
+        for number, part in enumerate(followed("measuring", parts)):
             if number and time.monotonic() - begin > seconds:
                 _note_tokens(statistics, batches, seconds)
                 break
+            part = {name: tensor.to(device) for name, tensor in part.items()}
             if by_loss:
-                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-                observe_by_loss(model, layers, statistics, on_device, inputs, seed=config.seed + number)
-                continue
-            for part in in_passes(batch, layers, device):
+                observe_by_loss(model, layers, statistics, part, inputs, seed=config.seed + number * BATCH)
+            else:
                 with observing(layers, statistics, inputs):
                     model.base_model(**part, use_cache=False)
     check_measured(layers, statistics)

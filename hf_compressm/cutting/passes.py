@@ -22,11 +22,12 @@ def sequences_together(layers: Sequence[Layer], length: int) -> int:
     return max(1, budgets.ACTIVATIONS // (max(layer.activation_bytes for layer in layers) * length))
 
 
-def in_passes(batch: Batch, layers: Sequence[Layer], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """A batch as parts that pass through the model one after the other, on its device."""
+def in_passes(batch: Batch, layers: Sequence[Layer], most: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """A batch as parts, of at most so many sequences, that pass through the model one after the other."""
     step = sequences_together(layers, batch["input_ids"].shape[1])
+    step = step if most is None else min(step, most)
     for start in range(0, len(batch["input_ids"]), step):
-        yield {name: tensor[start : start + step].to(device) for name, tensor in batch.items()}
+        yield {name: tensor[start : start + step] for name, tensor in batch.items()}
 
 
 def blocks_of(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[nn.Module], set[int]]:

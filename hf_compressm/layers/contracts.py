@@ -25,9 +25,10 @@ from ..hankel.ranks import allowed_sizes
 from ..hankel.statistics import Statistics
 from .parameters import ParameterCut, set_data_
 
-MixerInputs = list[tuple[Tensor, Tensor | None, Tensor | None]]
-"""What a mixer read, as `Layer.read` takes it: hidden states [batch, length, hidden], attention mask [batch, length], and
-the loss's gradient [batch, length, channels], of each batch."""
+MixerInput = tuple[Tensor, Tensor | None, Tensor | None]
+"""What a mixer read in a batch, as `Layer.read` takes it: hidden states [batch, length, hidden], attention mask [batch,
+length], and the loss's gradient [batch, length, channels]."""
+MixerInputs = list[MixerInput]
 
 ResizeParameter = Callable[[Tensor, Tensor], None]
 """Gives a parameter new data of another shape, in place."""
@@ -142,6 +143,8 @@ class Realization(ABC):
     "project_heads"."""
     has_fit: ClassVar[bool] = False
     """Whether `refit` wants what the mixers read."""
+    fits_differ: ClassVar[bool] = False
+    """Whether it takes much of the error away in one layer and little in another, so that sizes have to know."""
     stock: ClassVar[bool] = True
     """Whether what it makes is a stock layer, which transformers loads without this package."""
 

@@ -66,11 +66,6 @@ class MambaLayer(MixerLayer):
         """Scanned channels: each has a state of N numbers per sequence."""
         return self.mixer.intermediate_size
 
-    @property
-    def activation_bytes(self) -> int:
-        """Four float32 tensors of [length, channels, N]."""
-        return 16 * self.channels * self.state_size
-
     def statistics(self, *, mean_lti: bool) -> Any:
         """An empty accumulator for `read`'s systems."""
         return MambaStatistics(self.channels, self.state_size, self.device, mean_lti=mean_lti)

@@ -16,9 +16,10 @@ from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
 from ..hankel.selective import Mamba2System
 from ..modeling.modeling_compressm import project_
-from .contracts import Realization, ResizeParameter
+from .contracts import MixerInputs, Realization, ResizeParameter
 from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut, set_data_
+from .rows import fit_rows, fitted_cuts
 from .selection import Select
 
 PROJECTION = "BC_projection"
@@ -29,7 +30,7 @@ STEP = 8
 class Mamba2Select(Select):
     """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
 
-    has_fit = False
+    fits_differ = True
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -268,6 +269,15 @@ class Mamba2Layer(MixerLayer):
             for name, index in rows.items()
             for key, _ in getattr(mixer, name).named_parameters()
         }
+
+    def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
+        """Fit the kept rows and channels to the scan's output on its inputs; None for a projected layer, and if none is
+        better than it was."""
+        return None if self.unprojected_state_size is not None else fit_rows(self, inputs, selections, rounds)
+
+    def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:
+        """The kept rows and channels, with the fitted values of those that make B and C."""
+        return fitted_cuts(self, fits)
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""

@@ -65,6 +65,21 @@ class MixerLayer:
         """Sets of states that are chosen on their own."""
         return 1
 
+    @property
+    def channels(self) -> int:
+        """Scanned channels."""
+        raise NotImplementedError
+
+    @property
+    def state_size(self) -> int:
+        """N."""
+        raise NotImplementedError
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of a token in a forward pass in plain torch: four float32 tensors of [length, channels, N]."""
+        return 16 * self.channels * self.state_size
+
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the mixer's parameters that depend on it, by name."""
         raise NotImplementedError

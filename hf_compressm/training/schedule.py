@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import TOLERANCE, CompreSSMConfig
+from ..config import REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
 from ..cutting.sizes import check_targets, sizes_to_choose_from
 from ..layers import Layer
 
@@ -49,7 +49,7 @@ def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
 
 
 def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
-    """The config as it is meant in training: `select`, since the fused kernel can't project, and no refit.
+    """The config as it is meant in training: `select`, since the fused kernel can't project, and its own defaults.
 
     Raises:
         ValueError: if a projection is asked for.
@@ -69,7 +69,11 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
         )
     tolerance = config.tolerance if config.has_target else TOLERANCE
     return replace(
-        config, realization="select", refit=0, multiple_of=config.multiple_of or "tuned", tolerance=tolerance
+        config,
+        realization="select",
+        refit=REFIT_IN_TRAINING if config.refit is None else config.refit,
+        multiple_of=config.multiple_of or "tuned",
+        tolerance=tolerance,
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress_, measure
 from hf_compressm.cutting import divergence as divergence_module
-from hf_compressm.cutting import observing, trials
+from hf_compressm.cutting import measuring, observing, trials
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.cutting.inputs import Inputs
 from hf_compressm.cutting.measuring import empty_statistics
@@ -21,6 +21,7 @@ from hf_compressm.cutting.observing import observe_by_loss
 from hf_compressm.cutting.progress import listening
 from hf_compressm.cutting.snapshot import Snapshot
 from hf_compressm.cutting.trials import cut_for_a_while
+from hf_compressm.data import calibration
 from hf_compressm.hankel import budgets, factorisations
 from hf_compressm.layers import find_layers
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
@@ -58,7 +59,7 @@ def test_no_factorisation_gets_more_than_its_part(monkeypatch, name, options):
     model = MODELS[name]()
     layers = find_layers(model)
     assert sum(layer.channels for layer in layers) > 5
-    measurement = measure(model, IDS, CompreSSMConfig(max_divergence=0.05))
+    measurement = measure(model, IDS, CompreSSMConfig(max_divergence=0.05, **options))
     measurement.report()
     measurement.plan(CompreSSMConfig(ratio=0.5, **options))
     assert max(most.values()) == 5, most
@@ -187,14 +188,18 @@ def test_fits_keep_no_more_than_their_share_of_the_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2])
-def test_measuring_stops_in_time_and_says_so(make, caplog):
-    config = CompreSSMConfig(tolerance=0.1, calibration_seconds=0)
-    data = [ids[None] for ids in IDS]
-    measurement = measure(make(), data, config)
-    assert [int(entry.tokens) for entry in measurement.statistics] == [7 * 24] * 2
-    data = [{"input_ids": ids.repeat(8, 1)} for ids in IDS[:2]]
-    measurement = measure(make(), data, config)
-    assert [int(entry.tokens) for entry in measurement.statistics] == [8 * 24] * 2
+def test_measuring_stops_in_time_and_says_so(make, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(measuring.logger, "warning", said.append)
+    for seconds, sequences in ((0, 2), (1000, 7), (None, 7)):  # two sequences are measured together on a CPU
+        measurement = measure(make(), IDS, CompreSSMConfig(tolerance=0.1, calibration_seconds=seconds))
+        assert [int(entry.tokens) for entry in measurement.statistics] == [sequences * 24] * 2
+    assert len(said) == 1
+    assert f"{2 * 24} of {7 * 24} tokens" in said[0]
+    monkeypatch.setattr(measuring, "SECONDS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(calibration, "CPU_SEQUENCES", 8)
+    measure(make(), None, CompreSSMConfig(tolerance=0.1))  # samples of the model itself, not given by anyone
+    assert len(said) == 2
 
 
 def test_progress_is_told_step_by_step():

@@ -3,6 +3,7 @@
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.modeling.state_sizes import set_state_sizes
 
 VOCAB = 32
@@ -58,10 +59,19 @@ def slim(
     return build(config)
 
 
+def refitted(config, size: int) -> PreTrainedModel:
+    """Cut to some states, whose rows of B and C are fitted."""
+    model = build(config)
+    report = compress_(model, CompreSSMConfig(state_size=size, realization="select", refit=1), tokens(16, 32))
+    assert "refit" in {row.realization for row in report.layers}
+    return model
+
+
 # Every kind of slimmed model, by name.
 UNIFORM = {
     "mamba_uniform": lambda: slim(mamba_config(), [5, 5, 5]),
     "mamba2_uniform": lambda: slim(mamba2_config(), [4, 4, 4]),
+    "mamba2_refitted": lambda: refitted(mamba2_config(), 4),
 }
 NOT_UNIFORM = {
     "mamba_mixed": lambda: slim(mamba_config(), [5, 8, 2]),
