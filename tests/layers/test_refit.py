@@ -18,6 +18,7 @@ from hf_compressm.layers.selection import Refit, Select
 from tests.layers.models import MAMBA_1, TYPES, N, build, tokens
 
 MAMBA_2 = [name for name in TYPES if name not in MAMBA_1]
+CPU = torch.device("cpu")
 KEPT = torch.tensor([1, 3, 4, 7, 8, 12, 13, 15])
 
 
@@ -160,14 +161,25 @@ def test_one_of_eight_sequences_is_not_fitted_to():
     reads = [(torch.randn(4, 6, 3), None, torch.randn(4, 6, 5)) for _ in range(4)] + [
         (torch.randn(2, 9, 3), None, None)
     ]
-    fit, judge = parted(reads, 1000)
+    fit, judge = parted(reads, 1000, CPU)
     assert [tuple(read[0].shape) for read in fit] == [(14, 6, 3), (2, 9, 3)]
     assert [tuple(read[0].shape) for read in judge] == [(2, 6, 3)]
     assert torch.equal(judge[0][0], torch.stack([reads[1][0][3], reads[3][0][3]]))
     assert torch.equal(judge[0][2], torch.stack([reads[1][2][3], reads[3][2][3]]))
     assert fit[1][2] is None
-    few, last = parted(reads[:1], 1000)
+    few, last = parted(reads[:1], 1000, CPU)
     assert [len(read[0]) for read in (*few, *last)] == [3, 1]
-    assert parted([(torch.randn(1, 6, 3), None, None)], 1000)[1] == []
-    few, last = parted(reads, 20)  # three sequences
+    assert parted([(torch.randn(1, 6, 3), None, None)], 1000, CPU)[1] == []
+    few, last = parted(reads, 20, CPU)  # three sequences
     assert [len(read[0]) for read in (*few, *last)] == [2, 1]
+
+
+def test_what_was_kept_elsewhere_comes_to_the_layer():
+    """Of many inputs the later ones are kept on the CPU."""
+    there = torch.device("meta")
+    reads = [
+        (torch.randn(2, 6, 3, device=device), torch.ones(2, 6), torch.randn(2, 6, 5))
+        for device in ("meta", "cpu", "cpu")
+    ]
+    for part in parted(reads, 1000, there):
+        assert all(tensor.device == there for read in part for tensor in read)
