@@ -13,6 +13,7 @@ The rooms, from the ground up; each imports only from those above it here:
     data/          the tokens that models are measured and evaluated on
     reporting/     what was done: report, figure, record, model card
     cutting/       measure, plan, apply
+    healing/       after a cut, a distillation from the full model
     hub/           load, save, push, exchange
     compress.py    compress_, compress_pretrained, hankel_singular_values
     training/      the callback, and what it is made of

@@ -32,6 +32,9 @@ USED = {
     "torch.nn.parallel.distributed.DistributedDataParallel._comm_hooks": "to register them again with a new reducer",
     "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1PreTrainedModel._init_weights": "copies multipliers of one "
     "length to all layers (in modeling/modeling_compressm.py, which stands alone beside saved models)",
+    "accelerate.state.PartialState._shared_state": "a Trainer resets Accelerate's global state, which Accelerators of others use",
+    "accelerate.state.AcceleratorState._shared_state": "the same",
+    "accelerate.state.GradientState._shared_state": "the same",
     "accelerate.hooks.AlignDevicesHook": "its attributes execution_device, weights_map and original_devices, as `module._hf_hook`: "
     "where the weights of an offloaded module are, and where they are computed with",
     "accelerate.hooks.add_hook_to_module": "keeps the `forward` of the module's class as `module._old_forward`",
@@ -56,6 +59,20 @@ def checkpoint_parent(trainer: Any) -> str:
 def comm_hooks(ddp: DistributedDataParallel) -> list[tuple[Callable, Any]]:
     """The communication hooks of a DDP wrapper, with their states."""
     return list(ddp._comm_hooks)
+
+
+def accelerate_state() -> list[dict[str, Any]]:
+    """The dictionaries that hold Accelerate's global state: what device and processes there are, precision, accumulation."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    return [owner._shared_state for owner in (PartialState, AcceleratorState, GradientState)]
+
+
+def recompute_activations_(model: Any) -> None:
+    """Have a model compute its activations again in the backward pass; it was called by another name before 5.24."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
 
 
 def forget_compiled_code() -> None:

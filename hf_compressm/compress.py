@@ -19,6 +19,8 @@ from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
 from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
+from .data.healing import HealingText
+from .healing import check_can_heal, cut_and_heal_
 from .hub import check_login, load_model, load_tokenizer, publish
 from .layers import find_layers, plain_model, realization_of
 from .reporting.record import set_report_
@@ -47,7 +49,8 @@ def compress_pretrained(
         config: what to cut, as a config or a dictionary of its values; by default as much as keeps a `max_divergence` of
             0.01 nats per token.
         calibration_data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the
-            package ships, if there is a tokenizer, else samples of the model itself.
+            package ships, if there is a tokenizer, else samples of the model itself. Healing (`heal`) learns from all of it
+            and reads a DataLoader as it goes; of much data, only a part is measured then.
         tokenizer: for texts; by default the checkpoint's.
         push_to_hub: a repository to push the slim model, its tokenizer and its model card to, in one commit, if anything
             was cut. The login is checked before anything else is done.
@@ -111,7 +114,7 @@ def compress_(
     """Make the state of a model's SSM layers smaller, in place.
 
     Everything is measured and planned before anything is changed: an error or interrupt leaves the model as it was, or
-    cut with its config and optimizer. Parameters keep their identity and only change their data, except that a projection
+    cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their data, except that a projection
     adds one to each mixer.
 
     Args:
@@ -126,7 +129,8 @@ def compress_(
 
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
-            calibration data does not fit the model, if an optimizer can't follow, or in one of several processes.
+            calibration data does not fit the model, if an optimizer can't follow, or in one of several processes; and with
+            `heal`, if the model has no head, is in float16 or in part offloaded, or there is a single sequence of text.
         TypeError: if the calibration data is of an unknown kind.
     """
     OneProcess().refuse()
@@ -136,7 +140,13 @@ def compress_(
     check_targets(config, layers, realization_of(config, layers))
     if optimizer is not None:
         check_optimizers(as_list(optimizer), model)
-    return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
+    if not config.heal:
+        return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
+    check_can_heal(model, config)
+    text = HealingText(calibration_data, model, tokenizer, config.heal)
+    measurement = measure(model, text.measured, config)
+    plan = measurement.plan(replace(config, heal=0))
+    return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
 
 
 def hankel_singular_values(

@@ -15,10 +15,13 @@ TARGETS = ("max_divergence", "tolerance", "state_size", "ratio")
 """The fields of which one at most is given."""
 MAX_DIVERGENCE, TOLERANCE = 0.01, 0.05
 """Default targets: after training, and in training."""
-REALIZATIONS = ["auto", "select", "project"]
+REFIT, REFIT_IN_TRAINING = 3, 0
+"""Default rounds of fits: after training, and in training."""
+REALIZATIONS = ["auto", "select", "project", "project_heads"]
 """What `realization` may be; `layers.register_realization` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
 Weights = Literal["auto", "fisher", "gate"]
+HealParameters = Literal["cut", "all"]
 Selection = Literal["auto", "greedy", "ghost", "lti_modal", "magnitude", "random"]
 
 
@@ -36,13 +39,16 @@ class CompreSSMConfig:
         state_size: the size itself, for all layers or as {layer: size}. Honoured exactly.
         ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
         realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
-            state. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
+            state; "project_heads" (Mamba-2) another one in each head, of a size of its own, where a layer's size is the
+            heads' mean. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
             elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".
-        refit: rounds of least squares, with "auto" on Mamba-1 layers, that refit A, B, C and D of a cut layer to the full
-            layer's output on the calibration data; 0 refits only the read-out C. Not used while training, which refits
-            everything.
+        refit: rounds, with "auto", in which a selected layer is fitted to the full layer's output on the calibration data; 0
+            fits only the read-out C of Mamba-1. In Mamba-1 it is A, B, C and D, by least squares. In Mamba-2 it is the kept
+            rows of B and C in `in_proj` and their channels of `conv1d`, by a hundred steps of L-BFGS a round, or fewer if
+            what one of eight sequences loses, which are not fitted to, no longer falls. By default 3 after training; while
+            training none, which fits everything itself, unless it is given: a fit at each cut helps Mamba-2's late ones.
         weights: what a layer's channels and tokens count in statistics and fits. "fisher": as much as the loss depends on
             them, by its gradient for labels sampled from the model's own predictions, so that what a cut costs is known in
             nats, over all layers alike. "gate": as much of them as reaches the residual stream. "auto" is "fisher" for a
@@ -50,10 +56,17 @@ class CompreSSMConfig:
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
         multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for Mamba-1, and
-            for Mamba-2 multiples of 8. "tuned", the default in training, takes few sizes, for which kernels need not be
-            tuned again and again: for Mamba-2 powers of two from 16 up.
+            for Mamba-2 multiples of 8, or any mean over heads. "tuned", the default in training, takes few sizes, for which
+            kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
-        seed: of the "random" selection.
+        heal: tokens to learn from after the cut, by distillation from the full model; 0 is off. A few millions take
+            away a third to three quarters of what a hard cut costs. The text is `calibration_data`, or what stands in for it,
+            a part of which is held out: the weights that diverge least there are kept, those of the cut if none is better. A
+            `max_divergence` is kept by the cut already, and healing gains what it gains on top. Only of `compress_` and
+            `compress_pretrained`; a Mamba on a GPU wants its kernels (the `cuda` extra).
+        heal_parameters: what is trained: in mixers that were "cut", the parameters that A, B, C, D and the steps come from, or
+            "all" of the model, which takes a second copy of it.
+        seed: of the "random" selection, and of the order in which healing reads its text.
         start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in
             the warm-up. The last cut comes at `end`.
         num_reductions: attempts to cut, equidistant between `start` and `end`. A tolerance is given up at each of them;
@@ -77,12 +90,14 @@ class CompreSSMConfig:
     ratio: float | None = None
     realization: str = "auto"
     selection: Selection = "auto"
-    refit: int = 3
+    refit: int | None = None
     weights: Weights = "auto"
     estimator: Estimator = "ltv"
     uniform: bool = False
     multiple_of: int | Literal["tuned"] | None = None
     min_state_size: int = 1
+    heal: int = 0
+    heal_parameters: HealParameters = "cut"
     seed: int = 0
     start: float = 0
     end: float = 0.1
@@ -108,8 +123,10 @@ class CompreSSMConfig:
                 f"state_size={self.state_size} is below min_state_size={self.min_state_size}: drop min_state_size, which "
                 "is for sizes that the library chooses, or lower it."
             )
-        if self.uniform and self.realization == "project":
-            raise ValueError("uniform=True makes a stock checkpoint, which realization='project' can't be: drop one.")
+        if self.uniform and self.realization in ("project", "project_heads"):
+            raise ValueError(
+                f"uniform=True makes a stock checkpoint, which realization={self.realization!r} can't be: drop one."
+            )
         if (self.start < 1) == (self.end < 1) and self.start >= self.end:
             raise ValueError(f"start must come before end, got {self.start} and {self.end}.")
 
@@ -146,6 +163,11 @@ class CompreSSMConfig:
         return self if self.has_target else replace(self, max_divergence=MAX_DIVERGENCE)
 
     @property
+    def fit_rounds(self) -> int:
+        """`refit`, or its default after training."""
+        return REFIT if self.refit is None else self.refit
+
+    @property
     def weighs_by_loss(self) -> bool:
         """Whether channels count as much as the loss depends on them, if it can be had."""
         by_loss = self.max_divergence is not None or self.ratio is not None
@@ -154,7 +176,7 @@ class CompreSSMConfig:
     @property
     def refits(self) -> bool:
         """Whether cut layers are refitted on what the mixers read."""
-        return self.refit > 0 and self.selection == "auto" and self.tolerance != 0
+        return self.fit_rounds > 0 and self.selection == "auto" and self.tolerance != 0
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a dictionary that JSON can hold; `CompreSSMConfig(**d)` gives the config back."""
@@ -246,6 +268,8 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "uniform": _flag,
     "multiple_of": lambda name, value: value if value == "tuned" else _whole(1)(name, value),
     "min_state_size": _whole(1),
+    "heal": _whole(0),
+    "heal_parameters": _one_of(get_args(HealParameters)),
     "seed": _whole(0),
     "start": _number("from 0 up", lambda x: x >= 0),
     "end": _number("above 0", lambda x: x > 0),

@@ -54,6 +54,7 @@ CONFIGS = [
         {name: value}
         for name in ("refit", "min_state_size", "num_reductions")
         for value in [*WRONG_NUMBERS, 1.5, 2**40]
+        if name != "refit" or value is not None
     ),
     *({name: value} for name in ("start", "end", "min_reduction") for value in WRONG_NUMBERS),
     *({name: value} for name in ("tolerance", "ratio", "rollback") for value in WRONG_NUMBERS if value is not None),

@@ -26,7 +26,7 @@ def benchmark(
         ),
     ] = None,
     realization: Annotated[
-        str, typer.Option(help="How Mamba-2 gets there: project, select, or auto, which is project.")
+        str, typer.Option(help="How Mamba-2 gets there: project, project_heads, select, or auto, which is project.")
     ] = "auto",
     length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence in training and prefill.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in training and prefill.")] = 8,

@@ -20,6 +20,7 @@ from .console import (
     empty_folder,
     exit_codes,
     fail,
+    healing_text_of,
     load,
     measuring,
     new_folder,
@@ -61,6 +62,7 @@ def compress(
         str,
         typer.Option(
             help="select: keep some of the states. project (Mamba-2 only): mix them into fewer, which loses less. "
+            "project_heads (Mamba-2 only): another mix, of another size, in each head, which loses least. "
             "auto: select for Mamba, project for Mamba-2."
         ),
     ] = "auto",
@@ -72,8 +74,20 @@ def compress(
     ] = None,
     refit: Annotated[
         int,
-        typer.Option(help="Rounds of refitting the cut layers of a Mamba model to the full ones; 0 is quicker."),
+        typer.Option(help="Rounds of refitting the selected layers to the full ones; 0 is quicker."),
     ] = 3,
+    heal: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            help="After the cut, learn from the full model's predictions on so many tokens of the text, some millions; on a GPU "
+            "that is about a minute for a small model. What is best on held-out text is kept. 0 is off.",
+        ),
+    ] = 0,
+    heal_parameters: Annotated[
+        str,
+        typer.Option(help="cut: train what the cut changed. all: every parameter, with a second copy of the model."),
+    ] = "cut",
     calibration: CalibrationFile = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="NAME", help="Push the slim model and its tokenizer to this repository.")
@@ -125,12 +139,14 @@ def compress(
             realization=realization,
             multiple_of=multiple_of,
             refit=refit,
+            heal=heal,
+            heal_parameters=heal_parameters,  # type: ignore[arg-type]
         )
         if push_to_hub is not None and not dry_run:
             check_login()
         with progress_bar() as progress:
             slim, tokenizer = load(model, progress)
-            data = calibration_text(slim, tokenizer, calibration)
+            data = healing_text_of(tokenizer, calibration) if heal else calibration_text(slim, tokenizer, calibration)
             if evaluate and tokenizer is None:
                 raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
             if evaluate is None:

@@ -176,12 +176,21 @@ def calibration_text(model: Any, tokenizer: Any, text: Path | None) -> Any:
     from ..data.calibration import sequences_for
     from ..data.texts import windows
 
-    if text is None:
-        return None
+    return None if text is None else windows(_read(text, tokenizer), tokenizer, sequences_for(model))
+
+
+def healing_text_of(tokenizer: Any, text: Path | None) -> Any:
+    """All of a text in windows; None for what the package has."""
+    from ..data.texts import every_window
+
+    return None if text is None else every_window(_read(text, tokenizer), tokenizer)
+
+
+def _read(text: Path, tokenizer: Any) -> str:
     if tokenizer is None:
         raise ValueError(f"The model has no tokenizer, so it can't read {text}: leave out --calibration.")
     try:
-        return windows(text.read_text(encoding="utf-8"), tokenizer, sequences_for(model))
+        return text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is no text in UTF-8 ({error}): give another file to --calibration.") from error
 

@@ -155,11 +155,13 @@ def _seconds(
         start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
         advance()
         begin = time.perf_counter()
-        if start.refit(layer, [(hidden, None, None)], options.refit) is not start:  # a family that has one
+        if start.refit(layer, [(hidden, None, None)], options.fit_rounds) is not start:  # a family that has one
             _synchronize(device)
-            once = (time.perf_counter() - begin) / TIMED
+            once = time.perf_counter() - begin
+            # Iterations take what it takes to begin them on a GPU, and on a CPU they are fewer where there are many tokens.
+            once *= 1 if first.fits_differ else tokens / TIMED
             # Sizes that a trial changes are fitted anew: about as many again.
-            found["refit"] = len(layers) * tokens * once * (2 if options.max_divergence is not None else 1)
+            found["refit"] = len(layers) * once * (2 if options.max_divergence is not None else 1)
     return found
 
 

@@ -84,6 +84,7 @@ def write_sizes_(model: PreTrainedModel, layers: Sequence[Layer]) -> None:
         model,
         {layer.index: layer.state_size for layer in layers},
         {index: size for index, size in unprojected.items() if size is not None},
+        {layer.index: layer.head_state_sizes for layer in layers if layer.head_state_sizes is not None},
     )
 
 

@@ -103,10 +103,12 @@ def keep_budget(
     good, bad, factor = top, -1, 1.0
     best: dict[int, Realization] = {}
     row = DivergenceRow(budget, 0.0, 0.0, tokens)
-    for _ in range(TRIALS):
+    for trial in range(TRIALS):
         if good - bad <= 1:
             break
         rung = min(max(ladder.lowest_within(budget / factor), bad + 1), good - 1)
+        if trial >= TRIALS // 2 and not best:  # where the curves say little, the factor climbs too slowly
+            rung = max(rung, (good + bad) // 2)
         made = realize(ladder[rung].sizes)
         measured = measure(made)
         predicted = ladder.predicted[rung]

@@ -51,6 +51,10 @@ class Measurement:
             ValueError: if the target can't be reached, or asks for what was not measured; or if the model was cut since.
         """
         config = CompreSSMConfig.of(config).after_training()
+        if config.heal:
+            raise ValueError(
+                "A plan is a cut, which is not healed: give heal to compress_ or compress_pretrained, or plan with heal=0."
+            )
         if config.estimator != self.estimator:
             raise ValueError(
                 f"The model was measured with estimator={self.estimator!r}, and the config has {config.estimator!r}: "

@@ -52,8 +52,8 @@ def measure(
         data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the package
             ships, if there is a tokenizer, else samples of the model itself.
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
-            realization has one; for a `max_divergence`, the default, a quarter of the data is held out, and for any other
-            cut an eighth, if there are eight sequences.
+            realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
+            any other cut an eighth, if there are eight sequences.
         tokenizer: for texts.
 
     Raises:
@@ -64,7 +64,7 @@ def measure(
     layers = find_layers(model)
     batches = calibration_batches(data, model, tokenizer)
     held_out: list[dict[str, Tensor]] = []
-    if config.max_divergence is not None:
+    if config.max_divergence is not None or config.heal:
         batches, held_out = hold_out(batches, model)
     elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
         batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)

@@ -137,18 +137,28 @@ def make_plan(
     check_targets(config, layers, name)
     spectra = hankel_spectra(statistics)
     paths = realize(layers, statistics, config, name)
-    fitted: dict[tuple[int, int], Realization] = {}
+    fitted: dict[tuple[int, int, int], Realization] = {}
+
+    def fit(layer: Layer, selected: Realization, rounds: int = config.fit_rounds) -> Realization:
+        key = layer.index, selected.size, rounds
+        if key not in fitted:
+            fitted[key] = selected
+            if inputs is not None:
+                with weights_at_hand(layer.mixer):
+                    fitted[key] = selected.refit(layer, inputs[layer.index], rounds)
+        return fitted[key]
+
+    def try_fit(layer: Layer, selected: Realization) -> Realization:
+        return fit(layer, selected, min(1, config.fit_rounds))
 
     def realizations_of(sizes: Sequence[int]) -> dict[int, Realization]:
         cut = [row for row in zip(layers, paths, sizes, strict=True) if row[2] < row[0].state_size]
-        new = [row for row in cut if (row[0].index, row[2]) not in fitted]
-        for layer, path, size in new if inputs is None else followed("refitting layers", new):
-            made = path[size]
-            if inputs is not None:
-                with weights_at_hand(layer.mixer):
-                    made = made.refit(layer, inputs[layer.index], config.refit)
-            fitted[layer.index, size] = made
-        return {layer.index: fitted[layer.index, size] for layer, _, size in cut}
+        new = [
+            (layer, path[size]) for layer, path, size in cut if (layer.index, size, config.fit_rounds) not in fitted
+        ]
+        for layer, selected in new if inputs is None else followed("refitting layers", new):
+            fit(layer, selected)
+        return {layer.index: fit(layer, path[size]) for layer, path, size in cut}
 
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
 
@@ -156,7 +166,8 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        return cost_curves(model, layers, paths, choices, lost, Divergence(model, [sample], layer_by_layer=True))
+        distance = Divergence(model, [sample], layer_by_layer=True)
+        return cost_curves(model, layers, paths, choices, lost, distance, try_fit)
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:
@@ -206,6 +217,7 @@ def make_report(
                 output_error=0.0 if realization is None else realization.error,
                 channels=layer.channels,
                 realization="" if realization is None else realization.kind or realization.name,
+                head_sizes=None if realization is None else realization.head_sizes,
             )
         )
     added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)

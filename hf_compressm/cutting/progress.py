@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
 
 
-def followed(description: str, items: Sequence[T]) -> Iterator[T]:
+def followed(description: str, items: Sequence[T]) -> Generator[T]:
     """The items, one after the other, as steps of what is described; a bar is shown where they take over a second.
 
     transformers' `disable_progress_bar` switches it off.

@@ -7,7 +7,7 @@ a few sizes and interpolated between them: cut that layer alone, and see how far
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ def cost_curves(
     choices: Sequence[Sequence[int]],
     lost: Sequence[Tensor],
     divergence: Divergence,
+    fit: Callable[[Layer, Realization], Realization] = lambda layer, realization: realization,
 ) -> list[Tensor]:
     """What keeping r states of a layer costs, [N] each at r - 1, in units of the divergence.
 
@@ -70,6 +71,7 @@ def cost_curves(
         choices: for each layer the sizes that it may have, ascending; the last is its present one.
         lost: from `errors`.
         divergence: of the model from what it is now.
+        fit: what a realization is fitted to the layer by, where that gains in one layer what it does not in another.
     """
     curves = []
     rows = list(zip(layers, paths, choices, lost, strict=True))
@@ -77,7 +79,8 @@ def cost_curves(
         at, factors = [], []
         for size in sorted({nearest(sizes, share) for share in POINTS}):
             if curve[size - 1] > 0:
-                with cut_for_a_while(model, [layer], {layer.index: path[size]}):
+                tried = fit(layer, path[size]) if path[size].fits_differ else path[size]
+                with cut_for_a_while(model, [layer], {layer.index: tried}):
                     at.append(size)
                     factors.append(divergence(layer) / float(curve[size - 1]))
         scale = np.interp(np.arange(1, len(curve) + 1), at, factors) if at else np.ones(len(curve))

@@ -18,6 +18,14 @@ from ..layers import Layer, Realization, new_data
 @contextmanager
 def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int, Realization]) -> Iterator[None]:
     """The model with mixers in the places of its own that are cut as they run, by layer index; afterwards it is as it was."""
+    chosen = (layer for layer in layers if layer.index in cuts)
+    with mixers_for_a_while(model, {layer.name: CutMixer(layer, cuts[layer.index]) for layer in chosen}):
+        yield
+
+
+@contextmanager
+def mixers_for_a_while(model: nn.Module, mixers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with other mixers, by their names in it; afterwards it is as it was."""
     taken: list[tuple[nn.Module, str, nn.Module]] = []
 
     def restore() -> None:
@@ -25,13 +33,11 @@ def cut_for_a_while(model: nn.Module, layers: Sequence[Layer], cuts: Mapping[int
             setattr(owner, name, mixer)
 
     with restoring(restore):
-        for layer in layers:
-            if layer.index not in cuts:
-                continue
-            parent, _, name = layer.name.rpartition(".")
+        for path, mixer in mixers.items():
+            parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
-            taken.append((owner, name, layer.mixer))
-            setattr(owner, name, CutMixer(layer, cuts[layer.index]))
+            taken.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, mixer)
         yield
 
 

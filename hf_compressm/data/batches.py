@@ -47,31 +47,44 @@ def batches_of(data: Any, tokenizer: Any = None) -> list[Batch]:
         ValueError: if there are no sequences, or a mask does not fit its ids or holds other numbers than 0 and 1.
         TypeError: if the data is of another kind, or texts come without a tokenizer.
     """
+    batches: list[Batch] = []
+    tokens, stream = 0, is_stream(data)
+    for batch in read_batches(data, tokenizer):
+        if stream and tokens >= STREAM_TOKENS:
+            logger.info(f"hf_compressm: read the first {tokens} tokens of the calibration data, which go on.")
+            break
+        batches.append(batch)
+        tokens += batch["input_ids"].numel()
+    if not batches:
+        raise _empty()
+    return batches
+
+
+def read_batches(data: Any, tokenizer: Any = None) -> Iterator[Batch]:
+    """The same one after another, as they are asked for, to the end of the data."""
     if hasattr(data, "tolist") and not isinstance(data, Tensor | np.ndarray):  # a column of a DataFrame
         data = data.tolist()
     if _holds_rows(data):
-        return list(_rows(data, tokenizer, BATCH))
+        yield from _rows(data, tokenizer, BATCH)
+        return
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise TypeError(
             f"Calibration data of type {type(data).__name__} is not known: give a LongTensor or integer array [n, L], a "
             "list of texts, a datasets.Dataset, DataFrame or dictionary with `input_ids` or `text`, or a DataLoader."
         )
-    batches: list[Batch] = []
-    tokens = 0
     for batch in data if isinstance(data, Sequence) else _in_batches(data):
-        if tokens >= STREAM_TOKENS and not isinstance(data, Sequence):
-            logger.info(f"hf_compressm: read the first {tokens} tokens of the calibration data, which go on.")
-            break
         if not _holds_rows(batch):
             raise TypeError(
                 f"The batches of calibration data hold token ids [n, L], got {type(batch).__name__}: let the DataLoader "
                 "give dictionaries with `input_ids`."
             )
-        batches += _rows(batch, tokenizer)
-        tokens += batches[-1]["input_ids"].numel()
-    if not batches:
-        raise _empty()
-    return batches
+        yield from _rows(batch, tokenizer)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether it gives its batches or rows one after another, with no end in sight: all but tables and lists."""
+    listed = hasattr(data, "tolist") or isinstance(data, Sequence) or _holds_rows(data)
+    return isinstance(data, Iterable) and not listed
 
 
 def _in_batches(data: Iterable[Any]) -> Iterator[Any]:

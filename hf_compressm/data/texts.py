@@ -19,6 +19,11 @@ STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
 """What the models of `state-spaces/*` were trained with; their repositories hold none."""
 
 
+def every_window(text: str, tokenizer: Any) -> Tensor:
+    """All of a text as token ids [sequences, 512], but for what is over at its end."""
+    return windows(text, tokenizer, len(text))
+
+
 def windows(text: str, tokenizer: Any, sequences: int, length: int = LENGTH) -> Tensor:
     """Cut a long text into token ids [sequences, length], spread evenly over the whole of it; fewer if it is shorter."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)

@@ -27,15 +27,14 @@ class Mamba2Statistics(Statistics):
     """What a Mamba-2 layer's states do on the calibration data; `update` it with a system per batch.
 
     All heads of a group share B and C, and Abar is a scalar per head, so that a group is one system with the Gramians
-    sum over heads of w P_h and of w Q_h. In Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known
-    before the last: they are kept for each head.
+    sum over heads of w P_h and of w Q_h. They are kept for each head, which may also have a projection of its own; and in
+    Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known before the last.
 
     Attributes:
         tokens: that were seen.
         weight: sum over tokens of w, [heads].
         rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
-        controllable: sum over tokens of w P_t, [groups, N, N]; with `mean_lti`, of B B^T times the input's energy in each
-            head, [heads, N, N].
+        controllable: sum over tokens of w P_t, [heads, N, N]; with `mean_lti`, of B B^T times the input's energy.
         observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
     """
 
@@ -45,7 +44,7 @@ class Mamba2Statistics(Statistics):
 
         self.mean_lti = mean_lti
         self.tokens, self.weight, self.rates = zeros(), zeros(heads), zeros(heads)
-        self.controllable = zeros(heads if mean_lti else groups, size, size)
+        self.controllable = zeros(heads, size, size)
         self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
 
@@ -83,10 +82,12 @@ class Mamba2Statistics(Statistics):
         """The same in plain torch, a few tokens at a time."""
         groups = system.B.shape[2]
         for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
-            gated = (system.gate[:, time, ..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
-            K = gated.mT @ gated  # [batch, time, groups, N, N]
+            gated = system.gate[:, time, ..., None] * h
             if not self.mean_lti:
-                self.controllable += K.sum((0, 1)).to(self.controllable.device)
+                rows = gated.movedim(2, 0).flatten(1, 3)
+                self.controllable += (rows.mT @ rows).to(self.controllable.device)
+            gated = gated.unflatten(2, (groups, -1)).flatten(3, 4)
+            K = gated.mT @ gated  # [batch, time, groups, N, N]
             for group, moments in enumerate(self.groups):
                 moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
         if not self.mean_lti:
@@ -100,7 +101,14 @@ class Mamba2Statistics(Statistics):
     @property
     def P(self) -> Tensor:  # noqa: N802
         """The sum over tokens and a group's heads of w P, [groups, N, N]."""
-        return self._over_heads(self.controllable) if self.mean_lti else self.controllable.to(self.weight.device)
+        weight = self._mean_weight() if self.mean_lti else torch.ones_like(self.weight)
+        return self._over_heads(weight, self.controllable)
+
+    @property
+    def P_of_heads(self) -> Tensor:  # noqa: N802
+        """The sum over tokens of w P, [heads, N, N]."""
+        controllable = self.controllable.to(self.weight.device)
+        return self._mean_weight()[:, None, None] * controllable if self.mean_lti else controllable
 
     def gramians(self) -> tuple[Tensor, Tensor]:
         """P and Q per token in float64, [groups, N, N]."""
@@ -109,7 +117,7 @@ class Mamba2Statistics(Statistics):
             observable = outputs.repeat_interleave(len(self.weight) // len(outputs), dim=0)
         else:
             observable = self.observable
-        return self.P / self.tokens, self._over_heads(observable) / self.tokens
+        return self.P / self.tokens, self._over_heads(self._mean_weight(), observable) / self.tokens
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The groups' spectra as they are, [groups, N]."""
@@ -124,15 +132,15 @@ class Mamba2Statistics(Statistics):
         """The diagonal of P, which holds the output weights already, [groups, N]."""
         return self.P.diagonal(dim1=1, dim2=2)
 
-    def _over_heads(self, sums: Tensor) -> Tensor:
-        """Add up the heads of each group with their mean weights; with `mean_lti`, also over all later tokens."""
+    def _mean_weight(self) -> Tensor:
+        """Of each head, [heads]; with `mean_lti`, also over all later tokens."""
         weight = self.weight / self.tokens
-        if self.mean_lti:
-            weight = weight / (1 - torch.exp(2 * self.rates / self.tokens))
-        by_group = (weight.unflatten(0, (len(self.groups), -1)), sums.unflatten(0, (len(self.groups), -1)))
-        return torch.stack([torch.tensordot(w.to(X.device), X, 1) for w, X in zip(*by_group, strict=True)]).to(
-            weight.device
-        )
+        return weight / (1 - torch.exp(2 * self.rates / self.tokens)) if self.mean_lti else weight
+
+    def _over_heads(self, weight: Tensor, sums: Tensor) -> Tensor:
+        """Sums of the heads added up over each group by weight, where they lie: what comes back is [groups, N, N]."""
+        by_group = zip(*(tensor.unflatten(0, (len(self.groups), -1)) for tensor in (weight, sums)), strict=True)
+        return torch.stack([torch.tensordot(w.to(X.device), X, 1) for w, X in by_group]).to(weight.device)
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:

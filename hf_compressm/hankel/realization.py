@@ -66,7 +66,7 @@ def select(moments: ReadoutMoments, order: Tensor) -> dict[int, Selection]:
     lost = [*M.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal().tolist(), 0.0]
     prefixes = torch.stack([torch.cat([order[:r].sort().values, order[r:]]) for r in range(1, N + 1)])
     prefixes = prefixes.to(moments.contribution.device)
-    return {r: Selection(prefixes[r - 1, :r], None, _share(lost[r], lost[0])) for r in range(1, N + 1)}
+    return {r: Selection(prefixes[r - 1, :r], None, share(lost[r], lost[0])) for r in range(1, N + 1)}
 
 
 def select_with_readout(moments: ReadoutMoments, ridge: float = 1e-6) -> dict[int, Selection]:
@@ -139,7 +139,7 @@ def _eliminate(moments: list[ReadoutMoments], ridge: float) -> list[dict[int, Se
     errors = torch.stack([*lost, energy]).T.tolist()
     for index, error in enumerate(errors):
         for step, (states, readout) in enumerate(steps):
-            sizes[index][states.shape[1]] = Selection(states[index], readout[index], _share(error[step], error[-1]))
+            sizes[index][states.shape[1]] = Selection(states[index], readout[index], share(error[step], error[-1]))
     return sizes
 
 
@@ -174,7 +174,7 @@ def _eliminate_rest(
         kept, order = torch.cat([candidates, rest[others]]).sort()
         readout = torch.cat([readouts[..., step], readouts.new_zeros(len(others), N)])
         readout[torch.arange(len(candidates), len(kept)), rest[others]] = (gains[step] * own)[others]
-        path[len(kept)] = Selection(kept, readout[order], _share(error, energy))
+        path[len(kept)] = Selection(kept, readout[order], share(error, energy))
     return path
 
 
@@ -240,10 +240,11 @@ def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:
     # From the smallest up, and 0 for all of them.
     lost = [*sigma.square().flip(0).cumsum(0).flip(0).tolist(), 0.0]
     return {
-        r: Projection(B_projection[:, :r], C_projection[:, :r], _share(lost[r], lost[0]))
+        r: Projection(B_projection[:, :r], C_projection[:, :r], share(lost[r], lost[0]))
         for r in range(1, moments.size + 1)
     }
 
 
-def _share(part: float, whole: float) -> float:
+def share(part: float, whole: float) -> float:
+    """The part as a share, in spite of rounding not below 0; 0 of nothing."""
     return max(0.0, part / whole) if whole > 0 else 0.0

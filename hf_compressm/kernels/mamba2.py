@@ -144,7 +144,7 @@ def _controllability_kernel(
 def controllability(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, gate: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The groups' controllability Gramians, weighted by the gates, and what the observability Gramians need.
+    """The heads' controllability Gramians, weighted by the gates, and what the observability Gramians need.
 
     Args:
         x, gate: inputs and gates, [batch, length, heads, head_dim], float32 or bfloat16.
@@ -154,8 +154,8 @@ def controllability(
         valid: 1 for tokens that count and 0 for padding, [batch, length], float32.
 
     Returns:
-        the sum over batch, tokens, heads and head_dim of gate^2 h h^T, [groups, N, N], float64, and G,
-        [batch, length, heads], float32.
+        the sum over batch, tokens and head_dim of gate^2 h h^T, [heads, N, N], float64, and G, [batch, length, heads],
+        float32.
     """
     batch, length, heads, head_dim = x.shape
     groups, N = B.shape[2:]
@@ -167,7 +167,7 @@ def controllability(
     )
     rows = min(128, max(16, triton.next_power_of_2(N)))
     columns = min(64, rows)
-    parts = x.new_empty(batch, groups, heads // groups, N, N, dtype=torch.float32)
+    parts = x.new_empty(batch, heads, N, N, dtype=torch.float32)
     G = torch.empty_like(delta, dtype=torch.float32)
     _controllability_kernel[(heads, batch, triton.cdiv(N, rows) * triton.cdiv(N, columns))](
         x,
@@ -190,7 +190,7 @@ def controllability(
         PRECISION=PRECISION,
         num_warps=4 if rows < 64 else 8,
     )
-    half = parts.sum((0, 2), dtype=torch.float64)
+    half = parts.sum(0, dtype=torch.float64)
     return half + half.mT, G
 
 

@@ -25,9 +25,10 @@ from ..hankel.ranks import allowed_sizes
 from ..hankel.statistics import Statistics
 from .parameters import ParameterCut, set_data_
 
-MixerInputs = list[tuple[Tensor, Tensor | None, Tensor | None]]
-"""What a mixer read, as `Layer.read` takes it: hidden states [batch, length, hidden], attention mask [batch, length], and
-the loss's gradient [batch, length, channels], of each batch."""
+MixerInput = tuple[Tensor, Tensor | None, Tensor | None]
+"""What a mixer read in a batch, as `Layer.read` takes it: hidden states [batch, length, hidden], attention mask [batch,
+length], and the loss's gradient [batch, length, channels]."""
+MixerInputs = list[MixerInput]
 
 ResizeParameter = Callable[[Tensor, Tensor], None]
 """Gives a parameter new data of another shape, in place."""
@@ -51,6 +52,8 @@ class Layer(Protocol):
     """Of the layer in the model."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
+    head_state_sizes: tuple[int, ...] | None
+    """The states of each head, where they differ in number; N is their mean then."""
     gradient_at: str | None
     """The submodule of the mixer that reads the scan's output first, where `read` wants the loss's gradient; None if the
     family's channels can't be weighed by the loss."""
@@ -103,6 +106,9 @@ class Layer(Protocol):
     def changed_by_a_cut(self) -> list[str]:
         """The parameters that a selection changes, by name."""
 
+    def system_parameters(self) -> list[str]:
+        """The parameters that A, B, C, D and the steps come from, by name: what a cut mixer is healed by."""
+
     def resize(self, size: int) -> None:
         """Tell the mixer its new state size, once its parameters have it."""
 
@@ -133,9 +139,12 @@ class Realization(ABC):
     name: ClassVar[str]
     """In `CompreSSMConfig.realization`, reports and cards."""
     kind: ClassVar[str] = ""
-    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project"."""
+    """What was done to a layer, more closely than the name: "select", "read-out", "refit", "project",
+    "project_heads"."""
     has_fit: ClassVar[bool] = False
     """Whether `refit` wants what the mixers read."""
+    fits_differ: ClassVar[bool] = False
+    """Whether it takes much of the error away in one layer and little in another, so that sizes have to know."""
     stock: ClassVar[bool] = True
     """Whether what it makes is a stock layer, which transformers loads without this package."""
 
@@ -158,6 +167,11 @@ class Realization(ABC):
     def kept(self) -> list[list[int]]:
         """The states that stay, a list for each group; empty where they are mixed."""
         return []
+
+    @property
+    def head_sizes(self) -> list[int] | None:
+        """The states of each head, where they may differ in number; `size` is their mean then."""
+        return None
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -182,7 +196,7 @@ class Realization(ABC):
     @abstractmethod
     def paths(
         cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
-    ) -> list[dict[int, Realization]]:
+    ) -> Sequence[Mapping[int, Realization]]:
         """For each layer the realization of every size; the layers are given together so that a GPU takes them so."""
 
     @classmethod

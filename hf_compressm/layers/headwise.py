@@ -44,6 +44,7 @@ class HeadwiseMambaLayer(MambaLayer):
             "layer_idx",
         ]
     )
+    SYSTEM = frozenset(["A_log", "D", "x_proj_weight", "dt_proj_weight", "dt_proj_bias"])
 
     @classmethod
     def expected_shapes(cls, mixer: Any) -> dict[str, list[int | None]]:

@@ -41,6 +41,7 @@ class MambaLayer(MixerLayer):
             "layer_idx",
         ]
     )
+    SYSTEM = frozenset(["A_log", "D", "x_proj", "dt_proj"])
     family = "Mamba"
     gradient_at = "out_proj"
 

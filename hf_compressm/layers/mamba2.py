@@ -16,9 +16,10 @@ from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
 from ..hankel.selective import Mamba2System
 from ..modeling.modeling_compressm import project_
-from .contracts import Realization, ResizeParameter
+from .contracts import MixerInputs, Realization, ResizeParameter
 from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut, set_data_
+from .rows import fit_rows, fitted_cuts
 from .selection import Select
 
 PROJECTION = "BC_projection"
@@ -29,7 +30,12 @@ STEP = 8
 class Mamba2Select(Select):
     """Keep some states: rows of `in_proj` and channels of `conv1d`, or columns of the maps of a projected layer."""
 
-    has_fit = False
+    fits_differ = True
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """But for a layer whose heads' states differ in number."""
+        return layer.head_state_sizes is None
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
@@ -67,7 +73,7 @@ class Project(Realization):
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """For `Mamba2Mixer`: there is a mixer like it that scans a projected state."""
-        return isinstance(layer.mixer, Mamba2Mixer)
+        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
@@ -143,7 +149,8 @@ class Mamba2Layer(MixerLayer):
             "layer_idx",
         ]
     )
-    MAY_HAVE = frozenset({"mup_vector", PROJECTION})
+    MAY_HAVE = frozenset({"mup_vector", PROJECTION, "head_order", "column_head", "column_start", "column_place"})
+    SYSTEM = frozenset(["A_log", "D", "dt_bias", "in_proj", "conv1d", PROJECTION])
     family = "Mamba-2"
     keeps_samples_apart = True
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Mamba2Select, "project": Project}
@@ -178,6 +185,11 @@ class Mamba2Layer(MixerLayer):
         return getattr(self.mixer, "unprojected_state_size", None)
 
     @property
+    def head_state_sizes(self) -> tuple[int, ...] | None:  # type: ignore[override]
+        """N of each head of a mixer that is projected by head, else None."""
+        return getattr(self.mixer, "head_state_sizes", None)
+
+    @property
     def gradient_at(self) -> str:  # type: ignore[override]
         """The gated norm, after which nothing is linear in the scan's output; Falcon-H1 can do without."""
         return "norm" if hasattr(self.mixer.norm, "weight") else "out_proj"
@@ -188,8 +200,17 @@ class Mamba2Layer(MixerLayer):
         return 16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size)
 
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
-        """An empty accumulator for `read`'s systems."""
+        """An empty accumulator for `read`'s systems.
+
+        Raises:
+            ValueError: if the mixer is projected by head: it is one system for each head then.
+        """
         mixer = self.mixer
+        if self.head_state_sizes is not None:
+            raise ValueError(
+                f"Each head of {self.name} scans a projection of its own, and such a layer can't be measured or cut again: "
+                "take the model that it was cut from. Nothing was changed."
+            )
         return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, self.device, mean_lti=mean_lti)
 
     def read(
@@ -249,9 +270,20 @@ class Mamba2Layer(MixerLayer):
             for key, _ in getattr(mixer, name).named_parameters()
         }
 
+    def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
+        """Fit the kept rows and channels to the scan's output on its inputs; None for a projected layer, and if none is
+        better than it was."""
+        return None if self.unprojected_state_size is not None else fit_rows(self, inputs, selections, rounds)
+
+    def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:
+        """The kept rows and channels, with the fitted values of those that make B and C."""
+        return fitted_cuts(self, fits)
+
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that depend on it."""
         mixer = self.mixer
+        if self.head_state_sizes is not None:
+            return {PROJECTION: torch.Size([2, mixer.unprojected_state_size, mixer.num_heads * size])}
         if self.unprojected_state_size is not None:
             return {PROJECTION: torch.Size([2 * self.groups, self.unprojected_state_size, size])}
         conv = mixer.intermediate_size + 2 * self.groups * size

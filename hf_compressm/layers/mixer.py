@@ -26,10 +26,13 @@ class MixerLayer:
     """Attributes that are read."""
     MAY_HAVE: ClassVar[frozenset[str]] = frozenset()
     """Further parameters, buffers and modules that the mixer may have."""
+    SYSTEM: ClassVar[frozenset[str]] = frozenset()
+    """Parameters and modules that A, B, C, D and the steps come from, beside those that a cut changes."""
     family: ClassVar[str]
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
     keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
+    head_state_sizes: tuple[int, ...] | None = None
     gradient_at: str | None = None
     gradient_is_slow: bool = False
 
@@ -97,6 +100,11 @@ class MixerLayer:
     def changed_by_a_cut(self) -> list[str]:
         """The parameters that a selection changes, by name."""
         return list(self.shapes(1))
+
+    def system_parameters(self) -> list[str]:
+        """The parameters that A, B, C, D and the steps come from, by name: what a cut mixer is healed by."""
+        cut = self.changed_by_a_cut()
+        return [name for name, _ in self.mixer.named_parameters() if name in cut or name.split(".")[0] in self.SYSTEM]
 
 
 def causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:

@@ -13,7 +13,7 @@ A mixer is known by what it has, not by its name. Two families and these differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..compat import is_in_memory, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
+from .by_head import ProjectHeads
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
 from .mamba import MambaLayer
@@ -46,6 +47,9 @@ def register_realization(family: Any, realization: type[Realization]) -> None:
     family.realizations = family.realizations | {realization.name: realization}
     if realization.name not in REALIZATIONS:
         REALIZATIONS.append(realization.name)
+
+
+register_realization(Mamba2Layer, ProjectHeads)
 
 
 def plain_model(model: Any) -> PreTrainedModel:
@@ -114,13 +118,19 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
             "class loads: cut the model that it was projected from with uniform=True, or drop uniform=True."
         )
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
+    by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
+    if by_head:
+        raise ValueError(
+            f"Each head of layer {by_head[0]} scans a projection of its own, and such a layer can't be cut again: cut the "
+            "model that it was cut from. Nothing was changed."
+        )
     if config.realization == "auto":
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
     if config.realization not in have:
         reason = (
             "needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its own rate, and a "
             "projection would not commute with that; the Mamba-2 mixers of other architectures have no projected form here"
-            if config.realization == "project"
+            if config.realization in ("project", "project_heads")
             else f"is not for these layers, which can {' or '.join(sorted(have))}"
         )
         raise ValueError(f"realization={config.realization!r} {reason}. Take realization='select'.")
@@ -129,9 +139,9 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
 
 def realize(
     layers: Sequence[Layer], statistics: Sequence[Any], config: CompreSSMConfig, name: str
-) -> list[dict[int, Realization]]:
+) -> list[Mapping[int, Realization]]:
     """For each layer its realization of that name at every size."""
-    paths: list[dict[int, Realization]] = [{} for _ in layers]
+    paths: list[Mapping[int, Realization]] = [{} for _ in layers]
     for realization in dict.fromkeys(layer.realizations[name] for layer in layers):
         mine = [position for position, layer in enumerate(layers) if layer.realizations[name] is realization]
         made = realization.paths([layers[i] for i in mine], [statistics[i] for i in mine], config)

@@ -1,6 +1,6 @@
 """Models with Mamba layers whose state sizes differ, or that project their state.
 
-Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`.
+Glossary: N `unprojected_state_size`, r `ssm_state_size`, G `n_groups`, H `num_heads`, r_h `head_state_sizes`.
 
 This file stands alone: it imports torch and transformers only. hf_compressm imports it, and every saved model that
 needs it carries a copy, so that `from_pretrained(..., trust_remote_code=True)` works where hf_compressm is not
@@ -8,7 +8,8 @@ installed. Importing it teaches transformers three things, once per process:
 
 - layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`, for the architectures of
   the table below;
-- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`;
+- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`, or, with
+  `head_state_sizes` too, a `HeadwiseProjectedMamba2Mixer`;
 - the config of such a model names this file in `auto_map` and writes it beside every `config.json`.
 
 What is patched, and why no public hook will do:
@@ -26,7 +27,7 @@ wrong.
 import copy
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+try:  # for a GPU; it may be missing, and is not asked for by whoever checks what this file needs
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 NEEDS = "5.23"
 
@@ -111,8 +118,11 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
                 "save or download it again."
             )
         super().init_mamba2_weights()
-        identity = torch.eye(*projection.shape[1:], dtype=projection.dtype, device=projection.device)
-        init.copy_(projection, identity.expand_as(projection))
+        init.copy_(projection, self.first_states().to(projection.dtype).expand_as(projection))
+
+    def first_states(self):
+        """The map that keeps the first states."""
+        return torch.eye(*self.BC_projection.shape[1:], device=self.BC_projection.device)
 
     # `Mamba2Mixer.forward` of transformers 5.24 line by line, without the fused training path (whose kernel reads B
     # and C straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
@@ -177,47 +187,268 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         )
         hidden_states, B_C = hidden_states_B_C.tensor_split([self.intermediate_size], dim=-1)
         B_C = B_C.unflatten(-1, (2 * self.n_groups, self.unprojected_state_size))
-        B, C = torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
-
+        hidden_states = hidden_states.reshape(batch_size, seq_len, self.num_heads, self.head_dim)
         if recurrent_state is not None and seq_len == 1:  # Recurrent form
-            scan_output = modeling_mamba2.mamba2_selective_state_update(
-                recurrent_state,
-                hidden_states.view(batch_size, self.num_heads, self.head_dim),
-                dt.transpose(1, 2).expand(-1, -1, self.head_dim),
-                A[:, None, None].expand(-1, self.head_dim, self.ssm_state_size),
-                B[:, 0],
-                C[:, 0],
-                self.D[:, None].expand(-1, self.head_dim),
-                z=None,
-                dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
-                dt_softplus=True,
-                **kwargs,
-            )
+            scan_output = self.step(hidden_states[:, 0], dt[:, 0], A, B_C, recurrent_state, **kwargs)
         else:  # Chunk form
-            scan_output = modeling_mamba2.mamba2_chunk_scan(
-                hidden_states.view(batch_size, seq_len, self.num_heads, self.head_dim),
-                dt,
-                A,
-                B,
-                C,
-                chunk_size=self.chunk_size,
-                D=self.D,
-                z=None,
-                return_final_states=cache is not None,
-                dt_bias=self.dt_bias,
-                dt_softplus=True,
-                initial_states=recurrent_state,
-                dt_limit=self.time_step_limit,
-                **kwargs,
+            scan_output, final_state = self.scan(
+                hidden_states, dt, A, B_C, recurrent_state, return_final_states=cache is not None, **kwargs
             )
             if cache is not None:
-                scan_output, final_state = scan_output
                 cache.update_recurrent_state(final_state, layer_idx=self.layer_idx)
 
         scan_output = self.norm(scan_output.reshape(batch_size, seq_len, -1), gate)
 
         # 4. Final linear projection
         return self.out_proj(scan_output.to(dtype))
+
+    def step(self, hidden_states, dt, A, B_C, state, **kwargs):
+        """One token, [batch, heads, head_dim], on top of a state, which is changed in place."""
+        B, C = self.map_B_C(B_C)
+        return modeling_mamba2.mamba2_selective_state_update(
+            state,
+            hidden_states,
+            dt[..., None].expand(-1, -1, self.head_dim),
+            A[:, None, None].expand(-1, self.head_dim, self.ssm_state_size),
+            B[:, 0],
+            C[:, 0],
+            self.D[:, None].expand(-1, self.head_dim),
+            z=None,
+            dt_bias=self.dt_bias[:, None].expand(-1, self.head_dim),
+            dt_softplus=True,
+            **kwargs,
+        )
+
+    def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
+        """Tokens [batch, length, heads, head_dim], from a state or none; and the final state if it is asked for."""
+        B, C = self.map_B_C(B_C)
+        output = modeling_mamba2.mamba2_chunk_scan(
+            hidden_states,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D,
+            z=None,
+            return_final_states=return_final_states,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_states=state,
+            dt_limit=self.time_step_limit,
+            **kwargs,
+        )
+        return output if return_final_states else (output, None)
+
+    def map_B_C(self, B_C):  # noqa: N802
+        """The projected B and C, [batch, length, groups, r] each, of [batch, length, 2 groups, N]."""
+        return torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
+
+
+class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
+    """A Mamba-2 mixer in which each head h scans a projection of its own, of its own size r_h: B'_h = B @ L_h, C'_h = C @ R_h.
+
+    The states of all heads lie behind one another, S = sum of r_h in all: in the maps' columns, and in the cache, where
+    they are [batch, S, head_dim]. The scan over many tokens takes heads of about one size together, filled up with zeros
+    to a width of which its kernels have few; a single token takes all of them at once as they are.
+
+    Attributes:
+        BC_projection: trainable parameter [2, N, S], the heads' maps of B, then those of C.
+        head_state_sizes: r_h of each head.
+        ssm_state_size: their mean, S / H.
+        head_order: buffer [H], the heads as the scan takes them, those of one width together.
+        column_head: buffer [S], the head that a column belongs to.
+        column_start: buffer [H + 1], where each head's columns begin, and their end.
+        column_place: buffer [S], where a column is among those of the scan.
+
+    Built by `project_heads_`, or by `from_pretrained` and `from_config` for layers whose config says so.
+    """
+
+    head_state_sizes: tuple[int, ...]
+    head_order: torch.Tensor
+    column_head: torch.Tensor
+    column_start: torch.Tensor
+    column_place: torch.Tensor
+
+    def init_mamba2_weights(self):
+        """As the projected mixer; also the buffers, which no checkpoint holds."""
+        super().init_mamba2_weights()
+        self.place_heads_()
+
+    def first_states(self):
+        """The maps that keep the first states of each head."""
+        identity = torch.eye(self.unprojected_state_size, device=self.BC_projection.device)
+        return torch.cat([identity[:, :size] for size in self.head_state_sizes], dim=1)
+
+    def place_heads_(self):
+        """Make the buffers, from the heads' sizes."""
+        self.widths = scan_widths(self.head_state_sizes, self.unprojected_state_size)
+        order = sorted(range(self.num_heads), key=lambda head: self.widths[head])
+        starts, start = {}, 0
+        for head in order:
+            starts[head], start = start, start + self.widths[head]
+        columns = [(head, i) for head, size in enumerate(self.head_state_sizes) for i in range(size)]
+        buffers = {
+            "head_order": order,
+            "column_head": [head for head, _ in columns],
+            "column_start": [sum(self.head_state_sizes[:head]) for head in range(self.num_heads + 1)],
+            "column_place": [starts[head] + i for head, i in columns],
+        }
+        for name, values in buffers.items():
+            self.register_buffer(name, torch.tensor(values, device=self.BC_projection.device), persistent=False)
+
+    @property
+    def buckets(self):
+        """The widths that the scan takes, with the number of heads of each, ascending."""
+        return [(width, self.widths.count(width)) for width in sorted(set(self.widths))]
+
+    def step(self, hidden_states, dt, A, B_C, state, **kwargs):
+        B, C = (side[:, 0] for side in self.map_B_C(B_C))
+        followed = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, dt, A, B, self.D))
+        one_launch = triton is not None and state.is_cuda and state.is_contiguous() and not followed
+        update = step_of_heads if one_launch else step_of_heads_reference
+        columns = self.column_start if one_launch else self.column_head
+        return update(state, hidden_states, dt, A, B, C, self.D, self.dt_bias, columns)
+
+    def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
+        B, C = (self._fill_up(side, 2) for side in self.map_B_C(B_C))
+        order, counts = self.head_order, [count for _, count in self.buckets]
+        columns = [width * count for width, count in self.buckets]
+        states = [None] * len(counts) if state is None else self._fill_up(state, 1).split(columns, dim=1)
+        outputs, final_states = [], []
+        for (width, count), x, step, a, b, c, skip, bias, before in zip(
+            self.buckets,
+            hidden_states.index_select(2, order).split(counts, dim=2),
+            dt.index_select(2, order).split(counts, dim=2),
+            A.index_select(0, order).split(counts),
+            B.split(columns, dim=2),
+            C.split(columns, dim=2),
+            self.D.index_select(0, order).split(counts),
+            self.dt_bias.index_select(0, order).split(counts),
+            states,
+            strict=True,
+        ):
+            output = modeling_mamba2.mamba2_chunk_scan(
+                x,
+                step,
+                a,
+                b.unflatten(2, (count, width)),
+                c.unflatten(2, (count, width)),
+                chunk_size=self.chunk_size,
+                D=skip,
+                z=None,
+                return_final_states=return_final_states,
+                dt_bias=bias,
+                dt_softplus=True,
+                initial_states=None if before is None else before.unflatten(1, (count, width)).transpose(2, 3),
+                dt_limit=self.time_step_limit,
+                **kwargs,
+            )
+            if return_final_states:
+                output, final_state = output
+                final_states.append(final_state.transpose(2, 3).flatten(1, 2))
+            outputs.append(output)
+        output = torch.cat(outputs, dim=2)
+        output = torch.empty_like(output).index_copy(2, order, output)
+        if not return_final_states:
+            return output, None
+        return output, torch.cat(final_states, dim=1).index_select(1, self.column_place)
+
+    def map_B_C(self, B_C):  # noqa: N802
+        """The heads' B and C, [batch, length, S] each, of [batch, length, 2 groups, N]."""
+        per_group, maps = self.num_heads // self.n_groups, self.BC_projection.to(B_C.dtype)
+        columns = [
+            sum(self.head_state_sizes[start : start + per_group]) for start in range(0, self.num_heads, per_group)
+        ]
+        rows = B_C.flatten(0, 1).unflatten(1, (2, self.n_groups)).unbind(2)
+        mapped = [x.transpose(0, 1) @ part for x, part in zip(rows, maps.split(columns, dim=2), strict=True)]
+        return torch.cat(mapped, dim=2).unflatten(1, B_C.shape[:2]).unbind(0)
+
+    def _fill_up(self, x, dim):
+        """Columns of the heads, to those that the scan takes, with zeros for what is not there."""
+        shape = list(x.shape)
+        shape[dim] = sum(self.widths)
+        return x.new_zeros(shape).index_copy(dim, self.column_place, x)
+
+
+def step_of_heads_reference(state, x, dt, A, B, C, D, dt_bias, column_head):
+    """One token of heads whose states, in which they may differ in number, lie behind one another.
+
+    Args:
+        state: of all heads, [batch, S, head_dim], float32; changed in place.
+        x, dt: of the token, [batch, heads, head_dim] and [batch, heads].
+        A, D, dt_bias: [heads].
+        B, C: [batch, S].
+        column_head: the head that a state belongs to, [S].
+
+    Returns:
+        the output, [batch, heads, head_dim].
+    """
+    dt = nn.functional.softplus(dt + dt_bias.to(dt.dtype)).float()
+    drive = (dt[..., None] * x.float())[:, column_head] * B.float()[..., None]
+    state.copy_(state * torch.exp(dt * A)[:, column_head, None] + drive)
+    heads = torch.arange(x.shape[1], device=x.device)
+    of_head = (heads[:, None] == column_head).to(state.dtype)
+    output = of_head @ (state * C.float()[..., None]) + x.float() * D.float()[:, None]
+    return output.to(x.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _step_kernel(
+        state, x, dt, A, B, C, D, dt_bias, starts, output, states, heads, head_dim, x_row, x_head, x_dim, dt_row, dt_head,
+        ROWS: tl.constexpr, DIM: tl.constexpr,
+    ):  # fmt: skip
+        head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        p = tl.arange(0, DIM)
+        first, end = tl.load(starts + head), tl.load(starts + head + 1)
+        delta = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+        delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(tl.minimum(delta, 20.0))))
+        decay = tl.exp(delta * tl.load(A + head))
+        drive = tl.load(x + row * x_row + head * x_head + p * x_dim, mask=p < head_dim, other=0.0).to(tl.float32)
+        total = drive * tl.load(D + head).to(tl.float32)
+        drive *= delta
+        for start in range(first, end, ROWS):
+            n = start + tl.arange(0, ROWS)
+            inside = (n < end)[:, None] & (p < head_dim)[None, :]
+            place = (row * states + n)[:, None] * head_dim + p[None, :]
+            b = tl.load(B + row * states + n, mask=n < end, other=0.0).to(tl.float32)
+            c = tl.load(C + row * states + n, mask=n < end, other=0.0).to(tl.float32)
+            h = tl.load(state + place, mask=inside, other=0.0) * decay + b[:, None] * drive[None, :]
+            tl.store(state + place, h, mask=inside)
+            total += tl.sum(h * c[:, None], 0)
+        tl.store(output + (row * heads + head) * head_dim + p, total, mask=p < head_dim)
+
+
+def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
+    """`step_of_heads_reference` in one launch, without gradients.
+
+    Args:
+        column_start: where each head's states begin, and their end, [heads + 1].
+    """
+    batch, heads, head_dim = x.shape
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _step_kernel[(heads, batch)](
+        state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
+        state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
+        ROWS=16, DIM=max(16, triton.next_power_of_2(head_dim)),
+    )  # fmt: skip
+    return output
+
+
+def scan_widths(sizes: Sequence[int], most: int) -> list[int]:
+    """The width in which the scan takes each head: one of two powers of two, by which it is filled up least.
+
+    Each width is a launch of its own, which takes more time than some columns of zeros.
+
+    Args:
+        sizes: of the heads.
+        most: what no width shall exceed.
+    """
+    powers = [min(most, max(16, 1 << (size - 1).bit_length())) for size in sizes]
+    narrow = min(sorted(set(powers)), key=lambda w: sum(w if power <= w else max(powers) for power in powers))
+    return [narrow if power <= narrow else max(powers) for power in powers]
 
 
 def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) -> None:
@@ -241,9 +472,46 @@ def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) ->
             f"[{expected[0]}, {N}, r], got {list(BC_projection.shape)}."
         )
     mixer.__class__ = ProjectedMamba2Mixer
-    assert isinstance(mixer, ProjectedMamba2Mixer)
+    _set_projection_(mixer, N, BC_projection.shape[-1], BC_projection)
+
+
+def project_heads_(
+    mixer: modeling_mamba2.Mamba2Mixer, head_state_sizes: Sequence[int], BC_projection: torch.Tensor
+) -> None:
+    """Make a Mamba-2 mixer, stock or projected, scan states that B and C are projected to for each head. In place.
+
+    As `project_`, but for these:
+
+    Args:
+        head_state_sizes: states of each head, 0 to N; together a multiple of the number of heads.
+        BC_projection: [2, N, their sum], the heads' maps of B behind one another, then those of C.
+
+    Raises:
+        ValueError: if the sizes are others, or the maps do not have that shape.
+    """
+    N: int = getattr(mixer, "unprojected_state_size", mixer.ssm_state_size)
+    sizes = tuple(int(size) for size in head_state_sizes)
+    mean, rest = divmod(sum(sizes), mixer.num_heads)
+    if len(sizes) != mixer.num_heads or rest or not mean or not all(0 <= size <= N for size in sizes):
+        raise ValueError(
+            f"The {mixer.num_heads} heads of layer {mixer.layer_idx} have 0 to {N} states each, and together a multiple of "
+            f"their number, got {list(sizes)}."
+        )
+    if tuple(BC_projection.shape) != (2, N, sum(sizes)):
+        raise ValueError(
+            f"BC_projection of layer {mixer.layer_idx} must be [2, state size, states of all heads] = [2, {N}, "
+            f"{sum(sizes)}], got {list(BC_projection.shape)}."
+        )
+    mixer.__class__ = HeadwiseProjectedMamba2Mixer
+    assert isinstance(mixer, HeadwiseProjectedMamba2Mixer)
+    mixer.head_state_sizes = sizes
+    _set_projection_(mixer, N, mean, BC_projection)
+    mixer.place_heads_()
+
+
+def _set_projection_(mixer: Any, N: int, r: int, BC_projection: torch.Tensor) -> None:
     mixer.unprojected_state_size = N
-    mixer.ssm_state_size = BC_projection.shape[-1]
+    mixer.ssm_state_size = r
     like = mixer.conv1d.weight
     values = torch.empty(BC_projection.shape, dtype=like.dtype, device=like.device).copy_(BC_projection.detach())
     mixer.BC_projection = nn.Parameter(values)
@@ -350,11 +618,14 @@ def _build_from_layer_config(stock_init: Callable) -> Callable:
         if N is None:
             stock_init(self, config, layer_idx, *args, **kwargs)
         else:
-            r = config.state_size
+            r, sizes = config.state_size, getattr(config, "head_state_sizes", None)
             config = copy.copy(config)
             config.state_size = N
             stock_init(self, config, layer_idx, *args, **kwargs)
-            project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
+            if sizes is None:
+                project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
+            else:
+                project_heads_(self, sizes, torch.zeros(2, N, sum(sizes)))
 
     return init_from_layer_config
 

@@ -6,7 +6,8 @@ A model whose layers all have one unprojected size has a stock config: that size
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,6 +16,8 @@ from .modeling_compressm import ARCHITECTURES, update_auto_map
 # The size that a config with `per_layer_config` gives for all layers. No layer has it, so all that have a state are
 # listed, and no reader can take the size of some layers for that of all.
 _NO_SIZE = 0
+# What is set for projected layers, and for those of them whose heads differ.
+_OF_SOME_LAYERS = ("unprojected_state_size", "head_state_sizes")
 
 
 # Types of layers that have a state, in `config.layer_types`.
@@ -81,10 +84,16 @@ def get_unprojected_state_sizes(config: PreTrainedConfig) -> list[int | None]:
     return [getattr(layer, "unprojected_state_size", None) for layer in config.get_text_config().per_layer_config]
 
 
+def get_head_state_sizes(config: PreTrainedConfig) -> list[list[int] | None]:
+    """For each layer the sizes of its heads, or None where they are one."""
+    return [getattr(layer, "head_state_sizes", None) for layer in config.get_text_config().per_layer_config]
+
+
 def set_state_sizes(
     model_or_config: PreTrainedModel | PreTrainedConfig,
     sizes: Mapping[int, int],
     projected_from: Mapping[int, int] | None = None,
+    head_sizes: Mapping[int, Sequence[int]] | None = None,
     *,
     field: str | None = None,
 ) -> None:
@@ -95,15 +104,17 @@ def set_state_sizes(
         sizes: the state size of each layer that changes, by layer index. The other layers stay as they are.
         projected_from: for each layer of `sizes` that is a `ProjectedMamba2Mixer`, the size that B and C are projected
             from. A layer of `sizes` that is not named here is unprojected.
+        head_sizes: for each layer of `projected_from` that is a `HeadwiseProjectedMamba2Mixer`, the sizes of its heads, of
+            which `sizes` has the mean.
         field: the config attribute that holds the state size; by default the architecture's.
 
     Raises:
         ValueError: if a layer or a size is out of range or a layer has no state, if `projected_from` names other layers
-            than `sizes` or an architecture other than Mamba-2, or if the layers differ in an architecture that has one
-            size for all.
+            than `sizes` or an architecture other than Mamba-2, if `head_sizes` names other layers than that or sizes of
+            another mean, or if the layers differ in an architecture that has one size for all.
     """
     for config in text_configs(model_or_config):
-        _set_state_sizes(config, sizes, projected_from or {}, field or state_size_field(config))
+        _set_state_sizes(config, sizes, projected_from or {}, head_sizes or {}, field or state_size_field(config))
 
 
 def check_state_sizes(model: PreTrainedModel, sizes: Mapping[int, int]) -> None:
@@ -113,44 +124,65 @@ def check_state_sizes(model: PreTrainedModel, sizes: Mapping[int, int]) -> None:
         ValueError: as `set_state_sizes`.
     """
     for config in text_configs(model):
-        _set_state_sizes(copy.deepcopy(config), sizes, {}, state_size_field(config))
+        _set_state_sizes(copy.deepcopy(config), sizes, {}, {}, state_size_field(config))
 
 
 def _set_state_sizes(
-    config: PreTrainedConfig, sizes: Mapping[int, int], projected_from: Mapping[int, int], field: str
+    config: PreTrainedConfig,
+    sizes: Mapping[int, int],
+    projected_from: Mapping[int, int],
+    head_sizes: Mapping[int, Sequence[int]],
+    field: str,
 ) -> None:
-    _check(config, sizes, projected_from)
+    _check(config, sizes, projected_from, head_sizes)
 
-    layers: dict[int, tuple[int, int | None]]
+    def of_layer(size: int, N: int | None = None, of_heads: Sequence[int] | None = None) -> dict[str, Any]:
+        heads = None if of_heads is None else list(of_heads)
+        values = {field: size} | dict(zip(_OF_SOME_LAYERS, (N, heads), strict=True))
+        return {name: value for name, value in values.items() if value is not None}
+
+    layers: dict[int | str, dict[str, Any]]
     if config.model_type in ARCHITECTURES:
-        now = list(zip(get_state_sizes(config, field), get_unprojected_state_sizes(config), strict=True))
-        layers = {i: now[i] for i in _stateful_layers(config)}
-        layers |= {i: (size, projected_from.get(i)) for i, size in sizes.items()}
-    else:
-        layers = {i: (size, None) for i, size in sizes.items()}
-        if len(set(layers.values())) > 1:
-            raise ValueError(
-                f"The layers of a {config.model_type} model must all have the same state size, got "
-                f"{dict(sizes)}: choose one size for all of them (`uniform=True`)."
+        now = list(
+            zip(
+                get_state_sizes(config, field),
+                get_unprojected_state_sizes(config),
+                get_head_state_sizes(config),
+                strict=True,
             )
+        )
+        layers = {i: of_layer(*now[i]) for i in _stateful_layers(config)}
+        layers |= {i: of_layer(size, projected_from.get(i), head_sizes.get(i)) for i, size in sizes.items()}
+    else:
+        layers = {i: of_layer(size) for i, size in sizes.items()}
+    alike = all(layer == layers[min(sizes)] for layer in layers.values())
+    if config.model_type not in ARCHITECTURES and not alike:
+        raise ValueError(
+            f"The layers of a {config.model_type} model must all have the same state size, got "
+            f"{dict(sizes)}: choose one size for all of them (`uniform=True`)."
+        )
 
     config.per_layer_config = None
-    if hasattr(config, "unprojected_state_size"):
-        del config.unprojected_state_size
-    if len(set(layers.values())) == 1 and layers[min(layers)][1] is None:
-        setattr(config, field, layers[min(layers)][0])
+    for name in _OF_SOME_LAYERS:
+        if hasattr(config, name):
+            delattr(config, name)
+    used = {name for layer in layers.values() for name in layer}
+    if alike and used == {field}:
+        setattr(config, field, layers[min(sizes)][field])
     else:
         setattr(config, field, _NO_SIZE)
-        if any(N is not None for _, N in layers.values()):
-            config.unprojected_state_size = None  # transformers wants what some layers set on the whole config too
-        config.per_layer_config = {
-            i: {field: size} if N is None else {field: size, "unprojected_state_size": N}
-            for i, (size, N) in layers.items()
-        }
+        for name in used - {field}:
+            setattr(config, name, None)  # transformers wants what some layers set on the whole config too
+        config.per_layer_config = layers
     update_auto_map(config)
 
 
-def _check(config: PreTrainedConfig, sizes: Mapping[int, int], projected_from: Mapping[int, int]) -> None:
+def _check(
+    config: PreTrainedConfig,
+    sizes: Mapping[int, int],
+    projected_from: Mapping[int, int],
+    head_sizes: Mapping[int, Sequence[int]],
+) -> None:
     if not sizes:
         raise ValueError("`sizes` is empty: give the state size of at least one layer, {layer index: size}.")
     for layer, size in sizes.items():
@@ -169,3 +201,10 @@ def _check(config: PreTrainedConfig, sizes: Mapping[int, int], projected_from: M
             raise ValueError(f"`projected_from` names layer {layer}, which has no entry in `sizes`.")
         if sizes[layer] > N:
             raise ValueError(f"Layer {layer} cannot project its state from {N} up to {sizes[layer]}.")
+    for layer, of_heads in head_sizes.items():
+        if layer not in projected_from:
+            raise ValueError(f"`head_sizes` names layer {layer}, which has no entry in `projected_from`.")
+        if sum(of_heads) != config.num_heads * sizes[layer] or len(of_heads) != config.num_heads:
+            raise ValueError(
+                f"The sizes of the {config.num_heads} heads of layer {layer} do not have the mean {sizes[layer]}: {list(of_heads)}."
+            )

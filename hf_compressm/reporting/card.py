@@ -142,6 +142,7 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
     how = {
         "select": "some of the states were kept",
         "project": "the states were projected to fewer ones",
+        "project_heads": "the states of each head were projected to fewer ones, sizes are means over heads",
     }.get(report.realization, report.realization)
     parts = [
         BEGIN,
@@ -149,6 +150,7 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
         f"{origin} with **{report.states_after:,} of {report.states_before:,} SSM states** ({how}), chosen by their Hankel "
         "singular values with hf_compressm, after CompreSSM ([arXiv 2510.02823](https://arxiv.org/abs/2510.02823)).",
         _totals(report),
+        *_healing(report),
         *_earlier(history),
         f"![Hankel singular values of every layer]({FIGURE})",
         "Each line is a layer: how much each of its states matters to its output, from the most to the least, before the "
@@ -163,6 +165,18 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
         END,
     ]
     return "\n\n".join(parts)
+
+
+def _healing(report: CompressionReport) -> list[str]:
+    healing = report.healing
+    if healing is None:
+        return []
+    what = "all parameters" if healing.parameters == "all" else "what the cut changed"
+    return [
+        f"After the cut {what} was trained to predict as the full model does, on {healing.tokens:,} tokens in "
+        f"{healing.seconds:,.0f} s: on held-out text the divergence from it went from {healing.before:.4f} to "
+        f"{healing.after:.4f} nats per token."
+    ]
 
 
 def _earlier(history: Sequence[Cut]) -> list[str]:

@@ -22,12 +22,36 @@ def plot_spectra(reports: Mapping[str, Sequence[LayerReport]]) -> Any:
 
 
 def plot_report(layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff] | None) -> Any:
-    """One model: its spectra, and the divergence to expect of any number of states; a matplotlib Figure."""
-    if tradeoff is None:
-        return plot_spectra({"": layers})
-    figure, (left, right) = _panels(2)
-    _draw_spectra(left, "", layers)
-    left.set_ylabel("Hankel singular value / largest of its layer")
+    """One model: its spectra, the divergence to expect of any number of states, and the states of each head, as far as
+    they are known; a matplotlib Figure."""
+    by_head = any(layer.head_sizes for layer in layers)
+    figure, panels = _panels(1 + (tradeoff is not None) + by_head)
+    _draw_spectra(panels[0], "", layers)
+    panels[0].set_ylabel("Hankel singular value / largest of its layer")
+    if tradeoff is not None:
+        _draw_tradeoff(panels[1], layers, tradeoff)
+    if by_head:
+        _draw_heads(panels[-1], layers)
+    return figure
+
+
+def _draw_heads(axes: Any, layers: Sequence[LayerReport]) -> None:
+    """Heads by layers, coloured by their states, those of a layer from the fewest to the most."""
+    heads = max(len(layer.head_sizes or ()) for layer in layers)
+    sizes = [sorted(layer.head_sizes or [layer.new_size] * heads) for layer in layers]
+    image = axes.imshow([list(row) for row in zip(*sizes, strict=True)], cmap="viridis", aspect="auto", origin="lower")
+    step = -(-len(layers) // 8)
+    axes.set_xticks(range(0, len(layers), step), labels=[str(layer.index) for layer in layers[::step]])
+    axes.set_yticks([])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("heads, by their states")
+    axes.set_title("States of each head", loc="left", fontsize=11)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, label="states", aspect=30, pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def _draw_tradeoff(right: Any, layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff]) -> None:
     points = [point for point in tradeoff if point.divergence > 0]
     right.plot([point.states for point in points], [point.divergence for point in points], color="0.25", lw=2)
     now = sum(layer.new_size for layer in layers)
@@ -38,7 +62,6 @@ def plot_report(layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff] | No
     right.set_ylabel("divergence of the predictions (nats per token)")
     right.set_title("What fewer states cost", loc="left", fontsize=11)
     _tidy(right)
-    return figure
 
 
 def _panels(count: int) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..config import CompreSSMConfig
 from ..modeling.modeling_compressm import ARCHITECTURES
 from ..modeling.state_sizes import get_state_sizes
 from .report import CompressionReport
+from .rows import Healing
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +82,19 @@ def record_cut_(
     if report is not None and report.states_after < report.states_before:
         history = (*history, Cut(report, config.to_dict(), base_model(model), _versions()))
     model.compression_history = history  # type: ignore[assignment]
+
+
+def record_healing_(model: PreTrainedModel, healing: Healing, config: CompreSSMConfig) -> CompressionReport:
+    """Add to a model's report, and to its last cut, that it was healed, and by what config. In place.
+
+    Returns:
+        the report.
+    """
+    *earlier, last = history_of(model)
+    report = replace(last.report, healing=healing)
+    set_report_(model, report)
+    model.compression_history = (*earlier, replace(last, report=report, config=config.to_dict()))  # type: ignore[assignment]
+    return report
 
 
 def set_report_(model: PreTrainedModel, report: CompressionReport | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .figures import plot_report
-from .rows import Divergence, LayerReport, Perplexity, Tradeoff
+from .rows import Divergence, Healing, LayerReport, Perplexity, Tradeoff
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class CompressionReport:
     """Asked, predicted and measured, of a cut by `max_divergence`."""
     tradeoff: list[Tradeoff] | None = None
     """What other totals of states would have cost, from the fewest up."""
+    healing: Healing | None = None
+    """What a distillation after the cut gained; what else is reported of the layers is of the cut alone."""
     held_out_tokens: int = 0
     """Tokens that the output errors were taken on and nothing was fitted to; 0 where there was too little data to hold any
     back, and in training: the errors are those on the calibration data then."""
@@ -64,7 +66,9 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
         """From what `to_dict` gives."""
-        perplexity, divergence, tradeoff = (values.get(name) for name in ("perplexity", "divergence", "tradeoff"))
+        perplexity, divergence, tradeoff, healing = (
+            values.get(name) for name in ("perplexity", "divergence", "tradeoff", "healing")
+        )
         return cls(
             layers=[LayerReport(**row) for row in values["layers"]],
             realization=values["realization"],
@@ -74,6 +78,7 @@ class CompressionReport:
             divergence=None if divergence is None else Divergence(**divergence),
             held_out_tokens=values.get("held_out_tokens", 0),
             tradeoff=None if tradeoff is None else [Tradeoff(**point) for point in tradeoff],
+            healing=None if healing is None else Healing(**healing),
         )
 
     def __rich__(self) -> Any:
@@ -85,7 +90,7 @@ class CompressionReport:
         for layer in self.layers:
             table.add_row(
                 str(layer.index),
-                f"{layer.old_size} -> {layer.new_size}" if layer.new_size != layer.old_size else str(layer.old_size),
+                _states(layer),
                 f"{layer.energy_kept:.2%}",
                 f"{layer.output_error:.2%}",
             )
@@ -101,7 +106,7 @@ class CompressionReport:
 
     def plot(self) -> Any:
         """The spectra of all layers, each relative to its largest value, with what was kept; and beside them, where it is
-        known, what any other total of states would have cost: a matplotlib Figure."""
+        known, what any other total of states would have cost, and the states of each head: a matplotlib Figure."""
         return plot_report(self.layers, self.tradeoff)
 
     def _summary(self) -> str:
@@ -113,6 +118,11 @@ class CompressionReport:
             text += (
                 f"\ndivergence {self.divergence.measured:.4f} nats per token on held-out text, "
                 f"{self.divergence.asked:g} allowed\n(predicted: {self.divergence.predicted:.4f})"
+            )
+        if self.healing is not None:
+            text += (
+                f"\nhealed in {self.healing.seconds:,.0f} s on {self.healing.tokens:,} tokens: "
+                f"divergence {self.healing.before:.4f} -> {self.healing.after:.4f}"
             )
         if self.perplexity is not None:
             text += (
@@ -126,3 +136,10 @@ class CompressionReport:
         if found is None or found.recall_before is None or found.recall_after is None:
             return ""
         return f", of repeated bigrams {found.recall_before:.2f} -> {found.recall_after:.2f}"
+
+
+def _states(layer: LayerReport) -> str:
+    if layer.new_size == layer.old_size:
+        return str(layer.old_size)
+    of_heads = f" (heads {min(layer.head_sizes)} to {max(layer.head_sizes)})" if layer.head_sizes else ""
+    return f"{layer.old_size} -> {layer.new_size}{of_heads}"

@@ -21,7 +21,10 @@ class LayerReport:
     """Share of the layer's output energy that the cut loses, on tokens that nothing was fitted to where the report has any."""
     channels: int
     realization: str = ""
-    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted) or "project"; empty if not."""
+    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted), "project" or "project_heads";
+    empty if not."""
+    head_sizes: list[int] | None = None
+    """States of each head after the cut, where they may differ; `new_size` is their mean."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,23 @@ class Divergence:
     measured: float
     tokens: int
     """That it was measured on."""
+
+
+@dataclass(frozen=True)
+class Healing:
+    """A distillation from the full model after a cut."""
+
+    parameters: str
+    """What was trained: of what was "cut", or "all"."""
+    tokens: int
+    """That were learnt from."""
+    seconds: float
+    before: float
+    """The divergence from the full model's predictions after the cut, on tokens that nothing was fitted to."""
+    after: float
+    """The lowest that healing came to there, which is the model's now. The same as before if it gained nothing."""
+    held_out_tokens: int
+    """That the divergences were measured on."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
     bit-identical.
 
+    With `refit`, the layers are fitted at each cut, on what process 0 read of these batches, and the optimizer's moments are
+    those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
+    refit=3`.
+
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
     `realization="project"` after the training. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
     reached in equal steps, over sizes that the kernels take. A second `train()` with a `state_size` that is reached already

@@ -10,12 +10,16 @@ from transformers import PreTrainedModel
 from ..backends import Backend
 from ..config import CompreSSMConfig
 from ..cutting import Measurement
+from ..cutting.inputs import Inputs
 from ..cutting.measuring import check_measured, empty_statistics
 from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
 from ..hankel.statistics import Statistics
 from ..layers import find_layers
 from .recording import Batch
+
+FITTED_TOKENS = 2**15
+"""Of which what the mixers read is kept for fits, if the first batch is no larger."""
 
 
 @torch.no_grad()
@@ -31,7 +35,8 @@ def measure_batches(
     Args:
         model: not wrapped.
         batches: of this process.
-        config: of which `weights` and `estimator` count.
+        config: of which `weights` and `estimator` count, and whether it refits: then what the mixers read is kept, of the
+            first batches of this process.
         backend: that the model is trained with.
         max_tokens: of each batch; None for all.
 
@@ -43,19 +48,26 @@ def measure_batches(
     layers = find_layers(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
-    def run(statistics: list[Statistics], some: Sequence[Batch]) -> list[Statistics]:
+    def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
         with evaluating(model):
             for args, kwargs in some:
+                kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
                 if by_loss and "input_ids" in kwargs:
-                    observe_by_loss(model, layers, statistics, kwargs, args=args, max_tokens=max_tokens)
+                    observe_by_loss(model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens)
                 else:
-                    with observing(layers, statistics, max_tokens=max_tokens):
+                    with observing(layers, statistics, kept, max_tokens=max_tokens):
                         model(*args, **kwargs)
         return statistics
 
     statistics = empty_statistics(layers, config)
     backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config), batches[:1]))
-    run(statistics, batches)
+    inputs = Inputs() if config.refits else None
+    run(statistics, batches, inputs)
     backend.sum_(statistics)
     check_measured(layers, statistics)
-    return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate")
+    return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate", inputs)
+
+
+def tokens_of(inputs: Inputs) -> int:
+    """How many a layer has read."""
+    return sum(hidden_states[..., 0].numel() for reads in list(inputs.values())[:1] for hidden_states, *_ in reads)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import TOLERANCE, CompreSSMConfig
+from ..config import REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
 from ..cutting.sizes import check_targets, sizes_to_choose_from
 from ..layers import Layer
 
@@ -49,24 +49,31 @@ def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
 
 
 def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
-    """The config as it is meant in training: `select`, since the fused kernel can't project, and no refit.
+    """The config as it is meant in training: `select`, since the fused kernel can't project, and its own defaults.
 
     Raises:
         ValueError: if a projection is asked for.
     """
+    if config.heal:
+        raise ValueError("heal is for a cut after training; while it goes on, training heals: drop heal.")
     if config.max_divergence is not None:
         raise ValueError(
             "max_divergence is for a trained model: what a cut costs now says little, since training goes on. Give a "
             "tolerance, ratio or state_size, and rollback for a bound on the evaluation set's metric."
         )
-    if config.realization == "project":
+    if config.realization in ("project", "project_heads"):
         raise ValueError(
-            "realization='project' is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
-            "kernel can't take them. Train with realization='select', or call compress_ with 'project' after training."
+            f"realization={config.realization!r} is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
+            f"kernel can't take them. Train with realization='select', or call compress_ with {config.realization!r} after "
+            "training."
         )
     tolerance = config.tolerance if config.has_target else TOLERANCE
     return replace(
-        config, realization="select", refit=0, multiple_of=config.multiple_of or "tuned", tolerance=tolerance
+        config,
+        realization="select",
+        refit=REFIT_IN_TRAINING if config.refit is None else config.refit,
+        multiple_of=config.multiple_of or "tuned",
+        tolerance=tolerance,
     )
 
 

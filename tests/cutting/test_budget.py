@@ -59,6 +59,16 @@ def test_the_lowest_rung_within_the_budget_is_found(budget, factor):
     assert row.measured <= row.asked == budget
 
 
+def test_a_cut_is_found_where_the_curves_promise_too_much():
+    """The trials would climb a rung at a time, and end before the first one within the budget."""
+    costs = torch.logspace(0, -6, 64).double()
+    ladder = Ladder([costs], [list(range(1, 65))], uniform=False)
+    measured = {(size,): 1.0 if size < 30 else 0.01 for size in range(1, 65)}
+    made, row, _ = keep_budget(ladder, 0.9, tuple, lambda sizes: measured[sizes], 7)
+    assert 30 <= made[0] < 64
+    assert row.measured == 0.01
+
+
 @pytest.mark.parametrize("weights", ["fisher", "gate"])
 @pytest.mark.parametrize(
     ("make", "options"),

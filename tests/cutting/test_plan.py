@@ -17,6 +17,7 @@ CUTS = {
     "read-out": (tiny_mamba, {"state_size": 5, "refit": 0}),
     "refit": (tiny_mamba, {"ratio": 0.5}),
     "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}),
+    "project_heads": (tiny_mamba2, {"ratio": 0.4, "realization": "project_heads"}),
     "baseline": (tiny_mamba, {"state_size": 5, "selection": "ghost"}),
 }
 

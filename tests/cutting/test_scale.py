@@ -59,7 +59,7 @@ def test_no_factorisation_gets_more_than_its_part(monkeypatch, name, options):
     model = MODELS[name]()
     layers = find_layers(model)
     assert sum(layer.channels for layer in layers) > 5
-    measurement = measure(model, IDS, CompreSSMConfig(max_divergence=0.05))
+    measurement = measure(model, IDS, CompreSSMConfig(max_divergence=0.05, **options))
     measurement.report()
     measurement.plan(CompreSSMConfig(ratio=0.5, **options))
     assert max(most.values()) == 5, most

@@ -149,12 +149,17 @@ def projected() -> Any:
 
 
 CUTS = {
-    "select": (tiny_mamba2, {"state_size": 8, "realization": "select"}, True),
-    "select, no optimizer": (lambda: tiny_mamba2(groups=2), {"state_size": 8, "realization": "select"}, False),
+    "select": (tiny_mamba2, {"state_size": 8, "realization": "select", "refit": 0}, True),
+    "select, no optimizer": (
+        lambda: tiny_mamba2(groups=2),
+        {"state_size": 8, "realization": "select", "refit": 0},
+        False,
+    ),
     "read-out": (tiny_mamba, {"state_size": {0: 5, 1: 3}, "refit": 0}, True),
     "refit": (tiny_mamba, {"ratio": 0.5, "refit": 1}, True),
     "refit, no optimizer": (tiny_mamba, {"state_size": 4, "uniform": True, "refit": 1}, False),
     "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}, False),
+    "project_heads": (projected, {"state_size": {0: 4, 1: 3}, "realization": "project_heads"}, False),
     "project again": (projected, {"state_size": 4}, False),
     "select of projected": (projected, {"state_size": 4, "realization": "select"}, True),
 }
@@ -268,7 +273,7 @@ class OutOfMemory(OneProcess):
 
 def test_an_error_in_the_middle_is_undone(mamba2):
     optimizer = trained(mamba2)
-    config = CompreSSMConfig(state_size=8, realization="select")
+    config = CompreSSMConfig(state_size=8, realization="select", refit=0)
     plan = measure(mamba2, IDS, config).plan(config)
     before = picture(mamba2, optimizer)
     with pytest.raises(torch.OutOfMemoryError):

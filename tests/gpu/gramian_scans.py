@@ -110,10 +110,12 @@ def section_correct() -> None:
             M = contribution2(s.x, s.delta, s.A, s.B, s.C, s.gate)
             P_ref, M_ref = torch.zeros_like(P), torch.zeros_like(M)
             for t, h in mamba2_states(r.x, r.delta, r.A, r.B):
-                gated = (r.gate[:, t, ..., None] * h).unflatten(2, (r.B.shape[2], -1)).flatten(3, 4)
+                gated = r.gate[:, t, ..., None] * h
                 part = gated.mT @ gated
+                C = r.C[:, t].repeat_interleave(h.shape[2] // r.C.shape[2], dim=2)
                 P_ref += part.sum((0, 1))
-                M_ref += (part * r.C[:, t, :, :, None] * r.C[:, t, :, None]).sum((0, 1))
+                of_heads = (part * C[..., None] * C[:, :, :, None]).sum((0, 1))
+                M_ref += of_heads.unflatten(0, (len(M_ref), -1)).sum(1)
             errors = [
                 relative(P, P_ref),
                 relative(G, observability_reach(r.delta, r.A, r.valid)),

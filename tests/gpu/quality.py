@@ -82,10 +82,12 @@ def main() -> None:
             for seed in range(3 if "random" in name else 1):
                 config = CompreSSMConfig(**options, seed=seed)
                 key = config.weights if config.weights != "auto" else "fisher" if config.max_divergence else "gate"
-                if key not in measured:
-                    measured[key] = measure(full, known, CompreSSMConfig(max_divergence=0.01, weights=key))
+                way = key, config.realization
+                if way not in measured:
+                    asked = CompreSSMConfig(max_divergence=0.01, weights=key, realization=config.realization)
+                    measured[way] = measure(full, known, asked)
                 model = copy.deepcopy(full)
-                plan = measured[key].plan(config)
+                plan = measured[way].plan(config)
                 distance = Divergence(
                     model, [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in unseen.split(16)]
                 )

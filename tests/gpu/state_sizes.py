@@ -42,9 +42,10 @@ def row(N: int) -> str:
     token, step = torch.randn(BATCH, HEADS, HEAD_DIM, **options), torch.randn(BATCH, HEADS, 1, **options)
     token_B, token_C = (torch.randn(BATCH, 1, N, **options) for _ in range(2))
     wide_A, wide_step = A[:, None, None].expand(HEADS, HEAD_DIM, N), step.expand(BATCH, HEADS, HEAD_DIM)
+    bias = torch.zeros(HEADS, 1, device="cuda").expand(HEADS, HEAD_DIM)
 
     def decode() -> None:
-        selective_state_update(state, token, wide_step, wide_A, token_B, token_C, dt_softplus=True)
+        selective_state_update(state, token, wide_step, wide_A, token_B, token_C, dt_bias=bias, dt_softplus=True)
 
     x, dt = torch.randn(*TOKENS, HEADS, HEAD_DIM, **options), torch.randn(*TOKENS, HEADS, **options)
     B, C = (torch.randn(*TOKENS, 1, N, **options) for _ in range(2))

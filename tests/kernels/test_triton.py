@@ -138,10 +138,11 @@ def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
     M = contribution(x, delta, A, B, C, gate)
     x, delta, A, B, C, gate, valid = (t.double() for t in (x, delta, A, B, C, gate, valid))
     h = torch.cat([part.clone() for _, part in mamba2_states(x, delta, A, B)], dim=1)
-    gated = (gate[..., None] * h).unflatten(2, (groups, -1)).flatten(3, 4)
-    features = gated * C[:, :, :, None]
-    assert_near(P, torch.einsum("blgdi,blgdj->gij", gated, gated))
+    gated = gate[..., None] * h
+    features = gated * C.repeat_interleave(heads // groups, dim=2)[:, :, :, None]
+    assert_near(P, torch.einsum("blhdi,blhdj->hij", gated, gated))
     assert_near(G, observability_reach(delta, A, valid))
+    features = features.unflatten(2, (groups, -1)).flatten(3, 4)
     assert_near(M, torch.einsum("blgdi,blgdj->gij", features, features), SPLIT_TOLERANCE)
     assert torch.equal(M, M.mT)
 
@@ -199,3 +200,49 @@ def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
     for one, other in zip(both[0].groups, both[1].groups, strict=True):
         assert_near(one.output, other.output)
         assert_near(one.contribution, other.contribution, SPLIT_TOLERANCE)
+
+
+@needs_interpreter
+@dtypes
+def test_a_step_of_heads_of_any_sizes(dtype):
+    """The decoding step of the mixer by head, with inputs that are parts of larger tensors."""
+    from hf_compressm.modeling.modeling_compressm import step_of_heads, step_of_heads_reference
+
+    sizes, generator = [5, 0, 40, 16], torch.Generator().manual_seed(0)
+    S, heads, head_dim = sum(sizes), len(sizes), 12
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    state, maps = normal(3, S, head_dim), normal(2, 3, S).to(dtype)
+    x, dt = (
+        normal(3, heads * head_dim + 7).to(dtype)[:, 3:-4].view(3, heads, head_dim),
+        normal(3, 9).to(dtype)[:, ::2][:, 1:],
+    )
+    A, D, dt_bias = rates(heads), normal(heads), 10 * normal(heads)
+    column_head = torch.arange(heads).repeat_interleave(torch.tensor(sizes))
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    expected_state = state.double()
+    exact = (t.double() for t in (x, dt, A, *maps, D, dt_bias))
+    expected = step_of_heads_reference_double(expected_state, *exact, sizes)
+    twin_state = state.clone()
+    twin = step_of_heads_reference(twin_state, x, dt, A, *maps, D, dt_bias, column_head)
+    output = step_of_heads(state, x, dt, A, *maps, D, dt_bias, starts)
+    assert output.dtype == twin.dtype == dtype
+    loose = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    assert_near(state, expected_state, 1e-6)
+    assert_near(output, expected, loose)
+    assert_near(twin_state, expected_state, loose)
+    assert_near(twin, expected, loose)
+
+
+def step_of_heads_reference_double(state, x, dt, A, B, C, D, dt_bias, sizes) -> Tensor:
+    """Head by head; changes the state in place."""
+    outputs, start = [], 0
+    for head, size in enumerate(sizes):
+        columns, start = slice(start, start + size), start + size
+        delta = torch.nn.functional.softplus(dt[:, head] + dt_bias[head])[:, None, None]
+        drive = B[:, columns, None] * x[:, head, None] * delta
+        state[:, columns] = state[:, columns] * torch.exp(delta * A[head]) + drive
+        outputs.append((C[:, columns, None] * state[:, columns]).sum(1) + D[head] * x[:, head])
+    return torch.stack(outputs, dim=1)

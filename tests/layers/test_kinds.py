@@ -18,7 +18,8 @@ from tests.layers.models import build, tokens
     [
         ({}, "refit", "project"),
         ({"refit": 0}, "read-out", "project"),
-        ({"realization": "select"}, "refit", "select"),
+        ({"realization": "select"}, "refit", "refit"),
+        ({"realization": "select", "refit": 0}, "read-out", "select"),
         ({"selection": "greedy"}, "select", "select"),
     ],
 )
@@ -26,7 +27,7 @@ def test_kinds(model_type, settings, mamba, mamba2):
     model = build(model_type)
     first, *_ = find_layers(model)
     config = CompreSSMConfig(state_size={first.index: 8}, **settings)
-    report = measure(model, tokens(), config).plan(config).report
+    report = measure(model, tokens(24, 48), config).plan(config).report
     expected = mamba2 if model_type == "mamba2" else mamba
     assert [row.realization for row in report.layers] == [expected] + [""] * (len(report.layers) - 1)
     assert CompressionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report

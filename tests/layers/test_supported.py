@@ -26,7 +26,11 @@ def default_cut(layer: Layer) -> str:
         return "selection, refit through the norms on B and C"
     if isinstance(layer, MambaLayer):
         return "selection, refit"
-    return "projection" if realization_of(CompreSSMConfig(), [layer]) == "project" else "greedy selection"
+    return (
+        "projection"
+        if realization_of(CompreSSMConfig(), [layer]) == "project"
+        else "greedy selection, refit of B and C"
+    )
 
 
 def chosen_for(layer: Layer) -> str:

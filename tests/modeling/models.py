@@ -3,6 +3,7 @@
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.modeling.state_sizes import set_state_sizes
 
 VOCAB = 32
@@ -48,15 +49,29 @@ def build(config) -> PreTrainedModel:
     return model.eval()
 
 
-def slim(config, sizes: list[int], projected_from: dict[int, int] | None = None) -> PreTrainedModel:
-    set_state_sizes(config, dict(enumerate(sizes)), projected_from)
+def slim(
+    config,
+    sizes: list[int],
+    projected_from: dict[int, int] | None = None,
+    head_sizes: dict[int, list[int]] | None = None,
+) -> PreTrainedModel:
+    set_state_sizes(config, dict(enumerate(sizes)), projected_from, head_sizes)
     return build(config)
+
+
+def refitted(config, size: int) -> PreTrainedModel:
+    """Cut to some states, whose rows of B and C are fitted."""
+    model = build(config)
+    report = compress_(model, CompreSSMConfig(state_size=size, realization="select", refit=1), tokens(16, 32))
+    assert "refit" in {row.realization for row in report.layers}
+    return model
 
 
 # Every kind of slimmed model, by name.
 UNIFORM = {
     "mamba_uniform": lambda: slim(mamba_config(), [5, 5, 5]),
     "mamba2_uniform": lambda: slim(mamba2_config(), [4, 4, 4]),
+    "mamba2_refitted": lambda: refitted(mamba2_config(), 4),
 }
 NOT_UNIFORM = {
     "mamba_mixed": lambda: slim(mamba_config(), [5, 8, 2]),
@@ -65,6 +80,9 @@ NOT_UNIFORM = {
     "mamba2_projected_to_one_size": lambda: slim(mamba2_config(), [3, 3, 3], {0: 8, 1: 8, 2: 8}),
     "mamba2_projected_keeps_size": lambda: slim(mamba2_config(), [8, 8, 8], {0: 8, 1: 8, 2: 8}),
     "mamba2_projected_in_part": lambda: slim(mamba2_config(), [3, 8, 4], {0: 8}),
+    "mamba2_projected_by_head": lambda: slim(
+        mamba2_config(), [3, 8, 2], {0: 8, 2: 8}, {0: [8, 0, 1, 3], 2: [2, 3, 1, 2]}
+    ),
 }
 
 

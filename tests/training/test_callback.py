@@ -58,10 +58,11 @@ def test_the_state_shrinks_on_schedule_and_training_goes_on(tmp_path, make, targ
         assert f"compressm/{key}" in logged[-1]
 
 
-def test_the_cut_is_that_of_compress_on_the_last_training_batches(tmp_path):
+@pytest.mark.parametrize("refit", [0, 1])
+def test_the_cut_is_that_of_compress_on_the_last_training_batches(tmp_path, refit):
     """The rest of the run is a loop by hand with the optimizer of the same kind."""
     model = tiny_mamba()
-    config = CompreSSMConfig(state_size=3, start=0, end=3, num_reductions=1, calibration_batches=2)
+    config = CompreSSMConfig(state_size=3, refit=refit, start=0, end=3, num_reductions=1, calibration_batches=2)
     trainer = make_trainer(tmp_path, model, config, max_steps=6, lr_scheduler_type="constant", max_grad_norm=0)
     seen = []
     trainer.compute_loss_ = trainer.compute_loss
@@ -81,9 +82,28 @@ def test_the_cut_is_that_of_compress_on_the_last_training_batches(tmp_path):
         optimizer.zero_grad()
         if step == 3:
             batch = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in seen[1:3]]
-            compress_(mine, CompreSSMConfig(state_size=3, refit=0), batch, optimizer=optimizer)
+            compress_(mine, CompreSSMConfig(state_size=3, refit=refit), batch, optimizer=optimizer)
     assert sizes(model) == sizes(mine) == [3, 3]
     torch.testing.assert_close(list(losses(trainer).values()), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "kinds"),
+    [(tiny_mamba, 3, ["read-out", "refit"]), (tiny_mamba2, 8, ["select", "refit"])],
+    ids=["mamba", "mamba2"],
+)
+def test_layers_are_fitted_at_the_cut_if_it_is_asked_for(tmp_path, make, size, kinds):
+    class Kinds(TrainerCallback):
+        def on_compressm_cut(self, args, state, control, *, plan, **kwargs):
+            seen.append({one.kind for one in plan.realizations.values()})
+
+    seen = []
+    for options in ({}, {"refit": 1}):
+        config = CompreSSMConfig(state_size=size, start=0, end=2, num_reductions=1, **options)
+        callbacks = [CompreSSMCallback(config), Kinds()]
+        make_trainer(tmp_path, make(), callbacks=callbacks, max_steps=3, per_device_train_batch_size=12).train()
+    assert seen[0] == {kinds[0]}
+    assert kinds[1] in seen[1]
 
 
 def test_of_large_batches_the_first_sequences_are_measured(tmp_path, monkeypatch):

@@ -1,0 +1,132 @@
+"""The tokens that a cut model is healed on: the user's, those of the shipped text, or samples of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..compat import device_of
+from .batches import BATCH, Batch, batches_of, check_batches, is_stream, read_batches
+from .calibration import sample, sequences_for
+from .texts import CALIBRATION, LENGTH, every_window
+
+logger = logging.get_logger(__name__)
+
+SAMPLES = 256
+"""Of a model without a tokenizer; on a CPU as few as are measured."""
+
+
+class HealingText:
+    """What a cut is measured on, and what the cut model learns from: all that is not held out.
+
+    Args:
+        data, model, tokenizer: as for `calibration_batches`. A stream, such as a DataLoader, is read as it is needed, again
+            from its beginning when it ends.
+        tokens: to learn from.
+
+    Attributes:
+        measured: batches to measure on: all of it, or, where it is much, some sequences that are spread over it or the first
+            of a stream.
+
+    Raises:
+        ValueError: if there are less than two sequences.
+    """
+
+    def __init__(self, data: Any, model: PreTrainedModel, tokenizer: Any, tokens: int) -> None:
+        most, self._stream = sequences_for(model), None
+        self._tokenizer = tokenizer
+        if data is None and tokenizer is not None:
+            data = every_window(CALIBRATION.read_text(encoding="utf-8"), tokenizer)
+            logger.info(
+                f"hf_compressm: healing on {data.numel()} tokens of the text that the package ships; better is text like "
+                "that of the model's use."
+            )
+        elif data is None:
+            logger.info("hf_compressm: no text and no tokenizer, healing on samples of the model itself.")
+            data = sample(model, SAMPLES if device_of(model).type == "cuda" else most, LENGTH)
+        if is_stream(data):
+            rows = _rows(read_batches(data, tokenizer))
+            if iter(data) is data:  # it can't be read again
+                self._rows = list(_up_to(rows, tokens))
+            else:
+                self._rows, self._stream = list(islice(rows, most)), data
+        else:
+            self._rows = list(_rows(batches_of(data, tokenizer)))
+        check_batches(self._rows, model)
+        if len(self._rows) < 2:
+            raise ValueError(
+                f"Healing learns from some of the text and is judged by the rest, and there is one sequence: give at least "
+                f"two, better as many as there are tokens to learn from ({tokens})."
+            )
+        count = min(most, len(self._rows))
+        spread = torch.linspace(0, len(self._rows) - 1, count).round().long().tolist()
+        self.measured = [collate([self._rows[i] for i in spread[at : at + BATCH]]) for at in range(0, count, BATCH)]
+
+    @property
+    def tokens_per_sequence(self) -> float:
+        """On average, without padding."""
+        return sum(int(row["attention_mask"].sum()) for row in self._rows) / len(self._rows)
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest sequence."""
+        return max(row["input_ids"].shape[1] for row in self._rows)
+
+    def without(self, held_out: Iterable[Mapping[str, Tensor]]) -> Sequence[Batch] | IterableDataset:
+        """The sequences to learn from, a dataset of rows [1, length]: all that are not held out."""
+        apart = {_key(row) for row in _rows(held_out)}
+        if self._stream is not None:
+            return _Stream(self._stream, self._tokenizer, apart)
+        return [row for row in self._rows if _key(row) not in apart]
+
+
+class _Stream(IterableDataset):
+    """The sequences of a stream, but for those that are held out, again and again."""
+
+    def __init__(self, data: Any, tokenizer: Any, apart: set[bytes]) -> None:
+        self.data, self.tokenizer, self.apart = data, tokenizer, apart
+
+    def __iter__(self) -> Iterator[Batch]:
+        found = True
+        while found:
+            found = False
+            for row in _rows(read_batches(self.data, self.tokenizer)):
+                if _key(row) not in self.apart:
+                    found = True
+                    yield row
+
+
+def collate(rows: Sequence[Mapping[str, Tensor]]) -> Batch:
+    """Sequences [1, length], padded on the left, as a batch."""
+    return {
+        name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_side="left") for name in rows[0]
+    }
+
+
+def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Batch]:
+    """The sequences [1, length] of batches, on the CPU, without the padding before them."""
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True):
+            start = int(mask.argmax())
+            yield {"input_ids": ids[None, start:], "attention_mask": mask[None, start:]}
+
+
+def _up_to(rows: Iterable[Batch], tokens: int) -> Iterator[Batch]:
+    for row in rows:
+        yield row
+        tokens -= int(row["attention_mask"].sum())
+        if tokens <= 0:
+            return
+
+
+def _key(row: Mapping[str, Tensor]) -> bytes:
+    """What tells a sequence from others."""
+    return row["input_ids"][row["attention_mask"].bool()].numpy().tobytes()

@@ -1,0 +1,64 @@
+"""What a `Trainer` changes beside the weights, put back."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..compat import accelerate_state
+from ..cutting.snapshot import Contents
+from ..interrupts import restoring
+
+# By which launchers tell a Trainer of processes, precision and sharding, all of which are the model's business here.
+LAUNCHERS = ("ACCELERATE_", "FSDP_", "LOCAL_RANK")
+
+
+@contextmanager
+def without_trace(model: Any) -> Iterator[None]:
+    """Whatever a Trainer does to a model in here, but for its weights, and to the process, is undone.
+
+    That is modes, hooks, wrapped methods and flags of the model's modules, its configs, gradients and `requires_grad`;
+    random numbers of Python, numpy and torch; the current GPU; Accelerate's global state; and environment variables.
+    """
+    modules = list(model.modules())
+    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    configs |= {id(m.generation_config): m.generation_config for m in modules if hasattr(m, "generation_config")}
+    owners = [owner for owner in [*modules, *configs.values()] if hasattr(owner, "__dict__")]
+    contents = [Contents(vars(owner)) for owner in owners]
+    contents += [
+        Contents(value) for module in modules for value in vars(module).values() if isinstance(value, dict | set)
+    ]
+    contents += [Contents(state) for state in accelerate_state()]
+    environment = Contents(os.environ)
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    gpu = torch.cuda.current_device() if gpus else None
+
+    def restore() -> None:
+        for one in contents:
+            one.restore_()
+        for name in os.environ.keys() - environment.copy.keys():
+            del os.environ[name]
+        os.environ.update(environment.copy)
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torchs)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+            torch.cuda.set_device(gpu)
+
+    with restoring(restore):
+        for name in list(os.environ):
+            if name.startswith(LAUNCHERS):
+                del os.environ[name]
+        yield

@@ -1,0 +1,78 @@
+"""A `Trainer` that brings a cut model's predictions back to the full one's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from ..compat import device_of
+from ..cutting.divergence import Divergence
+from ..data.healing import collate
+from .full import FullModel
+
+
+@dataclass
+class HealingArguments(TrainingArguments):
+    """A Trainer's, on the device that the model is on."""
+
+    on: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        """That of the model."""
+        assert super().device  # which sets up the process
+        return torch.device(self.on)
+
+    @property
+    def n_gpu(self) -> int:
+        """One at most, so that the model is not wrapped in DataParallel."""
+        return min(1, super().n_gpu)
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """It is where it is."""
+        return False
+
+
+class HealingTrainer(Trainer):
+    """Train a model to predict as the full one does.
+
+    Args:
+        model: that was cut.
+        full: that it was.
+        divergence: on held-out text, that the best weights are chosen by.
+        kwargs: as for `Trainer`.
+
+    Attributes:
+        tokens: that were learnt from.
+    """
+
+    def __init__(self, model: Any, full: FullModel, divergence: Divergence, **kwargs: Any) -> None:
+        self.full, self.divergence = full, divergence
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device_of(model))
+        super().__init__(model, data_collator=collate, eval_dataset=divergence.parts, **kwargs)
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean Kullback-Leibler divergence of the next-token distribution from the full model's, in nats."""
+        full, mask = self.full(inputs), inputs["attention_mask"]
+        output = model(**inputs, use_cache=False)
+        now = output.logits.float().log_softmax(-1)
+        each = F.kl_div(now, full, reduction="none", log_target=True).sum(-1)
+        tokens = mask.sum()
+        self.tokens += tokens
+        loss = (each * mask).sum() / tokens
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The divergence on held-out text."""
+        metrics = {"eval_divergence": self.divergence(), "eval_tokens": int(self.tokens)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

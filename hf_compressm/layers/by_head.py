@@ -1,0 +1,107 @@
+"""Mamba-2 realization that gives every head a projection, and a size, of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from ..config import CompreSSMConfig
+from ..hankel.by_head import HeadPaths, HeadProjections
+from ..hankel.ranks import allowed_sizes
+from ..hankel.realization import Projection
+from ..modeling.modeling_compressm import project_heads_
+from .contracts import Realization, ResizeParameter
+from .mamba2 import PROJECTION
+from .parameters import ParameterCut, set_data_
+
+
+class ProjectHeads(Realization):
+    """Scan a balanced projection of the state in each head. `groups` are `HeadProjections`; the size is the heads' mean."""
+
+    name = kind = "project_heads"
+    stock = False
+
+    @property
+    def head_sizes(self) -> list[int]:
+        """States of each head."""
+        return [size for group in self.groups for size in group.sizes]
+
+    @property
+    def size(self) -> int:
+        """States of a head, on average."""
+        sizes = self.head_sizes
+        return sum(sizes) // len(sizes)
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        """For `Mamba2Mixer`: there is a mixer like it that scans projected states."""
+        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
+
+    @classmethod
+    def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
+        """Any, or multiples of what the config names: kernels see the heads' sizes, which are any anyway."""
+        step = config.multiple_of if isinstance(config.multiple_of, int) else 1
+        return allowed_sizes(layer.state_size, config.min_state_size, step)
+
+    @classmethod
+    def paths(
+        cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
+    ) -> list[Mapping[int, Realization]]:
+        """For each layer the projections of every mean size."""
+        return [
+            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups]), layer)
+            for layer, entry in zip(layers, statistics, strict=True)
+        ]
+
+    @classmethod
+    def of_first_states(cls, layer: Any, size: int) -> Realization:
+        """The maps that keep the first states of every head."""
+        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        heads = (Projection(identity, identity, 0.0),) * (layer.mixer.num_heads // layer.groups)
+        return cls((HeadProjections(heads, 0.0),) * layer.groups)
+
+    def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
+        """The maps, a head after the other, after those of a layer that is projected already."""
+        sides = [
+            [getattr(head, name) for group in self.groups for head in group.heads]
+            for name in ("B_projection", "C_projection")
+        ]
+        if layer.unprojected_state_size is not None:
+            before = layer.mixer.BC_projection.detach().double().repeat_interleave(len(self.groups[0].heads), dim=0)
+            sides = [
+                [one @ head for one, head in zip(part, heads, strict=True)]
+                for part, heads in zip(before.chunk(2), sides, strict=True)
+            ]
+        return {PROJECTION: ParameterCut(values=torch.stack([torch.cat(heads, dim=1) for heads in sides]))}
+
+    def added_parameters(self, layer: Any) -> int:
+        """The maps, less those that are there already."""
+        N = layer.unprojected_state_size
+        before = 0 if N is None else layer.mixer.BC_projection.numel()
+        return 2 * (N or layer.state_size) * sum(self.head_sizes) - before
+
+    def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
+        """Make the mixer one that projects by head. In place."""
+        project_heads_(layer.mixer, self.head_sizes, **new)
+
+
+class _Path(Mapping[int, Realization]):
+    """A layer's realization at every mean size, made when it is asked for: all of them are many maps."""
+
+    def __init__(self, heads: HeadPaths, layer: Any) -> None:
+        self._heads, self._number, self._size = heads, layer.mixer.num_heads, layer.state_size
+
+    def __getitem__(self, size: int) -> Realization:
+        if not 1 <= size <= self._size:
+            raise KeyError(size)
+        return ProjectHeads(self._heads[size * self._number])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(1, self._size + 1))
+
+    def __len__(self) -> int:
+        return self._size

@@ -1,0 +1,214 @@
+"""What healing gains: perplexity and recall on held-out text after a cut, and after a distillation from the full model.
+
+`python tests/gpu/healing.py FOLDER... --prose FILE`, on models of `train_reference_models.py`. Healed on Python source of the
+packages of the Python that runs this, but for those of the evaluation, and on the prose of a file, evaluated on the code and
+prose that the package ships. A row of a markdown table for each cut and each number of tokens: states of a layer, on average;
+change of the perplexity; change of that of the tokens whose bigram occurred earlier in the window; divergence from the full
+model's predictions on that text, in nats per token; seconds to heal. Mamba's scan is the Triton kernel of
+`train_reference_models.py` where its own kernels are not installed.
+"""
+
+import argparse
+import copy
+import itertools
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference_corpus import HELD_OUT, SKIPPED, digest, is_written_by_hand
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mamba import modeling_mamba
+from transformers.utils import logging
+
+from hf_compressm import CompreSSMConfig, Measurement, measure
+from hf_compressm.cutting.divergence import Divergence
+from hf_compressm.data.evaluation import evaluate
+from hf_compressm.data.healing import HealingText
+from hf_compressm.data.texts import EVALUATION, LENGTH, windows
+from hf_compressm.healing import cut_and_heal_, heal, rate
+from hf_compressm.healing.callbacks import KeepBest
+
+CUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "mamba": {
+        "budget 0.01": {"max_divergence": 0.01},
+        "all 8": {"state_size": 8},
+        "all 4": {"state_size": 4},
+    },
+    "mamba2": {
+        "budget 0.01": {"max_divergence": 0.01},
+        "project, ratio 1/4": {"ratio": 0.25},
+        "project, ratio 1/8": {"ratio": 0.125},
+        "select, ratio 1/4": {"ratio": 0.25, "realization": "select"},
+    },
+}
+
+
+def source_code(characters: int) -> list[str]:
+    """Python files, none of the held-out modules, in an order that depends on their names alone."""
+    found, seen = [], set()
+    for root in (Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).parts
+            package = parts[0].removesuffix(".py")
+            skipped = {package} & SKIPPED or package in HELD_OUT or {"site-packages", "_vendor"} & set(parts)
+            if not skipped and not any(f"test_{name}" in path.name for name in HELD_OUT):
+                found.append((digest("/".join(parts)), path))
+    texts: list[str] = []
+    for _, path in sorted(found):
+        if characters <= 0:
+            break
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if digest(text) not in seen and is_written_by_hand(text):
+            seen.add(digest(text))
+            texts.append(text[:30_000])
+            characters -= len(texts[-1])
+    return texts
+
+
+def tokens_of(texts: list[str], tokenizer: Any) -> Tensor:
+    """Windows [n, 512] of texts, one after another."""
+    end = tokenizer.eos_token_id
+    ids = [i for encoding in tokenizer(texts, verbose=False)["input_ids"] for i in (*encoding, end)]
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+
+
+def read_corpus(args: argparse.Namespace, most: int, tokenizer: Any) -> Tensor:
+    """So many tokens of code and prose to heal on, from the file that they were kept in if there is one."""
+    if args.corpus is not None and args.corpus.exists():
+        return torch.load(args.corpus)
+    corpus = tokens_of(source_code(4 * most if args.prose is None else int(2.4 * most)), tokenizer)
+    if args.prose is not None:
+        prose = tokens_of([args.prose.read_text(encoding="utf-8")], tokenizer)[: int(0.4 * most) // LENGTH]
+        corpus = torch.cat([corpus, prose])
+    if args.corpus is not None:
+        torch.save(corpus, args.corpus)
+    return corpus
+
+
+def print_curve() -> None:
+    """The learning rate, and each evaluation as it comes."""
+    measured = rate.learning_rate
+
+    def learning_rate(*args: Any) -> float:
+        found = measured(*args)
+        print(f"rate {found:.2g}:", end=" ")
+        return found
+
+    heal.learning_rate = learning_rate
+    stock = KeepBest.on_evaluate
+
+    def on_evaluate(self: Any, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        stock(self, args, state, control, metrics)
+        print(f"{metrics['eval_divergence']:.4f}", end=" ", flush=True)
+
+    KeepBest.on_evaluate = on_evaluate
+
+
+def patch_scan() -> None:
+    """Mamba's scan by Triton, forward and backward, where it would be a loop over tokens."""
+    from train_reference_models import CHUNK, Scan
+
+    stock = modeling_mamba.mamba_selective_scan
+
+    def scan(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **kwargs):
+        if return_last_state or u.shape[2] % CHUNK:
+            return stock(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **kwargs)
+        step = F.softplus(dt.float() + delta_bias[:, None]).mT
+        more = (1 << (A.shape[1] - 1).bit_length()) - A.shape[1]
+        A, B, C = F.pad(A, (0, more), value=-1.0), F.pad(B.mT, (0, more)), F.pad(C.mT, (0, more))
+        y = Scan.apply(u.mT, step, A, B, C).mT + u * D[:, None]
+        return y * F.silu(z)
+
+    modeling_mamba.mamba_selective_scan = scan
+    modeling_mamba.mamba_inner_fn = lambda *args, **kwargs: None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="+")
+    parser.add_argument(
+        "--prose", type=Path, help="a file of prose to heal on, beside the code; two fifths of the tokens"
+    )
+    parser.add_argument("--corpus", type=Path, help="a file to keep the tokens to heal on in")
+    parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
+    parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name holds one of these")
+    parser.add_argument("--parameters", nargs="+", default=["cut"], help="cut, all")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[rate.NOISE], help="that the learning rate is chosen by"
+    )
+    parser.add_argument("--step", type=int, nargs="+", default=[heal.STEP_TOKENS], help="tokens of a step")
+    parser.add_argument("--text", nargs="+", default=["corpus"], help="corpus, shipped, samples")
+    parser.add_argument("--without-masters", action="store_true", help="let AdamW move bfloat16 weights themselves")
+    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
+    parser.add_argument("--curve", action="store_true", help="print each evaluation of the healing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    if args.without_masters:
+        heal.MasterAdamW = torch.optim.AdamW
+    if args.curve:
+        print_curve()
+    if args.device == "cuda":
+        patch_scan()
+    begin = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(args.folder[0])
+    corpus = read_corpus(args, int(max(args.tokens)), tokenizer)
+    print(f"corpus of {corpus.numel():,} tokens after {time.perf_counter() - begin:.0f} s", flush=True)
+    for folder in args.folder:
+        heal_every_cut(folder, args, tokenizer, corpus)
+
+
+def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
+    """Print the table of one model."""
+    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in unseen.split(16)]
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+    base = evaluate(full, unseen)
+    measured: dict[str, Measurement] = {}
+    print(f"\n{folder.name}: N={full.config.state_size}, perplexity {base.perplexity:.3f}, recall {base.recall:.3f}")
+    print("| model | cut | healed | states | perplexity | recall | divergence | held out | s |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    known = HealingText(corpus, full, tokenizer, 1).measured
+    ways = [*itertools.product(args.tokens, args.parameters, args.noise, args.step, args.text)]
+    for name, options in CUTS[full.config.model_type].items():
+        if not any(part in name for part in args.only):
+            continue
+        weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
+        begin = time.perf_counter()
+        if weights not in measured:
+            measured[weights] = measure(full, known, CompreSSMConfig(max_divergence=0.01, weights=weights))
+        plan = measured[weights].plan(CompreSSMConfig(**options))
+        seconds = time.perf_counter() - begin
+        states = sum(plan.report.sizes.values()) / len(plan.report.sizes)
+        for dtype in args.dtype:
+            for way in [None, *ways]:
+                model = copy.deepcopy(full).to(getattr(torch, dtype))
+                reference, distance = evaluate(model, unseen), Divergence(model, batches)
+                healed, held_out = f"no ({dtype})", ""
+                if way is None:
+                    plan.apply_(model)
+                else:
+                    tokens, what, rate.NOISE, heal.STEP_TOKENS, kind = way
+                    config = CompreSSMConfig(**options, heal=int(tokens), heal_parameters=what)
+                    data = corpus if kind == "corpus" else None
+                    text = HealingText(data, model, None if kind == "samples" else tokenizer, config.heal)
+                    row = cut_and_heal_(model, plan, text, measured[weights].held_out, config).healing
+                    assert row is not None
+                    seconds, held_out = row.seconds, f"{row.before:.4f} -> {row.after:.4f}"
+                    healed = f"{row.tokens / 1e6:.1f}M, {what}, noise {rate.NOISE}, step {heal.STEP_TOKENS}, {kind}, {dtype}"
+                found = evaluate(model, unseen)
+                print(
+                    f"| {folder.name} | {name} | {healed} | {states:.1f} | {found.perplexity / reference.perplexity - 1:+.2%} | "
+                    f"{found.recall / reference.recall - 1:+.2%} | {distance():.4f} | {held_out} | {seconds:.1f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

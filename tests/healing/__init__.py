@@ -1,0 +1,1 @@
+"""Healing: what is trained, from what, and what it leaves behind."""
