@@ -60,7 +60,7 @@ class CompreSSMConfig:
             kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
         min_state_size: no layer becomes smaller than this.
         heal: tokens to learn from after the cut, by distillation from the full model; 0 is off. A few millions take
-            away a third to three quarters of what a hard cut costs. The text is `calibration_data`, or what stands in for it,
+            away half of what a hard cut of Mamba-2 costs, and a quarter of Mamba's. The text is `calibration_data`, or what stands in for it,
             a part of which is held out: the weights that diverge least there are kept, those of the cut if none is better. A
             `max_divergence` is kept by the cut already, and healing gains what it gains on top. Only of `compress_` and
             `compress_pretrained`; a Mamba on a GPU wants its kernels (the `cuda` extra).

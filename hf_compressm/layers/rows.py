@@ -37,7 +37,9 @@ def fit_rows(layer: Any, inputs: MixerInputs, selections: tuple[Any, ...], round
     Returns:
         the fits; None if none is better on one of eight of the sequences, which are not fitted to.
     """
-    train, held = ([reading(layer, *read) for read in part] for part in parted(inputs, FITTED // _numbers(layer)))
+    train, held = (
+        [reading(layer, *read) for read in part] for part in parted(inputs, FITTED // _numbers(layer), layer.device)
+    )
     start = rows_of(layer, torch.stack([one.kept for one in selections]))
     work = sum(one.u[..., 0].numel() for one in train) * start.weight.numel()
     share = min(1.0, CPU_WORK / (rounds * STEPS[0] * work)) if start.weight.device.type == "cpu" else 1.0
@@ -112,7 +114,7 @@ def _numbers(layer: Any) -> int:
     return 6 * layer.channels + 2 * CHUNK * layer.mixer.num_heads + layer.groups * (SPAN + 3 * layer.state_size)
 
 
-def parted(inputs: MixerInputs, tokens: int) -> tuple[MixerInputs, MixerInputs]:
+def parted(inputs: MixerInputs, tokens: int, device: torch.device) -> tuple[MixerInputs, MixerInputs]:
     """What to fit to, and one of eight sequences, or of fewer if there are no more, to judge the fit by.
 
     In each part, neighbours of one length are together, as long as they are few tokens.
@@ -137,7 +139,7 @@ def parted(inputs: MixerInputs, tokens: int) -> tuple[MixerInputs, MixerInputs]:
             part[-1].append(row)
         else:
             part.append([row])
-    fit, judge = ([_joined(batch) for batch in part] for part in parts)
+    fit, judge = ([_joined(batch, device) for batch in part] for part in parts)
     return fit, judge
 
 
@@ -151,7 +153,10 @@ def _shapes(read: MixerInput) -> list[torch.Size | None]:
     return [None if each is None else each.shape for each in read]
 
 
-def _joined(rows: MixerInputs) -> MixerInput:
-    hidden_states, *others = zip(*rows, strict=True)
-    mask, gradient = (None if each[0] is None else torch.cat(each) for each in others)
-    return torch.cat(hidden_states), mask, gradient
+def _joined(rows: MixerInputs, device: torch.device) -> MixerInput:
+    """On the layer's device: of many inputs, the later ones are kept on the CPU."""
+    hidden_states, mask, gradient = (
+        None if each[0] is None else torch.cat([tensor.to(device) for tensor in each])
+        for each in zip(*rows, strict=True)
+    )
+    return hidden_states, mask, gradient

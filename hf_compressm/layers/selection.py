@@ -98,13 +98,13 @@ class Select(Realization):
     @classmethod
     def of_selections(cls, layer: Any, statistics: Any, selections: tuple[Selection, ...]) -> Realization:
         """What a layer becomes by a selection in each of its groups."""
-        return (Select if selections[0].readout is None else ReadOut)(selections)
+        return (cls if selections[0].readout is None else ReadOut)(selections)
 
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """Keep the first states of each group."""
         kept = torch.arange(size, device=layer.device)
-        return Select((Selection(kept, None, 0.0),) * layer.groups)
+        return cls((Selection(kept, None, 0.0),) * layer.groups)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The kept rows and columns."""

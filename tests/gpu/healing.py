@@ -170,7 +170,7 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in unseen.split(16)]
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
     base = evaluate(full, unseen)
-    measured: dict[str, Measurement] = {}
+    measured: dict[tuple[str, str], Measurement] = {}
     print(f"\n{folder.name}: N={full.config.state_size}, perplexity {base.perplexity:.3f}, recall {base.recall:.3f}")
     print("| model | cut | healed | states | perplexity | recall | divergence | held out | s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -181,9 +181,12 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
             continue
         weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
         begin = time.perf_counter()
-        if weights not in measured:
-            measured[weights] = measure(full, known, CompreSSMConfig(max_divergence=0.01, weights=weights))
-        plan = measured[weights].plan(CompreSSMConfig(**options))
+        key = weights, options.get("realization", "auto")
+        if key not in measured:
+            measured[key] = measure(
+                full, known, CompreSSMConfig(max_divergence=0.01, weights=key[0], realization=key[1])
+            )
+        plan = measured[key].plan(CompreSSMConfig(**options))
         seconds = time.perf_counter() - begin
         states = sum(plan.report.sizes.values()) / len(plan.report.sizes)
         for dtype in args.dtype:
@@ -198,7 +201,7 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
                     config = CompreSSMConfig(**options, heal=int(tokens), heal_parameters=what)
                     data = corpus if kind == "corpus" else None
                     text = HealingText(data, model, None if kind == "samples" else tokenizer, config.heal)
-                    row = cut_and_heal_(model, plan, text, measured[weights].held_out, config).healing
+                    row = cut_and_heal_(model, plan, text, measured[key].held_out, config).healing
                     assert row is not None
                     seconds, held_out = row.seconds, f"{row.before:.4f} -> {row.after:.4f}"
                     healed = f"{row.tokens / 1e6:.1f}M, {what}, noise {rate.NOISE}, step {heal.STEP_TOKENS}, {kind}, {dtype}"

@@ -46,7 +46,7 @@ def adam(measurement: Measurement, plan: Plan, steps: int) -> Plan:
         if layer.index not in plan.realizations:
             continue
         groups = plan.realizations[layer.index].groups
-        train, _ = parted(measurement.inputs[layer.index], 2**20)
+        train, _ = parted(measurement.inputs[layer.index], 2**20, layer.device)
         with torch.no_grad():
             loss = OwnLoss([reading(layer, *read) for read in train])
         rows = rows_of(layer, torch.stack([group.kept for group in groups]))

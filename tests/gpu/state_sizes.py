@@ -45,7 +45,9 @@ def row(N: int) -> str:
     bias = torch.zeros(HEADS, 1, device="cuda").expand(HEADS, HEAD_DIM)
 
     def decode() -> None:
-        selective_state_update(state, token, wide_step, wide_A, token_B, token_C, dt_bias=bias, dt_softplus=True)
+        selective_state_update(
+            state, token, wide_step, wide_A, token_B, token_C, D=bias, dt_bias=bias, dt_softplus=True
+        )
 
     x, dt = torch.randn(*TOKENS, HEADS, HEAD_DIM, **options), torch.randn(*TOKENS, HEADS, **options)
     B, C = (torch.randn(*TOKENS, 1, N, **options) for _ in range(2))

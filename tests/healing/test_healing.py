@@ -55,7 +55,7 @@ CUTS = {
     "mamba": (tiny_mamba, {"state_size": 2, "refit": 0}),
     "mamba2, projected": (tiny_mamba2, {"state_size": {0: 1}}),
     "mamba2, by head": (tiny_mamba2, {"state_size": 2, "realization": "project_heads"}),
-    "mamba2, selected": (lambda: tiny_mamba2(groups=2), {"state_size": 4, "realization": "select"}),
+    "mamba2, selected": (lambda: tiny_mamba2(groups=2), {"state_size": 4, "realization": "select", "refit": 0}),
     "all": (tiny_mamba, {"state_size": 2, "refit": 0, "heal_parameters": "all"}),
 }
 
@@ -95,7 +95,7 @@ def test_every_architecture_learns_from_the_full_model(model_type):
     changed = {layer.name: {*layer.system_parameters(), *layer.changed_by_a_cut()} for layer in find_layers(model)}
     full = FullModel(model, changed)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    report = compress_(model, CompreSSMConfig(state_size=8, realization="select", refit=1, heal=300), ids)
+    report = compress_(model, CompreSSMConfig(state_size=8, realization="select", refit=0, heal=300), ids)
     assert report.healing.after <= report.healing.before
     after = dict(model.named_parameters())
     mixers = {f"{mixer}.{name}" for mixer, names in changed.items() for name in names}

@@ -14,10 +14,11 @@ from hf_compressm.hankel.refit_mamba2 import OwnLoss, RowsRefit
 from hf_compressm.layers import find_layers, new_data
 from hf_compressm.layers import rows as module
 from hf_compressm.layers.rows import fit_rows, parted, reading, rows_of
-from hf_compressm.layers.selection import Refit
+from hf_compressm.layers.selection import Refit, Select
 from tests.layers.models import MAMBA_1, TYPES, N, build, tokens
 
 MAMBA_2 = [name for name in TYPES if name not in MAMBA_1]
+CPU = torch.device("cpu")
 KEPT = torch.tensor([1, 3, 4, 7, 8, 12, 13, 15])
 
 
@@ -137,18 +138,48 @@ def test_on_a_cpu_a_fit_takes_no_more_work_than_it_may(monkeypatch):
     assert counts == [[300, 30], [150, 15]]
 
 
+def test_sizes_are_chosen_by_cuts_that_are_fitted_in_one_round(monkeypatch):
+    """And each of those that are chosen is fitted once, in all rounds."""
+    model, fitted = build("mamba2"), []
+
+    def refit(self, layer, inputs, rounds):
+        fitted.append((layer.index, self.size, rounds))
+        return self
+
+    monkeypatch.setattr(Select, "refit", refit)
+    config = CompreSSMConfig(max_divergence=0.05, realization="select", multiple_of=4, refit=2)
+    report = measure(model, tokens(8, 24), config).plan(config).report
+    tried = [(layer.index, size, 1) for layer in find_layers(model) for size in (4, 12)]
+    assert fitted[:4] == tried
+    chosen = {(index, size, 2) for index, size in report.sizes.items() if size < N}
+    assert chosen <= set(fitted[4:])
+    assert len(set(fitted)) == len(fitted)
+    assert {rounds for *_, rounds in fitted[4:]} == {2}
+
+
 def test_one_of_eight_sequences_is_not_fitted_to():
     reads = [(torch.randn(4, 6, 3), None, torch.randn(4, 6, 5)) for _ in range(4)] + [
         (torch.randn(2, 9, 3), None, None)
     ]
-    fit, judge = parted(reads, 1000)
+    fit, judge = parted(reads, 1000, CPU)
     assert [tuple(read[0].shape) for read in fit] == [(14, 6, 3), (2, 9, 3)]
     assert [tuple(read[0].shape) for read in judge] == [(2, 6, 3)]
     assert torch.equal(judge[0][0], torch.stack([reads[1][0][3], reads[3][0][3]]))
     assert torch.equal(judge[0][2], torch.stack([reads[1][2][3], reads[3][2][3]]))
     assert fit[1][2] is None
-    few, last = parted(reads[:1], 1000)
+    few, last = parted(reads[:1], 1000, CPU)
     assert [len(read[0]) for read in (*few, *last)] == [3, 1]
-    assert parted([(torch.randn(1, 6, 3), None, None)], 1000)[1] == []
-    few, last = parted(reads, 20)  # three sequences
+    assert parted([(torch.randn(1, 6, 3), None, None)], 1000, CPU)[1] == []
+    few, last = parted(reads, 20, CPU)  # three sequences
     assert [len(read[0]) for read in (*few, *last)] == [2, 1]
+
+
+def test_what_was_kept_elsewhere_comes_to_the_layer():
+    """Of many inputs the later ones are kept on the CPU."""
+    there = torch.device("meta")
+    reads = [
+        (torch.randn(2, 6, 3, device=device), torch.ones(2, 6), torch.randn(2, 6, 5))
+        for device in ("meta", "cpu", "cpu")
+    ]
+    for part in parted(reads, 1000, there):
+        assert all(tensor.device == there for read in part for tensor in read)
