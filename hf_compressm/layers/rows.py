@@ -155,8 +155,6 @@ def _shapes(read: MixerInput) -> list[torch.Size | None]:
 
 def _joined(rows: MixerInputs, device: torch.device) -> MixerInput:
     """On the layer's device: of many inputs, the later ones are kept on the CPU."""
-    hidden_states, mask, gradient = (
-        None if each[0] is None else torch.cat([tensor.to(device) for tensor in each])
-        for each in zip(*rows, strict=True)
-    )
-    return hidden_states, mask, gradient
+    hidden_states, *others = zip(*rows, strict=True)
+    mask, gradient = (None if each[0] is None else torch.cat([x.to(device) for x in each]) for each in others)
+    return torch.cat([x.to(device) for x in hidden_states]), mask, gradient
