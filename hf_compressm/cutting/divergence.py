@@ -14,7 +14,7 @@ from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
 from .observing import hooks
-from .passes import in_passes
+from .passes import in_passes, sequences_to_head
 from .progress import followed
 from .resuming import Outputs
 from .trials import cut_copy
@@ -39,13 +39,21 @@ class Divergence:
         self.model = model
         layers = find_layers(model)
         self._outputs = Outputs(model, layers if layer_by_layer else [])
-        self.parts = [on(device_of(model), part) for batch in batches for part in in_passes(batch, layers)]
+        self.parts = [
+            on(device_of(model), part)
+            for batch in batches
+            for part in in_passes(batch, layers, sequences_to_head(model, layers, *reversed(batch["input_ids"].shape)))
+        ]
         self.has_head = False
         self.full: list[Tensor] = []
         for predictions in self._predictions(self._outputs.kept):
-            kept = torch.cat([some for _, some in self._split(predictions)])
             held = sum(tensor.nbytes for tensor in self.full)
-            self.full.append(kept if held + kept.nbytes <= budgets.PREDICTIONS else kept.cpu())
+            rows = predictions.flatten(0, -2)
+            device = rows.device if held + 4 * rows.numel() <= budgets.PREDICTIONS else torch.device("cpu")
+            kept = torch.empty(rows.shape, dtype=torch.float32, device=device)
+            for place, some in self._split(predictions):
+                kept[place] = some.to(device)
+            self.full.append(kept)
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
 
     @torch.no_grad()

@@ -35,8 +35,8 @@ SENSITIVITY_SEQUENCES = 4
 SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
 # What measuring on the package's own text or on samples may take for each so many parameters, if the config names no time.
 SECONDS, MODEL = {"cpu": 60.0, "cuda": 10.0}, 130e6
-# Sequences of a step, at most: on a CPU few, so that the time is kept and the bar moves.
-ROWS = {"cpu": 2}
+# Tokens of a step, at most: on a CPU few, so that the time is kept and the bar moves.
+TOKENS = {"cpu": 1024}
 # Of so many sequences, one is held out to see what a cut loses; a max_divergence, which decides by them, takes more.
 HELD_OUT_FROM = 8
 
@@ -78,7 +78,10 @@ def measure(
     if seconds is None:
         seconds = SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, model.num_parameters() / MODEL)
         seconds = seconds if data is None else math.inf
-    parts = [part for batch in batches for part in in_passes(batch, layers, ROWS.get(device.type, BATCH))]
+    together = TOKENS.get(device.type, 2**20)
+    parts = [
+        part for batch in batches for part in in_passes(batch, layers, max(1, together // batch["input_ids"].shape[1]))
+    ]
     with evaluating(model), quick_scans(layers):
         for number, part in enumerate(followed("measuring", parts)):
             if number and time.monotonic() - begin > seconds:

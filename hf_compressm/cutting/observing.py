@@ -16,7 +16,7 @@ from ..hankel.statistics import Statistics
 from ..interrupts import restoring, uninterrupted
 from ..layers import Layer
 from .inputs import Inputs
-from .passes import blocks_of, checkpointed, kept_on_cpu, sequences_back
+from .passes import blocks_of, checkpointed, kept_on_cpu, sequences_to_head
 
 # Sequences of a forward and backward pass, at most.
 SEQUENCES = 4
@@ -91,7 +91,7 @@ def observe_by_loss(
     sequences, length = batch["input_ids"].shape
     if max_tokens is not None:
         sequences = min(sequences, max(1, max_tokens // length))
-    step = sequences_back(model, layers, length, SEQUENCES)
+    step = sequences_to_head(model, layers, length, SEQUENCES)
 
     def add(layer: Layer, read: tuple[Tensor, Tensor | None, Tensor | None], seq_idx: Tensor | None) -> None:
         _add(layer, by_index[layer.index], read, seq_idx, inputs)

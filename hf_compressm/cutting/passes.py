@@ -83,8 +83,8 @@ def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
     return replaced_forwards(blocks, through_checkpoint)
 
 
-def sequences_back(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:
-    """How many sequences, at most so many, fit in a forward and backward pass with its predictions."""
+def sequences_to_head(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:
+    """How many sequences, at most so many, fit in a pass with its predictions, and perhaps their gradient."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     # Predictions, perhaps in two precisions, and their gradient.
     return max(1, min(most, budgets.ACTIVATIONS // (12 * vocabulary * length), sequences_together(layers, length)))

@@ -35,8 +35,9 @@ DAMPING = 1e-2
 """Likewise for the Gauss-Newton steps of A and D."""
 WORKING_SET = {"cpu": 2**20}
 """Numbers in the largest temporary tensor by the type of the device, 2^24 on any other: on a CPU, what its cache holds."""
-INPUT_CHANNELS = 512
-"""Channels that T, which all share, is fitted on, spread over all of them: its normal matrix is most of a fit's work."""
+INPUT_CHANNELS = 128
+"""Channels that T, which all share, is fitted on, spread over all of them: its normal matrix is most of a fit's work. Of the
+768 of a well-trained layer, 64 gave the same perplexity as all, to 0.15%."""
 
 Pairs = Iterable[tuple[MambaSystem, Tensor]]
 """Systems and what is to be fitted to them, [batch, length, channels], batch after batch, in any number of passes."""

@@ -60,7 +60,7 @@ class ProjectHeads(Realization):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """The maps that keep the first states of every head."""
-        identity = torch.eye(layer.state_size, size, device=layer.mixer.A_log.device)
+        identity = torch.eye(layer.state_size, size, device=layer.device)
         heads = (Projection(identity, identity, 0.0),) * (layer.mixer.num_heads // layer.groups)
         return cls((HeadProjections(heads, 0.0),) * layer.groups)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,9 +156,5 @@ def _shapes(read: MixerInput) -> list[torch.Size | None]:
 def _joined(rows: MixerInputs, device: torch.device) -> MixerInput:
     """On the layer's device: of many inputs, the later ones are kept on the CPU."""
     hidden_states, *others = zip(*rows, strict=True)
-    mask, gradient = (None if each[0] is None else _together(each, device) for each in others)
-    return _together(hidden_states, device), mask, gradient
-
-
-def _together(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([tensor.to(device) for tensor in tensors])
+    mask, gradient = (None if each[0] is None else torch.cat([x.to(device) for x in each]) for each in others)
+    return torch.cat([x.to(device) for x in hidden_states]), mask, gradient

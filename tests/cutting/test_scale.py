@@ -191,7 +191,8 @@ def test_fits_keep_no_more_than_their_share_of_the_memory(monkeypatch):
 def test_measuring_stops_in_time_and_says_so(make, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(measuring.logger, "warning", said.append)
-    for seconds, sequences in ((0, 2), (1000, 7), (None, 7)):  # two sequences are measured together on a CPU
+    monkeypatch.setattr(measuring, "TOKENS", {"cpu": 2 * 24})  # two sequences in a step
+    for seconds, sequences in ((0, 2), (1000, 7), (None, 7)):
         measurement = measure(make(), IDS, CompreSSMConfig(tolerance=0.1, calibration_seconds=seconds))
         assert [int(entry.tokens) for entry in measurement.statistics] == [sequences * 24] * 2
     assert len(said) == 1
