@@ -171,3 +171,5 @@ def test_one_of_eight_sequences_is_not_fitted_to():
     assert parted([(torch.randn(1, 6, 3), None, None)], 1000)[1] == []
     few, last = parted(reads, 20)  # three sequences
     assert [len(read[0]) for read in (*few, *last)] == [2, 1]
+    elsewhere = [(torch.empty(2, 6, 3, device=device), None, None) for device in ("cpu", "meta")]
+    assert [read[0].device.type for read in parted(elsewhere, 1000)[0]] == ["cpu", "meta"]
