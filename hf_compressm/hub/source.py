@@ -43,10 +43,11 @@ def config_files(model: PreTrainedModel) -> dict[str, bytes]:
 
     Nothing for a model that was never cut or has layers of different sizes, or if the source is gone or of another layout.
     """
-    config = None if is_slimmed(model.config) or not history_of(model) else _original_config(model)
-    if config is None:
+    path = None if is_slimmed(model.config) or not history_of(model) else _original_config(model)
+    if path is None:
         return {}
-    before, after = _values(type(model.config).from_dict(config)), _values(model.config)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    before, after = _values(type(model.config).from_json_file(path)), _values(model.config)
     after |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     _edit(config, before, after, model.config.attribute_map)
     return {CONFIG_NAME: f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()}
@@ -71,16 +72,16 @@ def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any 
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def _original_config(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What config.json says where a model came from; None if that is gone or of another layout."""
+def _original_config(model: PreTrainedModel) -> Path | None:
+    """The config.json that a model came from; None if it is gone or of another layout."""
     repository, path = base_model(model), Path(str(getattr(model.config, "name_or_path", "") or "")) / CONFIG_NAME
     try:
         if repository is not None:  # from the cache, as a rule
             path = Path(hf_hub_download(repository, CONFIG_NAME, revision=commit_hash(model.config)))
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError):
         return None
-    return config if config.get("model_type") == model.config.model_type else None
+    return path if model_type == model.config.model_type else None
 
 
 def _folder(model: PreTrainedModel) -> Path | None:
@@ -106,10 +107,12 @@ def _edit(
     original: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], aliases: Mapping[str, str]
 ) -> None:
     """Write what differs between two configs in the first one's file, under the names that this uses. In place."""
-    names = {canonical: alias for alias, canonical in aliases.items() if alias in original} | _OLD_NAMES
+    names = {canonical: alias for alias, canonical in aliases.items()} | _OLD_NAMES
+    names = {key: names[key] if key not in original and names.get(key) in original else key for key in before | after}
+    for key in before.keys() - after.keys():
+        original.pop(names[key], None)
     for key, value in after.items():
-        name = key if key in original else names.get(key, key)
-        name = name if name in original else key
+        name = names[key]
         if isinstance(value, dict) and isinstance(original.get(name), dict) and isinstance(before.get(key), dict):
             _edit(original[name], before[key], value, {})
         elif value != before.get(key) and key not in _IGNORED:

@@ -43,7 +43,7 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.hub import load_tokenizer
 
 PACKAGE = Path(hf_compressm.__file__).parent
-VOCABULARY = 1024
+VOCABULARY = 4096
 # Model config, target size, global batch, length of a sequence.
 SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 256, "num_hidden_layers": 6, "state_size": 128},
