@@ -172,7 +172,6 @@ def test_one_of_eight_sequences_is_not_fitted_to():
     assert parted([(torch.randn(1, 6, 3), None, None)], 1000, CPU)[1] == []
     few, last = parted(reads, 20, CPU)  # three sequences
     assert [len(read[0]) for read in (*few, *last)] == [2, 1]
-<<<<<<< HEAD
 
 
 def test_what_was_kept_elsewhere_comes_to_the_layer():
@@ -184,7 +183,3 @@ def test_what_was_kept_elsewhere_comes_to_the_layer():
     ]
     for part in parted(reads, 1000, there):
         assert all(tensor.device == there for read in part for tensor in read)
-=======
-    elsewhere = [(torch.empty(2, 6, 3, device=device), None, None) for device in ("cpu", "meta")]
-    assert [read[0].device.type for read in parted(elsewhere, 1000)[0]] == ["cpu", "meta"]
->>>>>>> refit
