@@ -134,7 +134,7 @@ def parted(inputs: MixerInputs, tokens: int, device: torch.device) -> tuple[Mixe
     parts: tuple[list[MixerInputs], list[MixerInputs]] = ([], [])
     for number, row in enumerate(rows):
         part = parts[every > 1 and number % every == every - 1]
-        together = part and _kind(part[-1][-1]) == _kind(row)
+        together = part and _shapes(part[-1][-1]) == _shapes(row)
         if together and (len(part[-1]) + 1) * row[0].shape[1] <= TOGETHER:
             part[-1].append(row)
         else:
@@ -149,9 +149,8 @@ def _sequence(read: MixerInput, i: int) -> MixerInput:
     return hidden_states[one], None if mask is None else mask[one], None if gradient is None else gradient[one]
 
 
-def _kind(read: MixerInput) -> list[tuple[torch.Size, torch.device] | None]:
-    """The shapes, and the devices, which differ where memory is short."""
-    return [None if each is None else (each.shape, each.device) for each in read]
+def _shapes(read: MixerInput) -> list[torch.Size | None]:
+    return [None if each is None else each.shape for each in read]
 
 
 def _joined(rows: MixerInputs, device: torch.device) -> MixerInput:
