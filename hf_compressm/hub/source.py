@@ -108,7 +108,9 @@ def _edit(
 ) -> None:
     """Write what differs between two configs in the first one's file, under the names that this uses. In place."""
     names = {canonical: alias for alias, canonical in aliases.items()} | _OLD_NAMES
-    names = {key: names[key] if key not in original and names.get(key) in original else key for key in before | after}
+    names = {
+        key: names[key] if key not in original and names.get(key) in original else key for key in (*before, *after)
+    }
     for key in before.keys() - after.keys():
         original.pop(names[key], None)
     for key, value in after.items():
