@@ -28,7 +28,7 @@ def loss_of():
     def loss(name: str, **target) -> float:
         if name not in measured:
             model = AutoModelForCausalLM.from_pretrained(FOLDER / name)
-            measured[name] = model, measure(model, data, CompreSSMConfig(state_size=4))
+            measured[name] = model, measure(model, data, CompreSSMConfig(state_size=4, realization="select"))
         model, measurement = measured[name]
         slim = copy.deepcopy(model)
         measurement.plan(CompreSSMConfig(**target)).apply_(slim)
