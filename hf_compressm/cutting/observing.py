@@ -142,8 +142,8 @@ def _add(
         read = unpacked(*read, seq_idx)
     with weights_at_hand(layer.mixer):
         system = layer.read(*read)
-    with torch.autocast(read[0].device.type, enabled=False):
-        entry.update(system)
+    # A call and no block, at whose end Ctrl-C could come before autocast is left: it would go on with cached weights.
+    torch.autocast(read[0].device.type, enabled=False)(entry.update)(system)
     if inputs is not None:
         inputs.keep(layer.index, read)
 
