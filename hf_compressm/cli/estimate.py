@@ -54,7 +54,7 @@ def estimate(
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
     table = Table(
-        title=f"{escape(model)}, {found.parameters / 1e9:.2f}B parameters, on {on.type} in {dtype}", show_header=False
+        title=f"{escape(model)}, {found.parameters / 1e6:,.1f}M parameters, on {on.type} in {dtype}", show_header=False
     )
     table.add_row("layers with a state", f"{found.layers} ({found.family})")
     table.add_row("states", f"{found.states:,}")
