@@ -221,9 +221,8 @@ def _loss(output: Any, batch: Mapping[str, Any], seed: int) -> tuple[Tensor, Ten
     rows = max(1, CLASSES // logits.shape[-1])
     for row, result in zip(logits.flatten(0, -2).split(rows), gradient.flatten(0, -2).split(rows), strict=True):
         p = row.float().softmax(-1)
-        below = p.cumsum(
-            1
-        )  # where a uniform number falls among them tells the label; multinomial takes ten times as long
+        # Where a uniform number falls among them tells the label; multinomial takes ten times as long.
+        below = p.cumsum(1)
         drawn = torch.rand(len(p), 1, generator=generator, device=p.device) * below[:, -1:]
         labels = torch.searchsorted(below, drawn, right=True).clamp_(max=p.shape[1] - 1)
         result.copy_(p.scatter_add_(1, labels, -torch.ones_like(drawn)))
