@@ -18,7 +18,6 @@ from .console import (
     Model,
     calibration_text,
     check_figure,
-    exit_codes,
     load,
     measuring,
     note,
@@ -55,22 +54,21 @@ def analyze(
     from ..cutting import measure
     from ..hankel.ranks import energy_rank
 
-    with exit_codes():
-        # Before the long part.
-        CompreSSMConfig(tolerance=tolerance)
-        if figure is not None:
-            check_figure(figure)
-        with progress_bar() as progress:
-            loaded, tokenizer = load(model, progress)
-            data = calibration_text(loaded, tokenizer, calibration)
-            with measuring(progress):
-                if frontier:
-                    measurement = measure(loaded, data, tokenizer=tokenizer)
-                    reports = [measurement.plan(CompreSSMConfig(max_divergence=b)).report for b in BUDGETS]
-                else:
-                    reports = [hankel_singular_values(loaded, data, tokenizer=tokenizer)]
-        if figure is not None:
-            reports[len(reports) // 2].plot().savefig(figure, dpi=150)
+    # Before the long part.
+    CompreSSMConfig(tolerance=tolerance)
+    if figure is not None:
+        check_figure(figure)
+    with progress_bar() as progress:
+        loaded, tokenizer = load(model, progress)
+        data = calibration_text(loaded, tokenizer, calibration)
+        with measuring(progress):
+            if frontier:
+                measurement = measure(loaded, data, tokenizer=tokenizer)
+                reports = [measurement.plan(CompreSSMConfig(max_divergence=b)).report for b in BUDGETS]
+            else:
+                reports = [hankel_singular_values(loaded, data, tokenizer=tokenizer)]
+    if figure is not None:
+        reports[len(reports) // 2].plot().savefig(figure, dpi=150)
     if as_json:
         found = [report.to_dict() for report in reports]
         typer.echo(json.dumps(found if frontier else found[0], indent=2))

@@ -18,7 +18,6 @@ from .console import (
     Model,
     calibration_text,
     empty_folder,
-    exit_codes,
     fail,
     healing_text_of,
     load,
@@ -129,42 +128,41 @@ def compress(
         raise fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
     if output is not None and not dry_run:
         empty_folder(output)
-    with exit_codes():
-        config = CompreSSMConfig(
-            max_divergence=max_divergence,
-            tolerance=tolerance,
-            state_size=state_size,
-            ratio=ratio,
-            uniform=uniform,
-            realization=realization,
-            multiple_of=multiple_of,
-            refit=refit,
-            heal=heal,
-            heal_parameters=heal_parameters,  # type: ignore[arg-type]
-        )
-        if push_to_hub is not None and not dry_run:
-            check_login()
-        with progress_bar() as progress:
-            slim, tokenizer = load(model, progress)
-            data = healing_text_of(tokenizer, calibration) if heal else calibration_text(slim, tokenizer, calibration)
-            if evaluate and tokenizer is None:
-                raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
-            if evaluate is None:
-                evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
-            ids = evaluation_ids(tokenizer) if evaluate else None
-            before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
-            with measuring(progress):
-                report = compress_(slim, config, data, tokenizer=tokenizer)
-            nothing_cut = report.states_after == report.states_before
-            if ids is not None and not nothing_cut:
-                after = timed_evaluation(slim, ids, progress, "perplexity after")
-                report = replace(report, perplexity=Perplexity.of(before, after, describe(ids)))
-                set_report_(slim, report)
-            if output is not None and not dry_run and not nothing_cut:
-                progress.add_task("saving", total=None)
-                with new_folder(output) as folder:
-                    slim.save_pretrained(folder)
-                    write_companions(slim, folder, tokenizer)
+    config = CompreSSMConfig(
+        max_divergence=max_divergence,
+        tolerance=tolerance,
+        state_size=state_size,
+        ratio=ratio,
+        uniform=uniform,
+        realization=realization,
+        multiple_of=multiple_of,
+        refit=refit,
+        heal=heal,
+        heal_parameters=heal_parameters,  # type: ignore[arg-type]
+    )
+    if push_to_hub is not None and not dry_run:
+        check_login()
+    with progress_bar() as progress:
+        slim, tokenizer = load(model, progress)
+        data = healing_text_of(tokenizer, calibration) if heal else calibration_text(slim, tokenizer, calibration)
+        if evaluate and tokenizer is None:
+            raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
+        if evaluate is None:
+            evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
+        ids = evaluation_ids(tokenizer) if evaluate else None
+        before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
+        with measuring(progress):
+            report = compress_(slim, config, data, tokenizer=tokenizer)
+        nothing_cut = report.states_after == report.states_before
+        if ids is not None and not nothing_cut:
+            after = timed_evaluation(slim, ids, progress, "perplexity after")
+            report = replace(report, perplexity=Perplexity.of(before, after, describe(ids)))
+            set_report_(slim, report)
+        if output is not None and not dry_run and not nothing_cut:
+            progress.add_task("saving", total=None)
+            with new_folder(output) as folder:
+                slim.save_pretrained(folder)
+                write_companions(slim, folder, tokenizer)
     if not as_json:
         Console().print(report)
     if nothing_cut:
@@ -179,7 +177,7 @@ def compress(
     if output is not None:
         note(f"saved in {escape(str(output))}")
     if push_to_hub is not None:
-        with exit_codes(), progress_bar() as progress:
+        with progress_bar() as progress:
             progress.add_task(f"pushing to {escape(push_to_hub)}", total=None)
             push_to_hub = publish(slim, push_to_hub, tokenizer=tokenizer, private=private or None)
         note(f"pushed to {escape(push_to_hub)}")

@@ -13,7 +13,6 @@ from rich.table import Table
 from .app import command
 from .console import (
     empty_folder,
-    exit_codes,
     load,
     measuring,
     new_folder,
@@ -45,7 +44,7 @@ def demo(
     for column in ("model", "states", "before", "after", "state KiB"):
         table.add_column(column, justify="right")
     reports = {}
-    with exit_codes(), new_folder(output) as folder, progress_bar() as progress:
+    with new_folder(output) as folder, progress_bar() as progress:
         cut = CompreSSMConfig(refit=0)  # the refit rounds take minutes on a CPU
         for name in ("mamba-small", "mamba2-small"):
             model, tokenizer = load(str(reference / name), progress)
