@@ -182,7 +182,7 @@ def make_plan(
         )
         tradeoff = ladder.tradeoff(factor)
     else:
-        realizations = realizations_of(choose_sizes(config, layers, name, spectra, costs))
+        realizations = realizations_of(choose_sizes(config, layers, choices, spectra, costs))
     sizes = {index: made.size for index, made in realizations.items()}
     check_state_sizes(model, {layer.index: sizes.get(layer.index, layer.state_size) for layer in layers})
     report = make_report(model, layers, spectra, realizations, name)

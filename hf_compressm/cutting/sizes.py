@@ -50,7 +50,7 @@ def sizes_to_choose_from(config: CompreSSMConfig, layer: Layer, name: str) -> li
 def choose_sizes(
     config: CompreSSMConfig,
     layers: Sequence[Layer],
-    name: str,
+    choices: Sequence[Sequence[int]],
     spectra: Sequence[Tensor],
     costs: Callable[[], list[Tensor]],
 ) -> list[int]:
@@ -58,7 +58,7 @@ def choose_sizes(
 
     Args:
         config, layers: what to cut, and how.
-        name: of the realization.
+        choices: for each layer the sizes that it may have, ascending; the last is its present one.
         spectra: the layers' Hankel singular values, [groups, N] each.
         costs: what keeping r states costs, for each layer [N] at r - 1.
 
@@ -71,7 +71,6 @@ def choose_sizes(
         return [config.state_size] * len(layers)
     if config.tolerance == 0 or config.ratio == 1:
         return [layer.state_size for layer in layers]
-    choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
     if config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
         return allocate_ranks(costs(), total, sizes=choices)
