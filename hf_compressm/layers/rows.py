@@ -74,10 +74,8 @@ def fitted_cuts(layer: Any, fits: tuple[RowsRefit, ...]) -> dict[str, ParameterC
     return cuts
 
 
-def reading(layer: Any, *read: Tensor | None) -> Reading:
+def reading(layer: Any, hidden_states: Tensor, mask: Tensor | None, gradient: Tensor | None) -> Reading:
     """What the layer makes of a batch of its mixer's inputs."""
-    hidden_states, mask, gradient = (None if each is None else each.to(layer.device) for each in read)
-    assert hidden_states is not None
     system = layer.read(hidden_states, mask, gradient)
     scale = getattr(layer.mixer, "ssm_in_multiplier", 1.0)
     return Reading(hidden_states.float() * system.valid[..., None] * scale, system, layer.mixer.act)
