@@ -64,9 +64,14 @@ def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any 
     source = _folder(model) if _original_config(model) is not None else None
     files = [] if source is None else [path for path in source.iterdir() if path.is_file()]
     files = [path for path in files if not _matches(path, _NOT_CARRIED)]
-    if tokenizer is not None and (source is None or _saved(tokenizer) != _saved_of(source)):
+    saved = {} if tokenizer is None else _saved(tokenizer)
+    its_own = source is not None and saved == _saved_of(source)
+    if saved and not its_own:
         files = [path for path in files if not _matches(path, _TOKENIZER)]
-        tokenizer.save_pretrained(folder)
+    for name, content in saved.items():
+        if not its_own or Path(name).parent != Path():  # only files of no folder are carried over
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_bytes(content)
     if source is not None and not source.samefile(folder):
         for path in files:
             shutil.copyfile(path, Path(folder) / path.name)
@@ -126,9 +131,11 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _saved(tokenizer: Any) -> dict[str, bytes]:
+    """Its files by their names, those in folders too."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def _saved_of(source: Path) -> dict[str, bytes]:

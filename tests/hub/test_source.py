@@ -123,3 +123,15 @@ def test_another_tokenizer_takes_the_place_of_the_sources(tmp_path):
     write_companions(model, tmp_path / "slim", tokenizer)
     assert "<mine>" in AutoTokenizer.from_pretrained(tmp_path / "slim").get_vocab()
     assert (tmp_path / "slim" / "LICENSE").read_bytes() == OTHER_FILES["LICENSE"]
+
+
+def test_a_tokenizer_with_several_chat_templates(tmp_path):
+    """It keeps the others in a folder."""
+    older(tmp_path / "source", tiny_mamba)
+    (tmp_path / "source" / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    tokenizer.chat_template = {"default": "{{ messages }}", "short": "{{ messages[0] }}"}
+    tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "slim").mkdir()
+    write_companions(load_model(tmp_path / "source"), tmp_path / "slim", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "slim").chat_template == tokenizer.chat_template
