@@ -48,6 +48,13 @@ class Backend(ABC):
     def sum_(self, statistics: Sequence[Statistics]) -> None:
         """Add up the statistics over the processes. In place."""
 
+    def least(self, count: int) -> int:
+        """The least of the processes' numbers, if all must run the model equally often; else one's own."""
+        return count
+
+    def settle_(self) -> None:
+        """Put the parameters back where the optimizer holds them, after passes of the model outside of training."""
+
     def decide(self, choose: Callable[[], T]) -> T:
         """What one process chooses, on all of them; its error is raised on all of them.
 

@@ -1,6 +1,6 @@
 """One family of SSM layers a module: how it reads a system off a mixer, and how a smaller state is made of it."""
 
-from .contracts import Layer, MixerInputs, Realization, new_data
+from .contracts import Layer, MixerInputs, Realization, ResizeParameter, new_data
 from .mixer import MixerLayer
 from .parameters import ParameterCut, set_data_
 from .registry import find_layers, plain_model, realization_of, realize, register, register_realization
@@ -11,6 +11,7 @@ __all__ = [
     "MixerLayer",
     "ParameterCut",
     "Realization",
+    "ResizeParameter",
     "find_layers",
     "new_data",
     "plain_model",

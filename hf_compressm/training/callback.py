@@ -25,7 +25,7 @@ from ..layers import Layer, find_layers
 from ..reporting.figures import plot_history
 from ..reporting.history import Attempt
 from ..reporting.record import Cut, history_of, record_cut_
-from .checkpoints import ReshapeOnLoad
+from .checkpoints import ReshapeBeforeLoad, ReshapeOnLoad
 from .checks import check_alone, check_evaluation, find_trainable_layers
 from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
 from .measuring import measure_batches
@@ -152,6 +152,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._trainer is None or self._trainer() is not trainer:
             self._trainer = weakref.ref(trainer)
             ReshapeOnLoad.install(trainer, self)
+            ReshapeBeforeLoad.install(trainer, self)
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

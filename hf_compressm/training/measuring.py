@@ -43,6 +43,7 @@ def measure_batches(
     Raises:
         ValueError: if there is no batch, or a mixer never ran.
     """
+    batches = batches[len(batches) - backend.least(len(batches)) :]
     if not batches:
         raise ValueError("No training batch passed through the model before the attempt to cut it.")
     layers = find_layers(model)
@@ -53,10 +54,13 @@ def measure_batches(
             for args, kwargs in some:
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
                 if by_loss and "input_ids" in kwargs:
-                    observe_by_loss(model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens)
+                    observe_by_loss(
+                        model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens, least=backend.least
+                    )
                 else:
                     with observing(layers, statistics, kept, max_tokens=max_tokens):
                         model(*args, **kwargs)
+        backend.settle_()
         return statistics
 
     statistics = empty_statistics(layers, config)
