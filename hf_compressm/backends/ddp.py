@@ -45,7 +45,9 @@ class DDP(Backend):
         """Add up the statistics over the processes. In place."""
         for entry in statistics:
             for tensor in entry.sums():
-                dist.all_reduce(tensor)
+                here = tensor.to(entry.tokens.device)  # from the CPU, if they are too many for the device
+                dist.all_reduce(here)
+                tensor.copy_(here)
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What process 0 chooses.

@@ -91,24 +91,31 @@ class FSDP2(DDP):
         Raises:
             ValueError: what `choose` raised.
         """
-        if dist.get_rank() == 0:
-            names = {id(module): name for name, module in self.model.named_modules()}
+        if dist.get_rank() > 0:
+            while (name := self._send()) is not None:
+                with gathered(self.model.get_submodule(name)):
+                    pass
+            return super().decide(choose)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        chosen: list[T] = []
+        refusal: ValueError | None = None
+        try:
+            with asking_the_others(lambda module: self._send(names[id(module)])):
+                chosen = [choose()]
+        except ValueError as error:
+            refusal = error
+        finally:
+            self._send(None)  # they wait no longer
 
-            def choose_aloud() -> T:
-                try:
-                    with asking_the_others(lambda module: self._send(names[id(module)])):
-                        return choose()
-                finally:
-                    self._send(None)
+        def choice() -> T:
+            if refusal is not None:
+                raise refusal
+            return chosen[0]
 
-            return super().decide(choose_aloud)
-        while (name := self._send()) is not None:
-            with gathered(self.model.get_submodule(name)):
-                pass
-        return super().decide(choose)
+        return super().decide(choice)
 
     def _send(self, name: str | None = None) -> str | None:
-        """From process 0 to the others."""
+        """The name of a module whose weights are read, from process 0 to the others; None once there is none."""
         sent = [name]
         dist.broadcast_object_list(sent, src=0)
         return sent[0]

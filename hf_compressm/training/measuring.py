@@ -14,6 +14,7 @@ from ..cutting.inputs import Inputs
 from ..cutting.measuring import check_measured, empty_statistics
 from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
+from ..hankel import budgets
 from ..hankel.statistics import Statistics
 from ..layers import find_layers
 from .recording import Batch
@@ -63,8 +64,8 @@ def measure_batches(
         backend.settle_()
         return statistics
 
-    statistics = empty_statistics(layers, config)
-    backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config), batches[:1]))
+    statistics = empty_statistics(layers, config, budgets.STATISTICS)
+    backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config, budgets.STATISTICS), batches[:1]))
     inputs = Inputs() if config.refits else None
     run(statistics, batches, inputs)
     backend.sum_(statistics)
