@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..backends import Backend, OneProcess, find_backend
 from ..compat import calling_trainer, checkpoint_parent
@@ -200,7 +200,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         check_optimizers(as_list(optimizer), model)
         if self._remaining and self.calibration_data is None:
             if state.global_step:
-                self._recorder.load(loop.get("resume_from_checkpoint"), args.process_index)
+                self._recorder.load(loop.get("resume_from_checkpoint"), args.process_index, args.world_size)
             self._recorder.start(self.trainer.model_wrapped)
         logger.info(f"hf_compressm: {len(layers)} SSM layers, cuts are attempted after steps {self._remaining}.")
 
@@ -273,9 +273,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._recorder.stop()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the recorded batches with a checkpoint between two attempts."""
+        """Keep the sizes with every checkpoint, and the recorded batches with one between two attempts."""
+        folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
+        if args.should_save and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            self._model().config.save_pretrained(folder)  # FSDP's SHARDED_STATE_DICT is saved without
         if self._remaining and not args.save_only_model:
-            folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
             self._recorder.save(folder, args.process_index)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

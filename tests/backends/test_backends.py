@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
@@ -64,11 +66,13 @@ def test_a_backend_of_ones_own_is_asked_for_everything(tmp_path):
 def test_which_is_found(tmp_path):
     trainer = make_trainer(tmp_path, tiny_mamba())
     assert type(find_backend(trainer)) is OneProcess
-    trainer.is_fsdp_enabled = True
-    assert type(find_backend(trainer)) is Sharded
-    with pytest.raises(ValueError, match="FSDP"):
-        find_backend(trainer).refuse()
-    trainer.is_fsdp_enabled = False
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    for flag, name in (("is_fsdp_enabled", "FSDP1"), ("is_deepspeed_enabled", "DeepSpeed")):
+        setattr(trainer, flag, True)
+        assert type(find_backend(trainer)) is Sharded
+        with pytest.raises(ValueError, match=f"under {name}: train with FSDP2"):
+            find_backend(trainer).refuse()
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     trainer.model_wrapped = nn.DataParallel(trainer.model)
     assert type(find_backend(trainer)) is DataParallel
     with pytest.raises(ValueError, match="torchrun"):
