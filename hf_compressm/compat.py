@@ -52,7 +52,14 @@ FSDP2_ARGUMENTS = [
     *("self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device"),
     *("shard_placement_fn", "mp_policy", "offload_policy"),
 ]
-FSDP2_ATTRIBUTES = ["_module_info", "_param_fqn", "_post_load_hook_handle", "_setattr_on_modules", "fsdp_placement", "init_dtype_attrs"]
+FSDP2_ATTRIBUTES = [
+    "_module_info",
+    "_param_fqn",
+    "_post_load_hook_handle",
+    "_setattr_on_modules",
+    "fsdp_placement",
+    "init_dtype_attrs",
+]
 
 
 CHECKPOINTED = "_checkpoint_wrapped_module."

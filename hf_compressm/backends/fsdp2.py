@@ -62,7 +62,9 @@ class FSDP2(DDP):
                         "compress_pretrained before or after the training."
                     )
             if len(dtypes) > 1:
-                which = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in dtypes.items())
+                which = " and ".join(
+                    f"{name} in {str(dtype).removeprefix('torch.')}" for dtype, name in dtypes.items()
+                )
                 raise ValueError(
                     f"FSDP2 can't train parameters of several dtypes in one group, such as {which}: train with bf16=True, which "
                     "keeps all of them in float32 and computes in bfloat16, or load the model in one dtype."

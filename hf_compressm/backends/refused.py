@@ -9,7 +9,6 @@ from torch import nn
 from .backend import Backend
 
 
-
 class Sharded(Backend):
     """The parameters or the optimizer's states are spread over the processes in a way that can't follow a cut."""
 
@@ -38,7 +37,10 @@ def _name(trainer: Any) -> str | None:
         return "a model that was sharded when it was loaded"
     if getattr(trainer, "is_fsdp_xla_enabled", False):
         return "FSDP of XLA"
-    if getattr(trainer, "is_fsdp_enabled", False) and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+    if (
+        getattr(trainer, "is_fsdp_enabled", False)
+        and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
+    ):
         return "FSDP1"
     return None
 

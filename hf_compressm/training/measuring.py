@@ -65,7 +65,9 @@ def measure_batches(
         return statistics
 
     statistics = empty_statistics(layers, config, budgets.STATISTICS)
-    backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config, budgets.STATISTICS), batches[:1]))
+    backend.share_candidates_(
+        statistics, lambda: run(empty_statistics(layers, config, budgets.STATISTICS), batches[:1])
+    )
     inputs = Inputs() if config.refits else None
     run(statistics, batches, inputs)
     backend.sum_(statistics)

@@ -102,10 +102,16 @@ def _dealt(batches: Sequence[Batch], rank: int, processes: int) -> Batch:
     """
     values = [kwargs for _, kwargs in batches]
     tensors = [value for kwargs in values for value in kwargs.values()]
-    if all(isinstance(value, Tensor) and value.dim() > 0 for value in tensors) and not any(args for args, _ in batches):
+    if all(isinstance(value, Tensor) and value.dim() > 0 for value in tensors) and not any(
+        args for args, _ in batches
+    ):
         widths = [{name: value.shape[1:] for name, value in each.items()} for each in values]
         rows = [{len(value) for value in each.values()} for each in values]
-        if all(each == widths[0] for each in widths) and all(len(each) == 1 for each in rows) and sum(map(sum, rows)) >= processes:
+        if (
+            all(each == widths[0] for each in widths)
+            and all(len(each) == 1 for each in rows)
+            and sum(map(sum, rows)) >= processes
+        ):
             return (), {name: torch.cat([each[name] for each in values])[rank::processes] for name in values[0]}
     return batches[rank % len(batches)]
 

@@ -245,7 +245,7 @@ def main() -> None:
             (go_on, together),
             (go_on, [run for run in alone if any(other.model == run.model for other in ddp)]),
         ):
-            on_one = side_by_side is alone or each is go_on and side_by_side is together
+            on_one = side_by_side is alone or (each is go_on and side_by_side is together)
             with ThreadPoolExecutor(2 if on_one and torch.cuda.device_count() > 1 else 1) as pool:
                 list(pool.map(each, side_by_side, itertools.cycle((0, 1))))
             print_table(runs)

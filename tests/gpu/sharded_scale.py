@@ -4,7 +4,8 @@
 random weights, in bf16 with activation checkpointing, on 1, 2, 4, ... GPUs: with FSDP2 where there are several. Each GPU
 has the same batch, whatever their number. It prints a row for each: tokens a second of all GPUs, peak memory of a GPU,
 and what a GPU receives and sends in collectives, each before and after the cut; the cut's seconds; and the first and the
-last loss. Mamba-1 scans with the Triton kernel of `train_reference_models.py`. `--tiny` is for two CPU cores.
+last loss. Mamba-1 scans with the Triton kernel of `train_reference_models.py`. `--layers 16` makes the models so deep;
+`--tiny` is for two CPU cores.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ GIB = 2**30
 N = {"mamba": "state_size", "granitemoehybrid": "mamba_d_state"}
 TINY: dict[str, dict[str, Any]] = {
     "mamba-2.8b": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 61},
-    "granite-4-h-micro": {"hidden_size": 32, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    "granite-4-h-micro": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     | {"vocab_size": 61, "mamba_n_heads": 8, "mamba_d_head": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
     | {"shared_intermediate_size": 32},
 }
@@ -96,7 +101,11 @@ class Clock(TrainerCallback):
         if on_gpu:
             torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-        self.watch.ends.append((time.perf_counter() - self.watch.begins[-1], peak / GIB, self.watch.traffic.bytes / GIB))
+        if args.process_index == 0:
+            print(f"step {state.global_step}: {time.perf_counter() - self.watch.begins[-1]:.2f} s", file=sys.stderr)
+        self.watch.ends.append(
+            (time.perf_counter() - self.watch.begins[-1], peak / GIB, self.watch.traffic.bytes / GIB)
+        )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -107,13 +116,18 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     kind, fields = SHAPES[args.shape]
     fields |= {N[kind]: 32 if args.tiny else 128} | (TINY[args.shape] if args.tiny else {})
+    if args.layers:
+        fields["num_hidden_layers"] = args.layers
+        fields |= {"layer_types": fields["layer_types"][: args.layers]} if "layer_types" in fields else {}
     if on_gpu:
         torch.cuda.set_device(device)
         patch_scan()
     model = build(args.shape, device, torch.float32).train().requires_grad_(True)
     model.config.use_cache = False
     batch, length = (2, 64) if args.tiny else (args.batch, args.length)
-    ids = torch.randint(fields["vocab_size"], (STEPS * batch * processes, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        fields["vocab_size"], (STEPS * batch * processes, length), generator=torch.Generator().manual_seed(0)
+    )
     sharding = {"version": 2, "activation_checkpointing": True, "state_dict_type": "SHARDED_STATE_DICT"}
     if processes == 1:
         recompute_activations_(model)
@@ -133,9 +147,7 @@ def train(args: argparse.Namespace) -> None:
     )
     if not on_gpu and processes > 1:  # accelerate leaves FSDP out on CPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    cuts = CompreSSMCallback(
-        CompreSSMConfig(state_size=16, start=0, end=CUT, num_reductions=1, calibration_batches=1)
-    )
+    cuts = CompreSSMCallback(CompreSSMConfig(state_size=16, start=0, end=CUT, num_reductions=1, calibration_batches=1))
     watch = Watch()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[Clock(watch), cuts, watch])
@@ -170,20 +182,22 @@ def launch(args: argparse.Namespace, shape: str, processes: int, out: Path) -> d
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [__file__, shape, "--out", str(out), "--batch", str(args.batch), "--length", str(args.length)]
-    command += ["--tiny"] * args.tiny
+    command += ["--tiny"] * args.tiny + (["--layers", str(args.layers)] if args.layers else [])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{done.stdout[-1000:]}\n{done.stderr[-5000:]}")
+    if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
+        raise RuntimeError("failed")
     return json.loads(out.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="*", default=[*TINY], help=", ".join(TINY))
-    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of them; by default 1, 2, 4, ... of those there are")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", help="numbers of them; by default 1, 2, 4, ... of those there are"
+    )
     parser.add_argument("--batch", type=int, default=2, help="sequences of a GPU")
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--layers", type=int, help="of the models, by default their own number")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,7 +206,9 @@ def main() -> None:
         train(args)
         return
     there = torch.cuda.device_count() or 2
-    print("| shape | GPUs | parameters | states | tokens/s | after | GiB a GPU | after | GiB moved a step | after | cut, s | losses |")
+    print(
+        "| shape | GPUs | parameters | states | tokens/s | after | GiB a GPU | after | GiB moved a step | after | cut, s | losses |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shape:

@@ -168,7 +168,13 @@ def refused(out: Path, processes: int) -> dict[str, Any]:
     with patch.object(compat.fsdp2_parameters(offloading.model)[0][0], "offload_to_cpu", True):
         offloaded = message(offloading.refuse)
     good = message(backend().refuse)
-    return {"dtypes": dtypes, "mesh": message(backend(mesh).refuse), "version": version, "offload": offloaded, "good": good}
+    return {
+        "dtypes": dtypes,
+        "mesh": message(backend(mesh).refuse),
+        "version": version,
+        "offload": offloaded,
+        "good": good,
+    }
 
 
 CHECKS = {"failing": failing, "refused": refused}

@@ -99,7 +99,15 @@ def test_an_undone_cut_leaves_no_trace(results):
 
 def test_the_script_for_several_gpus_runs_on_cpus():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "gpu" / "several_gpus.py"), "--tiny", "--models", "mamba", "--backends", "ddp"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "gpu" / "several_gpus.py"),
+        "--tiny",
+        "--models",
+        "mamba",
+        "--backends",
+        "ddp",
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| mamba |")][-2:]
