@@ -90,7 +90,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
-    bit-identical.
+    bit-identical. So they are under FSDP2, where parameters and the optimizer's state stay sharded through a cut.
 
     With `refit`, the layers are fitted at each cut, on what process 0 read of these batches, and the optimizer's moments are
     those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
