@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backends import OneProcess
+from .backends import Backend, Loop, find_backend
 from .config import CompreSSMConfig, ConfigLike
-from .cutting import measure
+from .cutting import Plan, measure
+from .cutting.apply import replaced_parameters
 from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
+from .cutting.snapshot import undone_on_error
 from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
 from .data.healing import HealingText
@@ -133,20 +137,56 @@ def compress_(
             `heal`, if the model has no head, is in float16 or in part offloaded, or there is a single sequence of text.
         TypeError: if the calibration data is of an unknown kind.
     """
-    OneProcess().refuse()
-    config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
-    layers = find_layers(model)
-    # before the long part
-    check_targets(config, layers, realization_of(config, layers))
-    if optimizer is not None:
-        check_optimizers(as_list(optimizer), model)
+    backend = find_backend(Loop(model))
+    config, model = backend.together("compress_", lambda: _checked(model, config, optimizer, backend))
+    backend.agree("compress_", _facts(config, model, optimizer))
     if not config.heal:
-        return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
-    check_can_heal(model, config)
+        measurement = measure(model, calibration_data, config, tokenizer=tokenizer, backend=backend)
+        plan = backend.decide(lambda: measurement.plan(config).cpu())
+        return _cut_(model, plan, optimizer, backend)
     text = HealingText(calibration_data, model, tokenizer, config.heal)
     measurement = measure(model, text.measured, config)
     plan = measurement.plan(replace(config, heal=0))
     return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
+
+
+def _checked(model: Any, config: ConfigLike, optimizer: Any, backend: Backend) -> tuple[CompreSSMConfig, PreTrainedModel]:
+    """The config, and the model inside of its wrappers, once nothing is known that speaks against a cut."""
+    backend.refuse()
+    config, model = CompreSSMConfig.of(config).after_training(), plain_model(Loop(model).model)
+    layers = find_layers(model)
+    check_targets(config, layers, realization_of(config, layers))
+    if optimizer is not None:
+        check_optimizers(as_list(optimizer), model)
+    if config.heal:
+        check_can_heal(model, config)
+    return config, model
+
+
+def _facts(config: CompreSSMConfig, model: PreTrainedModel, optimizer: Any) -> dict[str, Any]:
+    """What has to be the same on all processes that cut a model together."""
+    whole = [p.detach().contiguous() for p in model.parameters() if type(p.data) is Tensor and not p.is_meta]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return config.to_dict() | {
+        "optimizer=": optimizer is not None,
+        "the model's state sizes": {layer.index: layer.state_size for layer in find_layers(model)},
+        # of the bits, so that it depends on no order
+        "the model's weights (a checksum)": sum(int(p.view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in whole),
+    }
+
+
+def _cut_(model: PreTrainedModel, plan: Plan, optimizer: Any, backend: Backend) -> CompressionReport:
+    """On all processes, or on none."""
+    with ExitStack() as stack:
+        if backend.processes > 1:  # else the plan's own transaction is enough
+            layers = find_layers(model)
+            replaced = replaced_parameters(layers, plan.realizations)
+            stack.enter_context(
+                undone_on_error(model, layers, as_list(optimizer), backend.resize_parameter_, replaced)
+            )
+        report = backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=backend))
+        backend.after_cut_()
+    return report
 
 
 def hankel_singular_values(

@@ -54,11 +54,13 @@ def sequences_for(model: PreTrainedModel) -> int:
     return CPU_SEQUENCES if device_of(model).type == "cpu" else GPU_SEQUENCES
 
 
-def hold_out(batches: list[Batch], model: PreTrainedModel, every: int = 4) -> tuple[list[Batch], list[Batch]]:
+def hold_out(
+    batches: list[Batch], model: PreTrainedModel, every: int = 4, share: int = 1
+) -> tuple[list[Batch], list[Batch]]:
     """Part the sequences in those to measure and fit on, and one of `every`, spread over all of them, to judge a cut by.
 
-    Of these no more is taken than predictions of 2^28 classes (a GiB) can be kept of. A single sequence is parted
-    in time.
+    Of these no more is taken than predictions of 2^28 classes (a GiB) can be kept of, by all of so many processes that
+    share in them. A single sequence is parted in time.
 
     Raises:
         ValueError: if there is too little to part.
@@ -75,7 +77,7 @@ def hold_out(batches: list[Batch], model: PreTrainedModel, every: int = 4) -> tu
             )
         return [rows[0]], [rows[1]]
     vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
-    most = max(1, HELD_OUT_CLASSES // (vocabulary * max(row["input_ids"].shape[1] for row in rows)))
+    most = max(1, HELD_OUT_CLASSES // (share * vocabulary * max(row["input_ids"].shape[1] for row in rows)))
     apart = set(range(len(rows) - 1, 0, -every)[:most])
     return (_joined([row for i, row in enumerate(rows) if i not in apart]), _joined([rows[i] for i in sorted(apart)]))
 

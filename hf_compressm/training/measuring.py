@@ -43,12 +43,12 @@ def measure_batches(
     Raises:
         ValueError: if there is no batch, or a mixer never ran.
     """
-    if not batches:
-        raise ValueError("No training batch passed through the model before the attempt to cut it.")
     layers = find_layers(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
     def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
+        if not batches:
+            raise ValueError("No training batch passed through the model before the attempt to cut it.")
         with evaluating(model):
             for args, kwargs in some:
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
@@ -62,7 +62,7 @@ def measure_batches(
     statistics = empty_statistics(layers, config)
     backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config), batches[:1]))
     inputs = Inputs() if config.refits else None
-    run(statistics, batches, inputs)
+    backend.together("measuring", lambda: run(statistics, batches, inputs))
     backend.sum_(statistics)
     check_measured(layers, statistics)
     return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate", inputs)
