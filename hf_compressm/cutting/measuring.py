@@ -24,7 +24,7 @@ from ..layers import Layer, find_layers, plain_model, realization_of
 from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
-from .passes import in_passes
+from .passes import called_with, in_passes
 from .progress import followed
 from .scans import quick_scans
 
@@ -100,10 +100,10 @@ def measure(
                     break
                 part = {name: tensor.to(device) for name, tensor in part.items()}
                 if by_loss:
-                    observe_by_loss(model, layers, statistics, part, inputs, seed=config.seed + number * BATCH)
+                    observe_by_loss(model, layers, statistics, called_with(part), inputs, seed=config.seed + number * BATCH)
                 else:
                     with observing(layers, statistics, inputs):
-                        model.base_model(**part, use_cache=False)
+                        model.base_model(**called_with(part), use_cache=False)
         return statistics
 
     statistics = empty()

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..compat import device_of
 from .batches import BATCH, MIN_LENGTH, Batch, batches_of, check_batches
+from .packing import apart
 from .texts import CALIBRATION, LENGTH, windows
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,7 @@ HELD_OUT_CLASSES = 2**28
 
 
 def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None) -> list[Batch]:
-    """Turn calibration data into a list of batches of `input_ids` and `attention_mask`.
+    """Turn calibration data into a list of batches of `input_ids` and `attention_mask`, with packed samples as `apart` has them.
 
     Args:
         data: in any form of `batches_of`; or None: the shipped text if the model's tokenizer is given, else samples of
@@ -44,7 +45,7 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     elif data is None:
         logger.info("hf_compressm: no calibration data and no tokenizer, calibrating on samples of the model itself.")
         data = sample(model)
-    batches = batches_of(data, tokenizer)
+    batches = list(apart(batches_of(data, tokenizer), model))
     check_batches(batches, model)
     return batches
 
@@ -90,7 +91,9 @@ def _joined(rows: list[Batch]) -> list[Batch]:
     """In batches of neighbours of one length."""
     batches: list[list[Batch]] = []
     for row in rows:
-        if batches and len(batches[-1]) < BATCH and batches[-1][0]["input_ids"].shape == row["input_ids"].shape:
+        last = batches[-1][0] if batches else {}
+        alike = last.keys() == row.keys() and last["input_ids"].shape == row["input_ids"].shape
+        if alike and len(batches[-1]) < BATCH:
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -14,6 +14,7 @@ from ..cutting.inputs import Inputs
 from ..cutting.measuring import check_measured, empty_statistics
 from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
+from ..data.packing import heeds_seq_idx, samples_in, warn_of_borders
 from ..hankel.statistics import Statistics
 from ..layers import find_layers
 from .recording import Batch
@@ -59,6 +60,10 @@ def measure_batches(
                         model(*args, **kwargs)
         return statistics
 
+    if any("input_ids" in kwargs and samples_in(kwargs) is not None for _, kwargs in batches):
+        heeds = heeds_seq_idx(model, layers)
+        if not heeds or any(kwargs.get("seq_idx") is None for _, kwargs in batches):
+            warn_of_borders(model, heeds)
     statistics = empty_statistics(layers, config)
     backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config), batches[:1]))
     inputs = Inputs() if config.refits else None

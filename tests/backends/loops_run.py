@@ -24,7 +24,7 @@ from tests.training.conftest import sizes
 
 BATCH, STEPS, CUTS = 6, 6, (1, 3)
 IDS = torch.randint(0, VOCABULARY, (STEPS, BATCH, 12), generator=torch.Generator().manual_seed(3))
-TEXT = torch.randint(0, VOCABULARY, (24, 12), generator=torch.Generator().manual_seed(4))
+TEXT = torch.randint(0, VOCABULARY, (48, 12), generator=torch.Generator().manual_seed(4))
 CONFIG = CompreSSMConfig(ratio=0.7, refit=0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "unused": {"find_unused_parameters": True},
@@ -71,7 +71,7 @@ def step(model: Any, optimizer: Any, rows: torch.Tensor, parts: int = 1) -> floa
 
 def loop(variant: str) -> dict[str, Any]:
     model = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
-    config, parts = CONFIG, 2 if variant == "accumulation" else 1
+    config, parts = CONFIG, 3 if variant == "accumulation" else 1
     if variant == "mamba2":
         config = CompreSSMConfig(state_size={1: 8}, refit=0, realization="select")
     elif variant == "budget":
