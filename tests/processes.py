@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.training.conftest", "transformers.trainer", "transformers.models.mamba2.modeling_mamba2"])
@@ -51,6 +52,24 @@ def launch(
     if not codes and None in found:
         raise AssertionError("they did not end: " + "\n".join(path.read_text()[-3000:] for path in outputs))
     return found
+
+
+def once(factory: Any, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one of pytest's workers fills, for all of them.
+
+    Args:
+        factory: the fixture `tmp_path_factory`.
+        name: of the folder.
+        make: fills it.
+    """
+    mine = factory.getbasetemp()
+    folder = (mine.parent if os.environ.get("PYTEST_XDIST_WORKER") else mine) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "whole").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "whole").touch()
+    return folder
 
 
 def _run(rank: int, count: int, port: int, output: Path, target: Callable[..., Any], *args: Any) -> None:
