@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backends import Backend, Loop, find_backend
+from .backends import Backend, Loop, find_backend, processes
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import Plan, measure
 from .cutting.apply import replaced_parameters
@@ -73,6 +73,10 @@ def compress_pretrained(
     config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
+        if processes() > 1:
+            raise ValueError(
+                "Several processes would push the same model: drop push_to_hub, and push it from one of them."
+            )
         check_login(token)
     if not isinstance(name_or_model, str | os.PathLike):
         if from_pretrained_kwargs:
@@ -121,10 +125,13 @@ def compress_(
     cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their data, except that a projection
     adds one to each mixer.
 
+    In a loop of several processes, call it on all of them between two steps: the statistics of each process's data are summed,
+    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other.
+
     Args:
-        model: with Mamba or Mamba-2 layers, on any device.
+        model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
         config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
-        calibration_data, tokenizer: as for `compress_pretrained`.
+        calibration_data, tokenizer: as for `compress_pretrained`; of this process. Refits are fitted on those of process 0.
         optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
             parameters that they belong to.
 
@@ -133,9 +140,11 @@ def compress_(
 
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
-            calibration data does not fit the model, if an optimizer can't follow, or in one of several processes; and with
-            `heal`, if the model has no head, is in float16 or in part offloaded, or there is a single sequence of text.
+            calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
+            weights; and with `heal`, if the model has no head, is in float16 or in part offloaded, there is a single sequence
+            of text, or there are several processes.
         TypeError: if the calibration data is of an unknown kind.
+        RuntimeError: if another process failed, ended, or did not call this.
     """
     backend = find_backend(Loop(model))
     config, model = backend.together("compress_", lambda: _checked(model, config, optimizer, backend))
@@ -150,7 +159,9 @@ def compress_(
     return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
 
 
-def _checked(model: Any, config: ConfigLike, optimizer: Any, backend: Backend) -> tuple[CompreSSMConfig, PreTrainedModel]:
+def _checked(
+    model: Any, config: ConfigLike, optimizer: Any, backend: Backend
+) -> tuple[CompreSSMConfig, PreTrainedModel]:
     """The config, and the model inside of its wrappers, once nothing is known that speaks against a cut."""
     backend.refuse()
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(Loop(model).model)
@@ -171,7 +182,9 @@ def _facts(config: CompreSSMConfig, model: PreTrainedModel, optimizer: Any) -> d
         "optimizer=": optimizer is not None,
         "the model's state sizes": {layer.index: layer.state_size for layer in find_layers(model)},
         # of the bits, so that it depends on no order
-        "the model's weights (a checksum)": sum(int(p.view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in whole),
+        "the model's weights (a checksum)": sum(
+            int(p.view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in whole
+        ),
     }
 
 

@@ -86,7 +86,9 @@ def measure(
         seconds = SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, model.num_parameters() / MODEL)
         seconds = seconds if data is None else math.inf
     most = TOKENS.get(device.type, 2**20)
-    parts = [part for batch in batches for part in in_passes(batch, layers, max(1, most // batch["input_ids"].shape[1]))]
+    parts = [
+        part for batch in batches for part in in_passes(batch, layers, max(1, most // batch["input_ids"].shape[1]))
+    ]
 
     def empty() -> list[Statistics]:
         return empty_statistics(layers, config, budgets.STATISTICS)
@@ -100,7 +102,9 @@ def measure(
                     break
                 part = {name: tensor.to(device) for name, tensor in part.items()}
                 if by_loss:
-                    observe_by_loss(model, layers, statistics, called_with(part), inputs, seed=config.seed + number * BATCH)
+                    observe_by_loss(
+                        model, layers, statistics, called_with(part), inputs, seed=config.seed + number * BATCH
+                    )
                 else:
                     with observing(layers, statistics, inputs):
                         model.base_model(**called_with(part), use_cache=False)

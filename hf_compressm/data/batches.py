@@ -114,7 +114,11 @@ def _row(item: Any) -> dict[str, Any] | None:
     if "input_ids" in item:
         ids = item["input_ids"]
         one = ids.ndim == 1 if isinstance(ids, Tensor | np.ndarray) else bool(ids) and isinstance(ids[0], int)
-        return {name: item[name] for name in ("input_ids", "attention_mask", "seq_idx", "position_ids") if name in item} if one else None
+        return (
+            {name: item[name] for name in ("input_ids", "attention_mask", "seq_idx", "position_ids") if name in item}
+            if one
+            else None
+        )
     return {"text": item["text"]} if isinstance(item.get("text"), str) else None
 
 
@@ -158,7 +162,9 @@ def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[B
         ids = _ids(data, "[n, L]")
         mask = torch.ones_like(ids) if masks is None else _mask(masks, ids)
         step = at_a_time or max(1, len(ids))
-        every = {"input_ids": ids, "attention_mask": mask} | {key: _beside(key, value, ids) for key, value in told.items()}
+        every = {"input_ids": ids, "attention_mask": mask} | {
+            key: _beside(key, value, ids) for key, value in told.items()
+        }
         for start in range(0, len(ids), step):
             yield {key: value[start : start + step] for key, value in every.items()}
         return

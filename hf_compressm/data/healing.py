@@ -54,6 +54,7 @@ class HealingText:
             logger.info("hf_compressm: no text and no tokenizer, healing on samples of the model itself.")
             data = sample(model, SAMPLES if device_of(model).type == "cuda" else most, LENGTH)
         if is_stream(data):
+
             def read() -> Iterator[Batch]:
                 return _rows(apart(read_batches(data, tokenizer), model))
 

@@ -92,7 +92,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
-    bit-identical.
+    bit-identical. All of them need the callback, with the same config: else training ends before its first step, with what
+    differs. If one fails or ends in a cut, the others undo theirs and say which it was.
 
     With `refit`, the layers are fitted at each cut, on what process 0 read of these batches, and the optimizer's moments are
     those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
@@ -190,7 +191,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._backend = find_backend(self.trainer)
         check_everywhere(self)
         begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
-        layers = self._backend.together(begin, lambda: self._ready(args, state, model, optimizer, checkpoint), PATIENCE)
+        layers = self._backend.together(
+            begin, lambda: self._ready(args, state, model, optimizer, checkpoint), PATIENCE
+        )
         facts = self.config.to_dict() | {
             "the steps of the cuts": self._steps,
             "the state sizes": {layer.index: layer.state_size for layer in layers},

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from tests.backends import loops_run
 from tests.processes import launch
 
 pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[2]
 
 # What each refusal says on the process that is at fault, or on all; a process that hears of it says whose it is.
 MESSAGES = {
@@ -33,17 +38,19 @@ def distance(one: list[float], other: list[float]) -> float:
 def test_loops_on_two_processes(tmp_path):
     launch(tmp_path, 2, loops_run.everything, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    reference = {name: loops_run.loop(name) for name in ("unused", "mamba2", "large", "budget", "none")}
+    reference = {name: loops_run.loop(name) for name in ("unused", "mamba2", "budget", "none")}
     for name in loops_run.VARIANTS:
         assert first[name]["hash"] == second[name]["hash"], name
         assert first[name]["spectra"] == second[name]["spectra"], name
+        if name == "large":  # by the first batch of each process
+            continue
         one = reference.get(name, reference["unused"])
         assert first[name]["sizes"] == one["sizes"], name
         assert distance(first[name]["losses"], one["losses"]) < 1.5e-6, name
     for name in ("unused", "mamba2", "large", "budget"):
         assert sum(first[name]["sizes"]) < (32 if name == "mamba2" else 16)
         if name != "mamba2":
-            assert distance(first[name]["losses"], reference["none"]["losses"]) > 1e-4  # so that the comparison tells
+            assert distance(first[name]["losses"], reference["none"]["losses"]) > 1e-4  # the comparison tells
 
     assert first["refusals"]["hash"] == second["refusals"]["hash"]
     assert sum(first["refusals"]["sizes"]) < 16
@@ -59,8 +66,12 @@ def test_loops_on_two_processes(tmp_path):
     assert "size mismatch" in loop["full-size"]
 
 
-def test_three_processes(tmp_path):
-    launch(tmp_path, 3, loops_run.three, tmp_path)
+def test_three_processes_of_torchrun(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    command = [*torchrun, "-m", "tests.backends.loops_run", str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"three-{rank}.json").read_text()) for rank in range(3)]
     one = loops_run.loop("unused")
     assert len({each["hash"] for each in found}) == 1

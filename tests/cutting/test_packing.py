@@ -104,7 +104,9 @@ def test_packed_data_runs_on_where_the_model_does(model_type, caplog):
     (warning,) = [record for record in caplog.records if "packed samples" in record.message]
     assert ("return_seq_idx=True" in warning.message) == (model_type == "granitemoehybrid")
     without = measure(model, [{"input_ids": batch["input_ids"]} for batch in data], config).statistics
-    moved = max((one / other - 1).abs().max() for one, other in zip(*map(hankel_spectra, (found, without)), strict=True))
+    moved = max(
+        (one / other - 1).abs().max() for one, other in zip(*map(hankel_spectra, (found, without)), strict=True)
+    )
     assert (moved > 1e-6) == (model_type == "jamba")
 
 
@@ -119,7 +121,9 @@ def test_packed_batches_of_a_training_run(weights, monkeypatch):
             if seq_idx is None:
                 return function(x, *args, **kwargs)
             counts = torch.unique_consecutive(seq_idx[0], return_counts=True)[1].tolist()
-            alike = [arg.split(counts, dim) if isinstance(arg, torch.Tensor) and arg.dim() > 2 else None for arg in args]
+            alike = [
+                arg.split(counts, dim) if isinstance(arg, torch.Tensor) and arg.dim() > 2 else None for arg in args
+            ]
             parts = []
             for number, part in enumerate(x.split(counts, dim)):
                 own = [arg if split is None else split[number] for arg, split in zip(args, alike, strict=True)]
@@ -153,7 +157,10 @@ def test_what_tells_samples():
     assert samples_in({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3, 6])}).tolist() == expected
     assert samples_in({"input_ids": ids, "seq_idx": torch.tensor(expected), "position_ids": ids}).tolist() == expected
     assert samples_in({"input_ids": ids, "position_ids": torch.arange(6)[None]}) is None
-    padded_left = {"position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    padded_left = {
+        "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]),
+    }
     assert samples_in({"input_ids": ids} | padded_left) is None
     assert samples_in({"input_ids": ids}) is None
     (batch,) = batches_of([{"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 3, 6])}])

@@ -41,7 +41,9 @@ def begin(folder: Path) -> None:
         (folder / f"begin-{rank}.json").write_text(json.dumps(found))
 
     attempt("differs", [CompreSSMCallback(CONFIG if rank == 0 else CompreSSMConfig(**CONFIG.to_dict() | {"end": 3}))])
-    with patch.object(callback_module, "find_trainable_layers", _fail if rank == 1 else callback_module.find_trainable_layers):
+    with patch.object(
+        callback_module, "find_trainable_layers", _fail if rank == 1 else callback_module.find_trainable_layers
+    ):
         attempt("fails", [CompreSSMCallback(CONFIG)])
     attempt("absent", [CompreSSMCallback(CONFIG)] if rank == 0 else [])
     os._exit(0)
@@ -57,7 +59,9 @@ def whole_and_killed(folder: Path) -> None:
     trainer = make_trainer(folder / "whole", model, CONFIG, **SAVING)
     trainer.train()
     rank = dist.get_rank()
-    (folder / f"whole-{rank}.json").write_text(json.dumps({"hash": digest(model, trainer.optimizer), "sizes": sizes(model)}))
+    (folder / f"whole-{rank}.json").write_text(
+        json.dumps({"hash": digest(model, trainer.optimizer), "sizes": sizes(model)})
+    )
     model, plain, cuts = tiny_mamba(), backend_module.set_data_, []
 
     def die(parameter: Any, data: Any) -> None:

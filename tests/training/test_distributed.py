@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.gpu import several_gpus
 from tests.processes import launch, once
 from tests.training.ddp_run import run, run_all
 from tests.training.faults_run import begin, resume, whole_and_killed
@@ -29,7 +30,6 @@ VARIANTS = [
     "static_graph",
     "none",
 ]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +129,28 @@ def test_a_process_killed_in_a_cut(tmp_path):
     assert all("deserializing" in each["short"] for each in resumed)  # a half-written one is not read as whole
 
 
-def test_the_script_for_several_gpus_runs_on_cpus():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "gpu" / "several_gpus.py"), "--tiny", "--models", "mamba"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| mamba |")][-2:]
+def test_the_script_for_several_gpus_runs_on_cpus(tmp_path, monkeypatch, capsys):
+    """All of it but torchrun."""
+    numbers = count()
+
+    def run(command: list[str], **kwargs) -> SimpleNamespace:
+        processes = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        launch(folder, processes, main_of_script, command[command.index(several_gpus.__file__) + 1 :])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(several_gpus.subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", ["several_gpus.py", "--tiny", "--models", "mamba"])
+    several_gpus.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| mamba |")][-2:]
     assert [row[1] for row in rows] == ["1", "2"]
     for row in rows:
         assert row[-3] == "yes"
         assert max(float(row[-2]), float(row[-1])) < 1e-4  # of other processes, and of the run that goes on
+
+
+def main_of_script(arguments: list[str]) -> None:
+    sys.argv = ["several_gpus.py", *arguments]
+    several_gpus.main()
