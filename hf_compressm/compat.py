@@ -38,6 +38,8 @@ USED = {
     "accelerate.hooks.AlignDevicesHook": "its attributes execution_device, weights_map and original_devices, as `module._hf_hook`: "
     "where the weights of an offloaded module are, and where they are computed with",
     "accelerate.hooks.add_hook_to_module": "keeps the `forward` of the module's class as `module._old_forward`",
+    "torch.distributed.distributed_c10d._get_default_store": "where the processes of a group find each other: it answers also "
+    "where a collective would wait for a process that never comes",
     "torch._dynamo.utils.counters": "whether anything was compiled that has to be compiled again",
     "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam": "all that FSDP2 keeps of a parameter, its shapes among it: made "
     "anew for another shape. Of its attributes, those in `FSDP2_ATTRIBUTES`",
@@ -81,6 +83,11 @@ def checkpoint_parent(trainer: Any) -> str:
 def comm_hooks(ddp: DistributedDataParallel) -> list[tuple[Callable, Any]]:
     """The communication hooks of a DDP wrapper, with their states."""
     return list(ddp._comm_hooks)
+
+
+def process_store() -> Any:
+    """The key-value store that all processes of the default group share."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def accelerate_state() -> list[dict[str, Any]]:

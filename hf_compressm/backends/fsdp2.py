@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..compat import asking_the_others, fsdp2_parameters, fsdp2_units, gathered, is_sharded, resize_fsdp2_, uncompiled
 from .ddp import DDP
+from .loop import Loop
 
 T = TypeVar("T")
 
@@ -43,6 +44,11 @@ class FSDP2(DDP):
             ValueError: if a group of parameters has several dtypes, parameters are offloaded or sharded in several ways, or
                 torch is of an unknown version.
         """
+        if isinstance(self.trainer, Loop):
+            raise ValueError(
+                "compress_ can't cut a model that FSDP2 shards: give CompreSSMCallback to a Trainer, or cut the model before it is "
+                "sharded. Nothing was changed."
+            )
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for group in fsdp2_parameters(self.model):
             dtypes: dict[torch.dtype, str] = {}

@@ -60,6 +60,8 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
         ValueError: if no optimizer holds a parameter, or a state is of an unknown kind or shape.
     """
     for optimizer in optimizers:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):  # its import is slow
+            raise ValueError(f"A ZeroRedundancyOptimizer keeps most of its state in other processes: {PLAIN}")
         library = type(optimizer).__module__.split(".")[0]
         if library in ("bitsandbytes", "torchao", "apollo_torch", "galore_torch"):
             raise ValueError(

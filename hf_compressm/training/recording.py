@@ -56,7 +56,9 @@ class BatchRecorder:
     def save(self, folder: str, rank: int) -> None:
         """Write the batches to a checkpoint that is there."""
         if self.batches and os.path.isdir(folder):
-            torch.save(self.on(torch.device("cpu")), os.path.join(folder, BATCHES_NAME.format(rank=rank)))
+            path = os.path.join(folder, BATCHES_NAME.format(rank=rank))
+            torch.save(self.on(torch.device("cpu")), f"{path}.partial")
+            os.replace(f"{path}.partial", path)  # whole, or not there
 
     def load(self, folder: str | None, rank: int, processes: int = 1) -> None:
         """Read the batches of a checkpoint; without them, a warning says what that means.

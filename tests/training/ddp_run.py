@@ -1,16 +1,15 @@
-"""One run of the callback in each process, for test_distributed.py: `torchrun ddp_run.py OUT VARIANT,... PROCESSES`."""
+"""Runs of the callback in each of several processes, for test_distributed.py."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
@@ -47,6 +46,14 @@ class CountingHook(TrainerCallback):
         return allreduce_hook(None, bucket)
 
 
+def digest(model: Any, optimizer: Any) -> str:
+    """Of the parameters and the optimizer's state."""
+    found = hashlib.sha256()
+    for tensor in [*model.parameters(), *(e for p in model.parameters() for e in optimizer.state[p].values())]:
+        found.update(tensor.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
 def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | None = None) -> dict:
     model = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
     target = {"state_size": 8} if variant == "mamba2" else {"ratio": 0.5}
@@ -66,32 +73,21 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
         trainer.add_callback(hook)
     with patch.object(moments, "MAX_READOUT", 40 if variant == "large" else moments.MAX_READOUT):
         trainer.train(resume_from_checkpoint=checkpoint)
-    digest = hashlib.sha256()
-    for parameter in [
-        *model.parameters(),
-        *(e for p in model.parameters() for e in trainer.optimizer.state[p].values()),
-    ]:
-        digest.update(parameter.detach().numpy().tobytes())
     return {
         "rank": rank,
         "losses": losses(trainer),
         "sizes": sizes(model),
-        "hash": digest.hexdigest(),
+        "hash": digest(model, trainer.optimizer),
         "hook_calls": hook.calls,
         "spectra": [attempt.hankel_singular_values for attempt in callback.history],
     }
 
 
-if __name__ == "__main__":
-    folder, variants, world = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
-    torch.set_num_threads(1)
-    process = int(os.environ.get("RANK", 0))
+def run_all(folder: Path, variants: list[str], world: int) -> None:
+    rank = int(os.environ["RANK"])
     for name in variants:
-        result = run(folder / name, name, world, process)
-        (folder / f"{name}-{world}-{process}.json").write_text(json.dumps(result))
+        result = run(folder / name, name, world, rank)
+        (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(result))
         if name == "resume":
-            result = run(folder / "again", name, world, process, str(folder / name / "checkpoint-2"))
-            (folder / f"resumed-{world}-{process}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        # Else gloo's threads are still running when the interpreter ends, and may abort the process.
-        torch.distributed.destroy_process_group()
+            result = run(folder / "again", name, world, rank, str(folder / name / "checkpoint-2"))
+            (folder / f"resumed-{world}-{rank}.json").write_text(json.dumps(result))

@@ -1,6 +1,6 @@
-"""Runs of the callback under FSDP2, for test_fsdp2.py: `torchrun fsdp2_run.py OUT RUN,... PROCESSES`.
+"""Runs of the callback under FSDP2, for test_fsdp2.py.
 
-A RUN is one of `VARIANTS`; or `NAME@CHECKPOINT`, resumed from there; or `NAME:ddp`; or one of `CHECKS`.
+A run is one of `VARIANTS`; or `NAME@CHECKPOINT`, resumed from there; or `NAME:ddp`; or one of `CHECKS`.
 """
 
 from __future__ import annotations
@@ -8,14 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
@@ -180,18 +178,15 @@ def refused(out: Path, processes: int) -> dict[str, Any]:
 CHECKS = {"failing": failing, "refused": refused}
 
 
-if __name__ == "__main__":
-    folder, runs, world = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+def run_all(folder: Path, runs: list[str], processes: int) -> None:
+    """In each process of a group; a file of results for each run."""
     torch.set_num_threads(1)
-    rank = int(os.environ.get("RANK", 0))
     for entry in runs:
         name, _, origin = entry.partition("@")
         name, _, ddp = name.partition(":")
-        label = f"{name}{'-resumed' * bool(origin)}{'-ddp' * bool(ddp)}-{world}"
+        label = f"{name}{'-resumed' * bool(origin)}{'-ddp' * bool(ddp)}-{processes}"
         if name in CHECKS:
-            result = CHECKS[name](folder / label, world)
+            result = CHECKS[name](folder / label, processes)
         else:
-            result = run(folder / label, name, world, str(folder / origin) if origin else None, bool(ddp))
-        (folder / f"{label}-{rank}.json").write_text(json.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            result = run(folder / label, name, processes, str(folder / origin) if origin else None, bool(ddp))
+        (folder / f"{label}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))

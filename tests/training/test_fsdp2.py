@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,33 +10,26 @@ import torch
 from accelerate.utils import merge_fsdp_weights
 from transformers import AutoModelForCausalLM
 
+from tests.processes import launch, once
 from tests.training.conftest import sizes
-from tests.training.fsdp2_run import VARIANTS, digest, run
+from tests.training.fsdp2_run import VARIANTS, digest, run, run_all
 
 pytestmark = pytest.mark.distributed
 
 ON_TWO = [*VARIANTS, "full@full-2/checkpoint-3", "fitted:ddp", "failing", "refused"]
 ON_THREE = ["sharded@sharded-2/checkpoint-3"]
 ALONE = ["none", "full", "sharded", "options"]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp2")
-    # Earlier runs in this process have left accelerate's settings behind.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment = inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for runs, processes in ((ON_TWO, 2), (ON_THREE, 3)):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*torchrun, str(ROOT / "tests" / "training" / "fsdp2_run.py"), str(folder), ",".join(runs)]
-        done = subprocess.run(
-            [*command, str(processes)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=290
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-    for name in ALONE:
-        (folder / f"{name}-1-0.json").write_text(json.dumps(run(folder / f"{name}-1", name, 1)))
-    return folder
+    def make(folder: Path) -> None:
+        for runs, processes in ((ON_TWO, 2), (ON_THREE, 3)):
+            launch(folder, processes, run_all, folder, runs, processes)
+        for name in ALONE:
+            (folder / f"{name}-1-0.json").write_text(json.dumps(run(folder / f"{name}-1", name, 1)))
+
+    return once(tmp_path_factory, "fsdp2", make)
 
 
 @pytest.fixture(scope="module")
