@@ -26,7 +26,7 @@ class FSDP2(DDP):
     @classmethod
     def takes(cls, trainer: Any) -> bool:
         """If the model is sharded so."""
-        return bool(fsdp2_units(trainer.model_wrapped)[:1]) if isinstance(trainer.model_wrapped, nn.Module) else False
+        return isinstance(trainer.model_wrapped, nn.Module) and bool(fsdp2_units(trainer.model_wrapped))
 
     @property
     def model(self) -> nn.Module:
@@ -97,7 +97,7 @@ class FSDP2(DDP):
         """What process 0 chooses. Where it reads the weights of a layer, the others gather them with it.
 
         Raises:
-            ValueError: what `choose` raised.
+            ValueError, TypeError: what `choose` raised; any other error of process 0 is a RuntimeError on the others.
         """
         if dist.get_rank() > 0:
             while (name := self._send()) is not None:
@@ -106,11 +106,11 @@ class FSDP2(DDP):
             return super().decide(choose)
         names = {id(module): name for name, module in self.model.named_modules()}
         chosen: list[T] = []
-        refusal: ValueError | None = None
+        refusal: Exception | None = None
         try:
             with asking_the_others(lambda module: self._send(names[id(module)])):
                 chosen = [choose()]
-        except ValueError as error:
+        except Exception as error:  # raised where the others hear of it
             refusal = error
         finally:
             self._send(None)  # they wait no longer
