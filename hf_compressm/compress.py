@@ -163,8 +163,8 @@ def _checked(
     model: Any, config: ConfigLike, optimizer: Any, backend: Backend
 ) -> tuple[CompreSSMConfig, PreTrainedModel]:
     """The config, and the model inside of its wrappers, once nothing is known that speaks against a cut."""
-    backend.refuse()
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(Loop(model).model)
+    backend.refuse()
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))
     if optimizer is not None:
