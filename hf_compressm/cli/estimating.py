@@ -143,7 +143,8 @@ def _seconds(
     by_loss = options.weighs_by_loss and not any(each.gradient_is_slow for each in [layer])
     passes = 4 if by_loss else 1  # forward, again, and back, which is twice as long
     measuring = tokens * (passes * token + len(layers) * reading)
-    bound = options.calibration_seconds or seconds_for(model.num_parameters(), device)
+    bound = options.calibration_seconds
+    bound = seconds_for(model.num_parameters(), device) if bound is None else bound
     found = {"measure": min(measuring, bound)}  # which goes as far as it gets then
     if options.state_size is None:
         few = min(SENSITIVITY_TOKENS["cpu" if on_cpu else "cuda"], SENSITIVITY_SEQUENCES * LENGTH)
