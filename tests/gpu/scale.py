@@ -2,7 +2,8 @@
 
 `python tests/gpu/scale.py mamba2-2.7b mamba-2.8b` prints for each shape a row for every step: measure, plan (sensitivities
 and sizes), refit, cut and save, with its seconds and the most memory that it took beside the model. `--cap-gib 24` lets the process
-have no more of the GPU than that. Weights are bfloat16 (`--dtype`), half of the states are kept (`--ratio`). Without
+have no more of the GPU than that. Weights are bfloat16 (`--dtype`), half of the states are kept (`--ratio`; with a `--state-size` no
+layer is tried). Without
 mamba_ssm, the stock scan of Mamba-1 is a loop over tokens: name a short `--length` for it. On a CPU (`--device cpu`) the
 memory is the most that the process ever had. `--spread` puts the model on all GPUs, as `device_map="auto"` does, and tells the most
 memory of any; `--estimate` prints what `hf-compressm estimate` expects of a cut on the text that the package ships, which is 64 x 512
@@ -165,7 +166,8 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
         flush=True,
     )
     options = {"realization": args.realization, "weights": args.weights}
-    options |= {"ratio": args.ratio} if args.ratio else {"max_divergence": args.max_divergence}
+    targets = {"state_size": args.state_size, "max_divergence": args.max_divergence}
+    options |= {key: value for key, value in targets.items() if value} or {"ratio": args.ratio}
     config = CompreSSMConfig(**options, refit=args.refit)
     if args.estimate:
         expected = estimate(model.config, config.after_training(), device, model.dtype).seconds
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--state-size", type=int)
     parser.add_argument("--max-divergence", type=float)
     parser.add_argument("--realization", default="auto")
     parser.add_argument("--weights", default="auto")
@@ -213,7 +216,6 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    args.ratio = None if args.max_divergence else args.ratio
     device = torch.device(args.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
