@@ -145,16 +145,17 @@ def follow_class_(module: nn.Module) -> None:
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
-def stock_scans(modules: Iterable[nn.Module]) -> list[tuple[Any, Callable]]:
-    """The Python modules in which transformers scans Mamba-1 mixers with a loop over tokens, and the function that does.
+def stock_scans(modules: Iterable[nn.Module], name: str) -> list[tuple[Any, Callable]]:
+    """The Python modules that have transformers' plain scan of that name for some of these mixers, and the scan.
 
     Since 5.24 it is a function of the module that is looked up when the mixer runs; none are found where it is not, or
     where mamba_ssm takes its place.
     """
     if find_spec("mamba_ssm") is not None:
         return []
-    homes: dict[str, Any] = {type(module).__module__: sys.modules.get(type(module).__module__) for module in modules}
-    return [(home, home.mamba_selective_scan) for home in homes.values() if hasattr(home, "mamba_selective_scan")]
+    names = {base.__module__ for kind in {type(module) for module in modules} for base in kind.__mro__}
+    homes = [sys.modules.get(home) for home in sorted(names)]
+    return [(home, getattr(home, name)) for home in homes if hasattr(home, name)]
 
 
 def uncompiled(module: Any) -> Any:
