@@ -40,5 +40,5 @@ def test_it_says_what_transformers_says(folder, logits, ids, family, form):
 
 @pytest.mark.parametrize(("family", "form"), [("mamba", "mixed"), ("mamba2", "mixed"), ("mamba2", "projected")])
 def test_it_refuses_what_it_can_not_run(folder, family, form):
-    with pytest.raises(ValueError, match="Negative dimensions|parameters not in model|Expected shape"):
+    with pytest.raises(ValueError, match=r"Negative dimensions|parameters not in model|Expected shape"):
         load_model(prepared(folder(family, form)))
