@@ -63,7 +63,7 @@ class Layout:
 
     Attributes:
         files: the shard that holds each tensor, by name; empty if there is one file.
-        dtypes: of each tensor, where they are not all alike.
+        dtypes: of the tensors that it holds in more bits than the model does.
     """
 
     files: dict[str, str]
@@ -73,8 +73,9 @@ class Layout:
 def source_layout(model: PreTrainedModel) -> Layout:
     """Of the checkpoint that a slim model with one size for all layers came from; empty where `config_files` is.
 
-    transformers loads all tensors in one dtype. Those of another in the source are written in theirs again, if the model
-    still has the dtype that the source's config names.
+    transformers loads all tensors in one dtype. Those that the source has in a wider one, such as A_log in float32 among bfloat16,
+    are written in it again, if the model still has the dtype that the source's config names. None is written in fewer bits
+    than the model has.
     """
     path = _config_of_stock(model)
     if path is None:
@@ -87,8 +88,8 @@ def source_layout(model: PreTrainedModel) -> Layout:
             with safe_open(path.parent / file, framework="pt") as tensors:
                 dtypes |= {name: _DTYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
     its_own = config.get("dtype", config.get("torch_dtype")) == str(model.dtype).removeprefix("torch.")
-    known = {name: dtype for name, dtype in dtypes.items() if dtype is not None}
-    return Layout(files, known if its_own and len(set(known.values())) > 1 else {})
+    wider = {name: dtype for name, dtype in dtypes.items() if dtype and dtype.itemsize > model.dtype.itemsize}
+    return Layout(files, wider if its_own else {})
 
 
 def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None) -> None:
