@@ -82,7 +82,7 @@ def source_layout(model: PreTrainedModel) -> Layout:
         return Layout({}, {})
     index, config = path.parent / SAFE_WEIGHTS_INDEX_NAME, json.loads(path.read_text(encoding="utf-8"))
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-    dtypes = {}
+    dtypes: dict[str, torch.dtype | None] = {}
     for file in sorted(set(files.values()) or {SAFE_WEIGHTS_NAME}):
         if (path.parent / file).is_file():
             with safe_open(path.parent / file, framework="pt") as tensors:

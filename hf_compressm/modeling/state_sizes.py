@@ -20,7 +20,7 @@ _NO_SIZE = -1
 # transformers 4 knows no `per_layer_config` and builds all layers alike, and with `ignore_mismatched_sizes` what does not
 # fit is drawn at random. It makes numbers of the keys of this field when it reads a config, and so fails with what stands
 # there; transformers 5 does not look at it.
-_TOO_OLD = {
+_TOO_OLD: dict[str, dict[str, list[int]]] = {
     "pruned_heads": {f"this model needs transformers>={NEEDS}, and hf_compressm or trust_remote_code=True": []}
 }
 # What is set for projected layers, and for those of them whose heads differ.
