@@ -145,7 +145,7 @@ def check_engine(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
             )
 
 
-def remarks(layers: Sequence[Layer], size: int) -> list[str]:
+def engine_remarks(layers: Sequence[Layer], size: int) -> list[str]:
     """Where a size that all layers get is slow or wrong, and their present ones are not; a line for each engine."""
     found = []
     for engine in ENGINES.values():

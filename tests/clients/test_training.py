@@ -148,7 +148,7 @@ def test_lm_eval_on_a_local_task(folder, tokenizer, tmp_path, family, form):
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.yaml").write_text(
         f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.json\n"
-        'test_split: test\noutput_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{end}}"\n'
+        'test_split: test\ntarget_delimiter: ""\noutput_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{end}}"\n'
         "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
     )
     model = AutoModelForCausalLM.from_pretrained(folder(family, form))
