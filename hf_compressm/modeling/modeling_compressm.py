@@ -43,8 +43,6 @@ except ImportError:
     triton = None
 
 NEEDS = "5.23"
-FEW = 64
-"""Sequences up to which a projected token is decoded in one launch; beyond, mapping B and C once for all heads is faster."""
 
 # The first thing that happens where remote code is trusted: with an older one, names below would be missing.
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, NEEDS.split("."))):
@@ -199,17 +197,13 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
             if cache is not None:
                 cache.update_recurrent_state(final_state, layer_idx=self.layer_idx)
 
-        scan_output = self.norm(scan_output.reshape(batch_size, seq_len, -1), gate)
+        scan_output = gated_norm(self.norm, scan_output.reshape(batch_size, seq_len, -1), gate)
 
         # 4. Final linear projection
         return self.out_proj(scan_output.to(dtype))
 
     def step(self, hidden_states, dt, A, B_C, state, **kwargs):
         """One token, [batch, heads, head_dim], on top of a state, which is changed in place."""
-        inputs = (hidden_states, dt, A, B_C, self.BC_projection, self.D)
-        followed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if triton is not None and state.is_cuda and state.is_contiguous() and len(state) <= FEW and not followed:
-            return step_of_projection(state, hidden_states, dt, A, B_C[:, 0], self.BC_projection, self.D, self.dt_bias)
         B, C = self.map_B_C(B_C)
         return modeling_mamba2.mamba2_selective_state_update(
             state,
@@ -446,59 +440,30 @@ def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
 if triton is not None:
 
     @triton.jit
-    def _projected_step_kernel(
-        state, x, dt, A, B_C, maps, D, dt_bias, output, heads, per_group, head_dim, N, r,
-        x_row, x_head, x_dim, dt_row, dt_head, bc_row, bc_group, bc_state, DIM: tl.constexpr, FULL: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        group, groups = head // per_group, heads // per_group
-        p, n = tl.arange(0, DIM), tl.arange(0, FULL)
-        delta = tl.load(dt + row * dt_row + head * dt_head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-        delta = tl.where(delta > 20.0, delta, tl.log(1.0 + tl.exp(tl.minimum(delta, 20.0))))
-        decay = tl.exp(delta * tl.load(A + head))
-        drive = tl.load(x + row * x_row + head * x_head + p * x_dim, mask=p < head_dim, other=0.0).to(tl.float32)
-        total = drive * tl.load(D + head).to(tl.float32)
-        drive *= delta
-        of_B = B_C + row * bc_row + group * bc_group + n * bc_state
-        B = tl.load(of_B, mask=n < N, other=0.0).to(tl.float32)
-        C = tl.load(of_B + groups * bc_group, mask=n < N, other=0.0).to(tl.float32)
-        for start in range(0, r, COLUMNS):
-            k = start + tl.arange(0, COLUMNS)
-            column = maps + group * N * r + n[:, None] * r + k[None, :]
-            known = (n < N)[:, None] & (k < r)[None, :]
-            b = tl.sum(tl.load(column, mask=known, other=0.0).to(tl.float32) * B[:, None], 0)
-            c = tl.sum(tl.load(column + groups * N * r, mask=known, other=0.0).to(tl.float32) * C[:, None], 0)
-            inside = (p < head_dim)[:, None] & (k < r)[None, :]
-            place = state + ((row * heads + head) * head_dim + p[:, None]) * r + k[None, :]
-            h = tl.load(place, mask=inside, other=0.0).to(tl.float32) * decay + drive[:, None] * b[None, :]
-            tl.store(place, h, mask=inside)
-            total += tl.sum(h * c[None, :], 1)
-        tl.store(output + (row * heads + head) * head_dim + p, total, mask=p < head_dim)
+    def _gated_norm_kernel(x, gate, weight, output, width, x_row, gate_row, eps, WIDTH: tl.constexpr):
+        row, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+        inside, place = i < width, tl.program_id(1) * width + i
+        h = tl.load(x + row * x_row + place, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(gate + row * gate_row + place, mask=inside, other=0.0).to(tl.float32)
+        h *= z * tl.sigmoid(z)
+        h *= tl.rsqrt(tl.sum(h * h, 0) / width + eps)
+        w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(output + row * x_row + place, w * h.to(output.dtype.element_ty).to(tl.float32), mask=inside)
 
 
-def step_of_projection(state, x, dt, A, B_C, maps, D, dt_bias):
-    """One token of a projected state, its B and C and the maps included, in one launch, without gradients.
+def gated_norm(norm, x, gate):
+    """`norm(x, gate)` of a mixer, [batch, length, heads * head_dim]; where no gradient is taken, in one launch.
 
-    Each head maps B and C anew, which costs less than a launch while there are few sequences.
-
-    Args:
-        state: [batch, heads, head_dim, r], contiguous; changed in place.
-        x, dt: of the token, [batch, heads, head_dim] and [batch, heads].
-        A, D, dt_bias: [heads].
-        B_C: before the maps, [batch, 2 groups, N].
-        maps: [2 groups, N, r].
-
-    Returns:
-        the output, [batch, heads, head_dim].
+    The stock norm of Mamba-2 is ten launches, more than anything else in a decoded token, and rounds in the same places.
     """
-    batch, heads, head_dim = x.shape
-    N, r = maps.shape[1:]
-    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _projected_step_kernel[(heads, batch)](
-        state, x, dt, A, B_C, maps.contiguous(), D, dt_bias, output, heads, 2 * heads // len(maps), head_dim, N, r,
-        *x.stride(), *dt.stride(), *B_C.stride(), DIM=triton.next_power_of_2(head_dim),
-        FULL=triton.next_power_of_2(N), COLUMNS=min(16, triton.next_power_of_2(r)),
+    followed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, norm.weight))
+    known = type(norm) is modeling_mamba2.MambaRMSNormGated and norm.weight.dtype == x.dtype
+    if triton is None or not x.is_cuda or followed or not known:
+        return norm(x, gate)
+    output, x, gate = torch.empty_like(x), x.flatten(0, 1), gate.flatten(0, 1)
+    _gated_norm_kernel[(len(x), x.shape[1] // norm.group_size)](
+        x, gate, norm.weight, output, norm.group_size, x.stride(0), gate.stride(0), norm.variance_epsilon,
+        WIDTH=triton.next_power_of_2(norm.group_size),
     )  # fmt: skip
     return output
 

@@ -144,7 +144,9 @@ def test_lm_eval_on_a_local_task(folder, tokenizer, tmp_path, family, form):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    rows = [{"text": text, "end": end} for text, end in zip(PAIRS["prompt"][:4], PAIRS["chosen"][:4], strict=True)]
+    # It moves white space at the end of a context to the continuation, so there is none here.
+    pairs = [("def f(x):", " return x"), ("for i in", " range(3):"), ("The sea", " was calm.")]
+    rows = [{"text": text, "end": end} for text, end in pairs]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.yaml").write_text(
         f"task: mine\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.json\n"

@@ -238,31 +238,27 @@ def test_a_step_of_heads_of_any_sizes(dtype):
 
 @needs_interpreter
 @dtypes
-@pytest.mark.parametrize(("groups", "N", "r"), [(1, 40, 24), (2, 16, 3)])
-def test_a_step_of_a_projected_state(dtype, groups, N, r):
-    """The decoding step of the projected mixer, with inputs that are parts of larger tensors."""
-    from hf_compressm.modeling.modeling_compressm import step_of_projection
+def test_the_gated_norm(monkeypatch, dtype):
+    """As the stock one, by groups, of a gate that is part of a larger tensor."""
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-    heads, head_dim, generator = 4, 12, torch.Generator().manual_seed(0)
+    from hf_compressm.modeling import modeling_compressm
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    norm, generator = MambaRMSNormGated(48, 24).to(dtype), torch.Generator().manual_seed(0)
+    norm.weight.data.normal_(generator=generator)
+    x, gate = (torch.randn(2, 3, 100, generator=generator).to(dtype)[..., :48] for _ in range(2))
+    x = x.contiguous()
+    expected = norm(x, gate).detach()
+    launched = []
 
-    state, maps = normal(3, heads, head_dim, r), (normal(2 * groups, N, r) / N**0.5).to(dtype)
-    x, B_C = normal(3, heads * head_dim + 2 * groups * N).to(dtype).split([heads * head_dim, 2 * groups * N], dim=1)
-    x, B_C = x.view(3, heads, head_dim), B_C.view(3, 2 * groups, N)
-    dt = normal(3, 9).to(dtype)[:, ::2][:, 1:]
-    A, D, dt_bias = rates(heads), normal(heads).to(dtype), 10 * normal(heads).to(dtype)
-    mapped = torch.einsum("bgn,gnr->bgr", B_C.double(), maps.double()).repeat_interleave(heads // groups, dim=1)
-    B, C = mapped.chunk(2, dim=1)
-    delta = torch.nn.functional.softplus(dt.double() + dt_bias.double())[..., None]
-    expected_state = state.double() * torch.exp(delta * A.double()[:, None])[..., None]
-    expected_state += (delta * x.double())[..., None] * B[:, :, None]
-    expected = (expected_state * C[:, :, None]).sum(-1) + D.double()[:, None] * x.double()
-    output = step_of_projection(state, x, dt, A, B_C, maps, D, dt_bias)
-    assert output.dtype == dtype
-    assert_near(state, expected_state, 1e-6)
-    assert_near(output, expected, 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    class OnAGpu(Tensor):
+        is_cuda = property(lambda self: launched.append(True) or True)
+
+    with torch.no_grad():
+        found = modeling_compressm.gated_norm(norm, x.as_subclass(OnAGpu), gate).as_subclass(Tensor)
+    assert launched
+    assert_near(found, expected.double(), 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert modeling_compressm.gated_norm(norm, x, gate).grad_fn is not None
 
 
 def step_of_heads_reference_double(state, x, dt, A, B, C, D, dt_bias, sizes) -> Tensor:
