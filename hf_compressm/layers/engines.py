@@ -94,7 +94,7 @@ for _engine in (
         {"Mamba": Sizes(most=256), "Mamba-2": ANY},
         _LLAMA_CPP | {"zamba2"},
     ),
-    Engine("sglang", "main at 06c48ca8", "read", {"Mamba-2": ANY}, _HYBRIDS | {"mamba2"}),
+    Engine("sglang", "main at 5d2c83e6", "read", {"Mamba-2": ANY}, _HYBRIDS - {"bamba"}),
     Engine(
         "tensorrt-llm",
         "main at d513eeaf",
