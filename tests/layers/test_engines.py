@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm.cli import app
 from hf_compressm.config import ENGINES
 from hf_compressm.layers import Engine, Sizes, find_layers, register_engine
 from hf_compressm.modeling.modeling_compressm import ARCHITECTURES
@@ -103,6 +105,14 @@ def test_the_smallest_of_its_sizes_within_the_budget(measured):
 def test_contradictions_are_refused_at_once(values, message):
     with pytest.raises(ValueError, match=message):
         CompreSSMConfig(**values)
+
+
+def test_the_command_takes_it(tmp_path):
+    """It is refused before the model is looked for."""
+    result = CliRunner().invoke(app, ["compress", "no-such-model", str(tmp_path / "slim"), "--engine", "vLLM"])
+    assert result.exit_code == 1
+    assert "engine must be one of transformers, llama.cpp" in " ".join(result.stderr.split())
+    assert all(name in " ".join(CliRunner().invoke(app, ["compress", "--help"]).stdout.split()) for name in ENGINES)
 
 
 def test_a_size_that_it_does_not_take_is_refused_before_anything_is_measured(token_ids):
