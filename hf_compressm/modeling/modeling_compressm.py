@@ -458,7 +458,10 @@ def gated_norm(norm, x, gate):
     """
     followed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, norm.weight))
     known = type(norm) is modeling_mamba2.MambaRMSNormGated and norm.weight.dtype == x.dtype
-    if triton is None or not x.is_cuda or followed or not known:
+    watched = (
+        norm._forward_hooks or norm._forward_pre_hooks or norm.weight.is_meta
+    )  # offloaded, which is a hook's, too
+    if triton is None or not x.is_cuda or followed or watched or not known:
         return norm(x, gate)
     output, x, gate = torch.empty_like(x), x.flatten(0, 1), gate.flatten(0, 1)
     _gated_norm_kernel[(len(x), x.shape[1] // norm.group_size)](
