@@ -26,6 +26,7 @@ USED = {
     "transformers.configuration_utils._commit_hash": "the revision that a config was loaded from",
     "transformers.modeling_utils.PreTrainedModel._upload_modified_files": "save_pretrained(push_to_hub=True) and "
     "push_to_hub write a card of their own after the model is saved, and only this comes after it",
+    "transformers.modeling_utils.split_torch_state_dict_into_shards": "save_pretrained asks it which tensors go to which file",
     "transformers.trainer.Trainer._push_from_checkpoint": "copies weights and config to the folder that it uploads, and no "
     "other file; its event comes before the copies",
     "transformers.trainer.Trainer._get_output_dir": "where a checkpoint is being written, in a hyperparameter search, too",
@@ -43,6 +44,7 @@ USED = {
 
 
 UPLOAD = "_upload_modified_files"
+SPLIT = "split_torch_state_dict_into_shards"
 PUSH_FROM_CHECKPOINT = "_push_from_checkpoint"
 
 
