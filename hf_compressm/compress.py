@@ -148,7 +148,8 @@ def compress_(
     """
     backend = find_backend(Loop(model))
     config, model = backend.together("compress_", lambda: _checked(model, config, optimizer, backend))
-    backend.agree("compress_", _facts(config, model, optimizer))
+    if backend.processes > 1:
+        backend.agree("compress_", _facts(config, model, optimizer))
     if not config.heal:
         measurement = measure(model, calibration_data, config, tokenizer=tokenizer, backend=backend)
         plan = backend.decide(lambda: measurement.plan(config).cpu())
