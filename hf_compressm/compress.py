@@ -148,7 +148,8 @@ def compress_(
     """
     backend = find_backend(Loop(model))
     config, model = backend.together("compress_", lambda: _checked(model, config, optimizer, backend))
-    backend.agree("compress_", _facts(config, model, optimizer))
+    if backend.processes > 1:
+        backend.agree("compress_", _facts(config, model, optimizer))
     if not config.heal:
         measurement = measure(model, calibration_data, config, tokenizer=tokenizer, backend=backend)
         plan = backend.decide(lambda: measurement.plan(config).cpu())
@@ -163,8 +164,8 @@ def _checked(
     model: Any, config: ConfigLike, optimizer: Any, backend: Backend
 ) -> tuple[CompreSSMConfig, PreTrainedModel]:
     """The config, and the model inside of its wrappers, once nothing is known that speaks against a cut."""
-    backend.refuse()
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(Loop(model).model)
+    backend.refuse()
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))
     if optimizer is not None:

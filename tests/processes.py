@@ -21,7 +21,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def launch(
-    folder: Path, count: int, target: Callable[..., Any], *args: Any, timeout: float = 200.0, codes: bool = False
+    folder: Path, count: int, target: Callable[..., Any], *args: Any, timeout: float = 280.0, codes: bool = False
 ) -> list[int | None]:
     """Call a function of a module in several processes, with the environment that torchrun gives.
 

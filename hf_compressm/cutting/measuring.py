@@ -83,8 +83,7 @@ def measure(
     device = device_of(model)
     seconds = config.calibration_seconds
     if seconds is None:
-        seconds = SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, model.num_parameters() / MODEL)
-        seconds = seconds if data is None else math.inf
+        seconds = seconds_for(model.num_parameters(), device) if data is None else math.inf
     most = TOKENS.get(device.type, 2**20)
     parts = [
         part for batch in batches for part in in_passes(batch, layers, max(1, most // batch["input_ids"].shape[1]))
@@ -131,6 +130,11 @@ def _data(
     if config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
         return hold_out(batches, model, every=HELD_OUT_FROM, share=share)
     return batches, []
+
+
+def seconds_for(parameters: int, device: torch.device) -> float:
+    """What measuring a model of so many parameters on the package's own text may take."""
+    return SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, parameters / MODEL)
 
 
 def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:

@@ -24,10 +24,9 @@ VARIANTS = {
     "none": {},
     "mamba2": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "bucket_view": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
     "resume": {"save_strategy": "steps", "save_steps": 2},
     "large": {},  # 8 states count as too many to fit all: 5 candidates are chosen
-    "comm_hook": {},
+    "comm_hook": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
     "static_graph": {"ddp_static_graph": True},
     "rollback": {"metric_for_best_model": "badness", "greater_is_better": False},
 }
