@@ -161,11 +161,11 @@ def sharded_like(new: Tensor, old: Tensor) -> Tensor:
     return distribute_tensor(new, old.device_mesh, old.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-_ask_the_others: list[Callable[[nn.Module], None]] = []
+_ask_the_others: list[Callable[[nn.Module], object]] = []
 
 
 @contextmanager
-def asking_the_others(ask: Callable[[nn.Module], None]) -> Iterator[None]:
+def asking_the_others(ask: Callable[[nn.Module], object]) -> Iterator[None]:
     """Where only this process reads weights, call `ask` with a module before its weights are gathered."""
     _ask_the_others.append(ask)
     try:
@@ -191,7 +191,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     try:
         for owner, name, parameter in sharded:
             stand_in = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
-            stand_in.stands_for = parameter
+            stand_in.stands_for = parameter  # type: ignore[attr-defined]
             setattr(owner, name, stand_in)
         yield
     finally:
