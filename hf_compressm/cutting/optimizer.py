@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import is_sharded, sharded_like, whole
 from ..layers import ParameterCut
 
 # State entries that are copies of the weights: ASGD's average, schedule-free's iterate, master weights.
@@ -59,6 +60,8 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
         ValueError: if no optimizer holds a parameter, or a state is of an unknown kind or shape.
     """
     for optimizer in optimizers:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):  # its import is slow
+            raise ValueError(f"A ZeroRedundancyOptimizer keeps most of its state in other processes: {PLAIN}")
         library = type(optimizer).__module__.split(".")[0]
         if library in ("bitsandbytes", "torchao", "apollo_torch", "galore_torch"):
             raise ValueError(
@@ -82,7 +85,7 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
 def cut_states(
     optimizers: Sequence[torch.optim.Optimizer], name: str, parameter: nn.Parameter | None, cut: ParameterCut
 ) -> list[NewState]:
-    """The states of a parameter after its cut; nothing is changed.
+    """The states of a parameter after its cut; nothing is changed. Sharded ones are gathered by all processes together.
 
     Raises:
         ValueError: if an entry is of an unknown kind, or the parameter is made anew.
@@ -98,7 +101,9 @@ def cut_states(
         state = optimizer.state.get(parameter)
         if state:
             _check_state(name, state, parameter.shape)
-            new = {key: _cut_entry(key, entry, state, parameter.shape, cut) for key, entry in state.items()}
+            full = {key: whole(entry) if isinstance(entry, Tensor) else entry for key, entry in state.items()}
+            new = {key: _cut_entry(key, entry, full, parameter.shape, cut) for key, entry in full.items()}
+            new |= {key: sharded_like(new[key], entry) for key, entry in state.items() if isinstance(entry, Tensor)}
             states.append((optimizer, parameter, new))
     return states
 
@@ -112,7 +117,7 @@ def set_states_(states: Sequence[NewState]) -> None:
 def _check_state(name: str, state: State, shape: torch.Size) -> None:
     for key, entry in state.items():
         if isinstance(entry, Tensor):
-            plain = type(entry) in (Tensor, nn.Parameter) and entry.is_floating_point()
+            plain = (type(entry) in (Tensor, nn.Parameter) or is_sharded(entry)) and entry.is_floating_point()
             if entry.numel() == 1 or (plain and tuple(entry.shape) in _shapes(key, shape)):
                 continue
             found = f"{type(entry).__name__} {list(entry.shape)} {entry.dtype}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import is_in_memory, uncompiled
+from ..compat import is_in_memory, is_sharded, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization
@@ -182,7 +182,7 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
             one_byte = parameter.element_size() < 2  # float8 counts as floating point
             if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):
                 raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")
-            if type(parameter.data) is not Tensor:  # such as torchao's
+            if type(parameter.data) is not Tensor and not is_sharded(parameter):  # such as torchao's
                 raise ValueError(
                     f"{layer.name}.{name} is a {type(parameter.data).__name__}, which can't be given new data: if it is "
                     f"quantised, {quantised}"
