@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..config import CompreSSMConfig
 from ..hankel.by_head import HeadPaths, HeadProjections
 from ..hankel.ranks import allowed_sizes
 from ..hankel.realization import Projection
-from ..modeling.modeling_compressm import project_heads_
+from ..modeling.modeling_compressm import project_heads_, stock_class
 from .contracts import Realization, ResizeParameter
 from .mamba2 import PROJECTION
 from .parameters import ParameterCut, set_data_
@@ -38,8 +37,8 @@ class ProjectHeads(Realization):
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
-        """For `Mamba2Mixer`: there is a mixer like it that scans projected states."""
-        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
+        """For the mixers of transformers: each has a form that scans projected states."""
+        return stock_class(layer.mixer) is not None and layer.head_state_sizes is None
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..config import CompreSSMConfig
 from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
 from ..hankel.selective import Mamba2System
-from ..modeling.modeling_compressm import project_
+from ..modeling.modeling_compressm import project_, stock_class
 from .contracts import MixerInputs, Realization, ResizeParameter
 from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut, set_data_
@@ -72,8 +71,8 @@ class Project(Realization):
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
-        """For `Mamba2Mixer`: there is a mixer like it that scans a projected state."""
-        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
+        """For the mixers of transformers: each has a form that scans a projected state."""
+        return stock_class(layer.mixer) is not None and layer.head_state_sizes is None
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
@@ -127,7 +126,7 @@ class Mamba2Layer(MixerLayer):
 
     Args:
         name: of the mixer in the model.
-        mixer: a `Mamba2Mixer`, or a module with its attributes.
+        mixer: of transformers' Mamba-2 models, or a module with its attributes.
     """
 
     NEEDS = frozenset(

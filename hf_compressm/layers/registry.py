@@ -128,8 +128,8 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
     if config.realization not in have:
         reason = (
-            "needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its own rate, and a "
-            "projection would not commute with that; the Mamba-2 mixers of other architectures have no projected form here"
+            "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
+            "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
             if config.realization in ("project", "project_heads")
             else f"is not for these layers, which can {' or '.join(sorted(have))}"
         )

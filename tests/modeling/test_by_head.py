@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compressm.modeling.modeling_compressm import HeadwiseProjectedMamba2Mixer, project_heads_, scan_widths
+from hf_compressm.modeling.modeling_compressm import HeadwiseProjectedMixer, project_heads_, scan_widths
 from tests.conftest import cache_of
 from tests.modeling.models import build, mamba2_config, tokens
 
@@ -40,7 +40,7 @@ def test_a_change_of_basis_in_each_head_changes_nothing(groups, dtype, tolerance
         T = torch.eye(N) + 0.1 * torch.randn(mixer.num_heads, N, N, generator=generator) / N**0.5
         maps = [torch.cat(list(part), dim=1) for part in (torch.linalg.inv(T.double()).mT, T.double())]
         project_heads_(mixer, [N] * mixer.num_heads, torch.stack(maps))
-    assert all(isinstance(mixer, HeadwiseProjectedMamba2Mixer) for mixer in mixers(model))
+    assert all(isinstance(mixer, HeadwiseProjectedMixer) for mixer in mixers(model))
     torch.testing.assert_close(model(tokens()).logits, before, atol=max(tolerance, 1e-5), rtol=tolerance)
 
 
