@@ -477,7 +477,7 @@ def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
     _step_kernel[(heads, batch)](
         state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
         state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
-        ROWS=16, DIM=max(16, triton.next_power_of_2(head_dim)),
+        ROWS=16, DIM=max(16, 1 << (head_dim - 1).bit_length()),
     )  # fmt: skip
     return output
 

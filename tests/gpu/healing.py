@@ -40,11 +40,14 @@ CUTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mamba2": {
         "budget 0.01": {"max_divergence": 0.01},
-        "project, ratio 1/4": {"ratio": 0.25},
-        "project, ratio 1/8": {"ratio": 0.125},
-        "select, ratio 1/4": {"ratio": 0.25, "realization": "select"},
+        **{f"one size 1/{n}": {"state_size": 1 / n, "realization": "project"} for n in (2, 4, 8, 16)},
+        **{f"by layer 1/{n}": {"ratio": 1 / n, "realization": "project"} for n in (2, 4, 8)},
+        **{f"by head 1/{n}": {"ratio": 1 / n, "realization": "project_heads"} for n in (2, 4, 8, 16)},
+        **{f"select 1/{n}": {"ratio": 1 / n, "realization": "select"} for n in (2, 4)},
+        **{f"select one size 1/{n}": {"state_size": 1 / n, "realization": "select"} for n in (2, 4)},
     },
 }
+"""By `model_type`, the names of cuts, and what they are; a `state_size` below 1 is a share of the model's."""
 
 
 def source_code(characters: int) -> list[str]:
@@ -135,7 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--corpus", type=Path, help="a file to keep the tokens to heal on in")
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
-    parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name holds one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name begins with one of these")
     parser.add_argument("--parameters", nargs="+", default=["cut"], help="cut, all")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument(
@@ -177,11 +180,13 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
     known = HealingText(corpus, full, tokenizer, 1).measured
     ways = [*itertools.product(args.tokens, args.parameters, args.noise, args.step, args.text)]
     for name, options in CUTS[full.config.model_type].items():
-        if not any(part in name for part in args.only):
+        if not any(name.startswith(part) for part in args.only):
             continue
         weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
+        if options.get("state_size", 1) < 1:
+            options = options | {"state_size": int(options["state_size"] * full.config.state_size)}
         begin = time.perf_counter()
-        key = weights, options.get("realization", "auto")
+        key = weights, "select" if options.get("realization") == "select" else "auto"
         if key not in measured:
             measured[key] = measure(
                 full, known, CompreSSMConfig(max_divergence=0.01, weights=key[0], realization=key[1])

@@ -18,7 +18,8 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, hankel_s
 from hf_compressm.cutting.snapshot import Snapshot
 from hf_compressm.layers import find_layers
 from hf_compressm.modeling import modeling_compressm
-from hf_compressm.modeling.state_sizes import get_state_sizes, get_unprojected_state_sizes
+from hf_compressm.modeling.modeling_compressm import project_, project_heads_
+from hf_compressm.modeling.state_sizes import get_state_sizes
 from tests import hub
 from tests.conftest import cache_of
 from tests.layers.models import MAMBA_1, STATE_SIZE_FIELD, TYPES, N, build, tokens
@@ -121,6 +122,47 @@ def test_generation_with_and_without_cache_agrees(slim, model_type):
     assert model.generate(input_ids, max_new_tokens=3, num_beams=2, do_sample=False).shape == (2, 15)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [*((name, {}) for name in TYPES if name not in MAMBA_1), ("falcon_h1", {"mamba_rms_norm": False})],
+)
+def test_projections_of_full_size_change_nothing(model_type, options):
+    """Each Mamba-2 mixer as a projection of the layer, and of each head: whole, in pieces with a cache, and in gradients."""
+    models = [build(model_type, **options) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for layer in find_layers(models[1]):
+        T = torch.eye(N) + 0.1 * torch.randn(2, N, N, generator=generator)
+        project_(layer.mixer, torch.cat([torch.linalg.inv(T).mT, T]))
+    for layer in find_layers(models[2]):
+        T = torch.eye(N) + 0.1 * torch.randn(8, N, N, generator=generator)
+        maps = [torch.cat(list(part), dim=1) for part in (torch.linalg.inv(T).mT, T)]
+        project_heads_(layer.mixer, [N] * 8, torch.stack(maps))
+    found = []
+    for model in models:
+        with torch.no_grad():
+            whole = model(tokens()).logits
+            first = model(tokens()[:, :9], use_cache=True)
+            position = {} if model_type == "mamba2" else {"position_ids": torch.full((2, 1), 9)}
+            step = model(tokens()[:, 9:10], **cache_of(first), use_cache=True, **position).logits
+        model.train()(tokens(), labels=tokens()).loss.backward()
+        found.append((whole, step, find_layers(model)[0].mixer.in_proj.weight.grad))
+    for stock, *others in zip(*found, strict=True):
+        assert all((other - stock).norm() < 1e-4 * stock.norm() for other in others)
+    for layer in find_layers(models[0]):
+        layer.mixer.A_log.data += 8  # at once forgotten
+    assert (models[0].eval()(tokens()).logits - found[0][0]).norm() > 1e-3 * found[0][0].norm()
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in MAMBA_1])
+def test_the_state_by_head_takes_the_bytes_that_the_report_says(full, model_type):
+    model = full(model_type)
+    report = compress_(model, CompreSSMConfig(ratio=0.4, realization="project_heads"), tokens(4, 24))
+    (cache,) = cache_of(model(tokens(), use_cache=True)).values()
+    states = [cache.get_recurrent_state(layer.index) for layer in find_layers(model)]
+    assert sum(state.numel() * 4 for state in states) / 2 == report.state_bytes_after
+    assert report.states_after == round(0.4 * report.states_before)
+
+
 def test_saved_models_load_again(slim, model_type, tmp_path):
     model = slim(model_type)
     model.save_pretrained(tmp_path)
@@ -134,14 +176,14 @@ def test_saved_models_load_again(slim, model_type, tmp_path):
     assert get_state_sizes(again.config) == get_state_sizes(model.config)
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     assert AutoModelForCausalLM.from_config(model.config)(tokens()).logits.isfinite().all()
+    if model_type not in MAMBA_1:  # which has layers that are projected by now
+        return
     # And once more: from what was loaded, to one size for all, which is a stock checkpoint.
     compress_(again, CompreSSMConfig(state_size=4, realization="select"), tokens(4, 24))
     again.save_pretrained(tmp_path / "uniform")
     config = json.loads((tmp_path / "uniform" / "config.json").read_text())
-    stock = not any(get_unprojected_state_sizes(again.config))
-    assert stock == (model_type != "mamba2")
-    assert (config.get(STATE_SIZE_FIELD[model_type]) == 4) == stock
-    assert (tmp_path / "uniform" / CODE).exists() != stock
+    assert config[STATE_SIZE_FIELD[model_type]] == 4
+    assert not (tmp_path / "uniform" / CODE).exists()
     uniform = AutoModelForCausalLM.from_pretrained(tmp_path / "uniform")
     assert torch.equal(uniform(tokens()).logits, again(tokens()).logits)
 
@@ -297,7 +339,7 @@ def test_buffers_that_depend_on_the_state_size_are_cut_too(full, slim):
             assert torch.equal(norm.weight, torch.ones(layer.state_size))
     multipliers = full("falcon_h1").config.ssm_multipliers
     for layer in find_layers(slim("falcon_h1")):
-        counts = [64, 64, 2 * layer.state_size, 2 * layer.state_size, 8]
-        expected = torch.tensor(multipliers).repeat_interleave(torch.tensor(counts))
+        states = 2 * (layer.unprojected_state_size or layer.state_size)
+        expected = torch.tensor(multipliers).repeat_interleave(torch.tensor([64, 64, states, states, 8]))
         assert torch.equal(layer.mixer.mup_vector.flatten(), expected)
-        assert layer.mixer.groups_time_state_size == 2 * layer.state_size
+        assert layer.mixer.groups_time_state_size == states
