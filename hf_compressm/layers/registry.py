@@ -120,10 +120,12 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
-        raise ValueError(
-            f"Each head of layer {by_head[0]} scans a projection of its own, and such a layer can't be cut again: cut the "
-            "model that it was cut from. Nothing was changed."
-        )
+        if config.realization not in ("auto", "project_heads") or config.selection != "auto":
+            raise ValueError(
+                f"Each head of layer {by_head[0]} scans a projection of its own, so the model can only be cut by head: with "
+                "realization='project_heads', by compress_. Nothing was changed."
+            )
+        return "project_heads"
     if config.realization == "auto":
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
     if config.realization not in have:

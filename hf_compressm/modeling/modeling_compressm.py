@@ -80,7 +80,9 @@ ARCHITECTURES = {
     "mamba2": Architecture("Mamba2", "Mamba2Mixer", "state_size", "num_heads"),
     "zamba2": Architecture("Zamba2", "Zamba2MambaMixer", "mamba_d_state", "n_mamba_heads"),
     "bamba": Architecture("Bamba", "BambaMixer", "mamba_d_state", "mamba_n_heads"),
-    "granitemoehybrid": Architecture("GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", "mamba_d_state", "mamba_n_heads"),
+    "granitemoehybrid": Architecture(
+        "GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", "mamba_d_state", "mamba_n_heads"
+    ),
     "falcon_h1": Architecture("FalconH1", "FalconH1Mixer", "mamba_d_state", "mamba_n_heads"),
     "nemotron_h": Architecture("NemotronH", "NemotronHMamba2Mixer", "ssm_state_size", "mamba_num_heads"),
 }
