@@ -76,7 +76,7 @@ class ProjectHeads(Realization):
         ]
         if layer.unprojected_state_size is not None:
             sides = [
-                [before @ head[: before.shape[1]] for before, head in zip(part, heads, strict=True)]
+                [before @ head[: before.shape[1]].double() for before, head in zip(part, heads, strict=True)]
                 for part, heads in zip(_maps_of_heads(layer), sides, strict=True)
             ]
         return {PROJECTION: ParameterCut(values=torch.stack([torch.cat(heads, dim=1) for heads in sides]))}

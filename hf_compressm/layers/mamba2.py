@@ -102,7 +102,7 @@ class Project(Realization):
         groups = self.groups
         maps = torch.stack([*(group.B_projection for group in groups), *(group.C_projection for group in groups)])
         if layer.unprojected_state_size is not None:
-            maps = layer.mixer.BC_projection.detach().double() @ maps
+            maps = layer.mixer.BC_projection.detach().double() @ maps.double()
         return {PROJECTION: ParameterCut(values=maps)}
 
     def added_parameters(self, layer: Any) -> int:
