@@ -3,16 +3,16 @@
 `python tests/gpu/by_head.py FOLDER ...` prints, for each model of `train_benchmark_models.py`, the change of perplexity and
 recall and the divergence at equal means of states a head, on the code and prose that the package ships. `--time` prints, for
 the shapes of --hidden, --layers and --head-dim with random weights, tokens/s in bfloat16 of a training step, a prefill and
-of decoding, for the full model, and for each of --mean a projection to so many states and one by head of that mean, whose
-sizes are spread as those of well-trained models are; and the bytes of state per sequence, as counted in the cache. `--check`
-compares the mixer on a GPU with that on the CPU, a static cache with a dynamic one, and the compiled model with the plain one.
+of decoding (on a GPU as a CUDA graph), for the full model, and for each of --mean a projection to so many states and one by
+head of that mean, whose sizes are spread as those of well-trained models are; and the bytes of state per sequence, as counted
+in the cache. `--check` compares the mixer on a GPU with that on the CPU, a static cache with a dynamic one, and the compiled
+model with the plain one.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,11 +102,11 @@ def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, wor
         full = Mamba2ForCausalLM(config)
     print(
         f"\nhidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_heads} heads of {config.head_dim}, N={config.state_size}; tokens/s\n"
-        f"| | training | prefill | {' | '.join(f'decode {b}{g}' for g in ('', ', graph') for b in work.decode_batches)} | "
+        f"| | training | prefill | {' | '.join(f'decode {b}' for b in work.decode_batches)} | "
         "largest batch | decode it | bytes |",
         flush=True,
     )
-    for name, mean in [("full", 0), *itertools.product(("project", "project_heads"), means)]:
+    for name, mean in [("full", 0), *((name, mean) for mean in means for name in ("project", "project_heads"))]:
         model = copy.deepcopy(full)
         if name == "project":
             cut_to_first_states_(model, mean, name)
@@ -124,11 +124,9 @@ def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, wor
             cells.append(
                 prompt.numel() / _seconds(lambda m=model, p=prompt: m(p, use_cache=True), device, work.repeats)
             )
-            for graph in (False, True):
-                for batch in work.decode_batches:
-                    if graph and device.type != "cuda":
-                        continue
-                    cells.append(_or_nan(lambda m=model, b=batch, i=ids, g=graph: _decoding(m, i(b, 1), work, g)))
+            for batch in work.decode_batches:
+                graph = device.type == "cuda"
+                cells.append(_or_nan(lambda m=model, b=batch, i=ids, g=graph: _decoding(m, i(b, 1), work, g)))
             cells += _largest_batch(model, ids, work) if device.type == "cuda" else ()
             (cache,) = _cache(model(ids(1, 1), use_cache=True)).values()
         print(
