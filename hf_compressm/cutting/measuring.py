@@ -76,8 +76,7 @@ def measure(
     device = device_of(model)
     begin, seconds = time.monotonic(), config.calibration_seconds
     if seconds is None:
-        seconds = SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, model.num_parameters() / MODEL)
-        seconds = seconds if data is None else math.inf
+        seconds = seconds_for(model.num_parameters(), device) if data is None else math.inf
     together = TOKENS.get(device.type, 2**20)
     parts = [
         part for batch in batches for part in in_passes(batch, layers, max(1, together // batch["input_ids"].shape[1]))
@@ -99,6 +98,11 @@ def measure(
     sample = {name: tensor[:few] for name, tensor in batches[0].items()}
     weights = "fisher" if by_loss else "gate"
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
+
+
+def seconds_for(parameters: int, device: torch.device) -> float:
+    """What measuring a model of so many parameters on the package's own text may take."""
+    return SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, parameters / MODEL)
 
 
 def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:

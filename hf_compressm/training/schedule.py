@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
+from ..config import ENGINES, REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
 from ..cutting.sizes import check_targets, sizes_to_choose_from
-from ..layers import Layer
+from ..layers import Layer, check_engine
 
 
 def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
@@ -72,9 +72,14 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
         config,
         realization="select",
         refit=REFIT_IN_TRAINING if config.refit is None else config.refit,
-        multiple_of=config.multiple_of or "tuned",
+        multiple_of=config.multiple_of or (None if _lists_sizes(config) else "tuned"),
         tolerance=tolerance,
     )
+
+
+def _lists_sizes(config: CompreSSMConfig) -> bool:
+    """Whether its engine takes few sizes, which kernels are soon tuned for."""
+    return config.engine is not None and any(sizes.only for sizes in ENGINES[config.engine].sizes.values())
 
 
 def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
@@ -87,9 +92,9 @@ def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
     Raises:
         ValueError: if a size is not below that of its layer or not good for it, or a ratio is too small.
     """
-    if config.state_size is not None:
-        check_targets(config, layers, "select")
-    elif config.ratio is not None and not config.uniform:
+    check_engine(config, layers)
+    check_targets(config, layers, "select")
+    if config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
         least = sum(sizes_to_choose_from(config, layer, "select")[0] for layer in layers)
         if total < least:
@@ -122,7 +127,7 @@ def attempt_config(
                 size = min(n for n in sizes_to_choose_from(config, layer, "select") if n >= size)
             if size < layer.state_size:
                 sizes[layer.index] = size
-        return replace(config, state_size=sizes, uniform=False) if sizes else None
+        return replace(config, state_size=sizes, uniform=False, engine=None) if sizes else None
     if config.ratio is not None:
         total = round(sum(initial.values()) * (1 - way * (1 - config.ratio)))
         now = sum(layer.state_size for layer in layers)
