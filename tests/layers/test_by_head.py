@@ -210,8 +210,9 @@ def test_not_while_training():
 
 
 def test_first_states(token_ids):
-    """For benchmarks: all heads alike."""
+    """For benchmarks: all heads alike, also of a layer that is projected already."""
     model = tiny_mamba2(groups=2)
-    cut_to_first_states_(model, 5, "project_heads")
+    for size, realization in ((12, "project"), (8, "project"), (5, "project_heads")):
+        cut_to_first_states_(model, size, realization)
     assert [layer.head_state_sizes for layer in find_layers(model)] == [(5,) * 8] * 2
     assert model(token_ids).logits.isfinite().all()
