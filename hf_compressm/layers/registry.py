@@ -122,16 +122,18 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
-        raise ValueError(
-            f"Each head of layer {by_head[0]} scans a projection of its own, and such a layer can't be cut again: cut the "
-            "model that it was cut from. Nothing was changed."
-        )
+        if config.realization not in ("auto", "project_heads") or config.selection != "auto":
+            raise ValueError(
+                f"Each head of layer {by_head[0]} scans a projection of its own, so the model can only be cut by head: with "
+                "realization='project_heads', by compress_. Nothing was changed."
+            )
+        return "project_heads"
     if config.realization == "auto":
         return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
     if config.realization not in have:
         reason = (
-            "needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its own rate, and a "
-            "projection would not commute with that; the Mamba-2 mixers of other architectures have no projected form here"
+            "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
+            "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
             if config.realization in ("project", "project_heads")
             else f"is not for these layers, which can {' or '.join(sorted(have))}"
         )
