@@ -3,7 +3,8 @@
 from .contracts import Layer, MixerInputs, Realization, new_data
 from .mixer import MixerLayer
 from .parameters import ParameterCut, set_data_
-from .registry import find_layers, plain_model, realization_of, realize, register, register_realization
+from .registry import find_layers, is_plain, plain_model, realization_of, realize, register, register_realization
+from .resizing import make_room_, resize_like_, size_in
 
 __all__ = [
     "Layer",
@@ -12,11 +13,15 @@ __all__ = [
     "ParameterCut",
     "Realization",
     "find_layers",
+    "is_plain",
+    "make_room_",
     "new_data",
     "plain_model",
     "realization_of",
     "realize",
     "register",
     "register_realization",
+    "resize_like_",
     "set_data_",
+    "size_in",
 ]

@@ -8,11 +8,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..cutting.apply import write_sizes_
-from ..layers import find_layers, set_data_
+from ..layers import find_layers, is_plain, make_room_, size_in
 from ..modeling.state_sizes import sizes_may_differ
 
 
@@ -56,21 +55,17 @@ class ReshapeOnLoad:
 
     def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         layer, model, trainer = self.layer, self.model(), self.trainer()
-        names = layer.shapes(layer.state_size)
-        size = layer.size_of({name: state_dict[prefix + name].shape for name in names if prefix + name in state_dict})
+        size = size_in(layer, state_dict, prefix)
         if size is None or size == layer.state_size or model is None:
             return
         if all(module is not mixer for module in model.modules()):
             return  # a copy of the model, which the hook was copied with
         optimizer = getattr(trainer, "optimizer", None)
-        for name, shape in layer.shapes(size).items():
-            parameter = mixer.get_parameter(name)
-            set_data_(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+        for parameter in make_room_(layer, size):
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
-        layer.resize(size)
         layers = find_layers(model)
-        if sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
+        if is_plain(model) or sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
             write_sizes_(model, layers)  # else the other layers are still to come
             listener = self.listener()
             if listener is not None:

@@ -49,6 +49,8 @@ def measure_batches(
     by_loss = can_weigh_by_loss(model, layers, config)
 
     def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
+        if not any(layer.reads_data for layer in layers):
+            return statistics  # they are complete
         with evaluating(model):
             for args, kwargs in some:
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
