@@ -154,7 +154,7 @@ class LTILayer(MixerLayer):
 
     NEEDS = frozenset(["lti_system", "lti_parameters"])
     family = "LTI"
-    realizations: ClassVar[dict[str, type[Realization]]] = {"select": SelectModes, "balance": Balance}
+    realizations: ClassVar[dict[str, type[Realization]]] = {"select": SelectModes}
     reads_data = False
     in_plain_models = True
 

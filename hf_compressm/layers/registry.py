@@ -26,7 +26,7 @@ from ..config import REALIZATIONS, CompreSSMConfig
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization
 from .headwise import HeadwiseMambaLayer
-from .lti import LTILayer
+from .lti import Balance, LTILayer
 from .mamba import MambaLayer
 from .mamba2 import Mamba2Layer
 from .normalised import NormalisedMambaLayer
@@ -52,6 +52,7 @@ def register_realization(family: Any, realization: type[Realization]) -> None:
 
 
 register_realization(Mamba2Layer, ProjectHeads)
+register_realization(LTILayer, Balance)
 
 
 def plain_model(model: Any) -> Any:
