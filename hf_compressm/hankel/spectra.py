@@ -26,10 +26,11 @@ def hankel_spectra(statistics: Sequence[Statistics]) -> list[Tensor]:
     layers in float64 may be more than a GPU holds.
     """
     spectra: dict[int, Tensor] = {}
-    waiting: dict[tuple[int, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
+    waiting: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
     for index, entry in enumerate(statistics):
-        alike = waiting.setdefault((entry.groups[0].size, entry.tokens.device), [])
-        alike.append((index, *entry.gramians()))
+        P, Q = entry.gramians()
+        alike = waiting.setdefault((P.shape[1:], entry.tokens.device), [])
+        alike.append((index, P, Q))
         if sum(len(P) for _, P, _ in alike) >= TOGETHER:
             spectra |= _spectra(statistics, alike)
             alike.clear()
@@ -51,14 +52,14 @@ def _spectra(statistics: Sequence[Statistics], alike: list[tuple[int, Tensor, Te
 def _on_threads(P: Tensor, Q: Tensor) -> Tensor:
     """`hankel_singular_values` of matrices that no GPU solver takes as a batch: on threads of the CPU, one thread each.
 
-    sigma^2 are the eigenvalues of L_P^H Q L_P. That is right to 1e-8 of the largest sigma, which is more than float32
-    Gramians hold, and takes half the time of the singular values of L_Q^H L_P.
+    sigma^2 are the eigenvalues of L_P^T Q L_P. That is right to 1e-8 of the largest sigma, which is more than float32
+    Gramians hold, and takes half the time of the singular values of L_Q^T L_P.
     """
 
     def spectra(P: Tensor, Q: Tensor) -> np.ndarray:
-        eigenvalues, eigenvectors = np.linalg.eigh(P.cpu().resolve_conj().numpy())
+        eigenvalues, eigenvectors = np.linalg.eigh(P.cpu().numpy())
         L = eigenvectors * np.sqrt(eigenvalues.clip(0))[:, None]
-        balanced = L.conj().swapaxes(1, 2) @ Q.cpu().resolve_conj().numpy() @ L
+        balanced = L.swapaxes(1, 2) @ Q.cpu().numpy() @ L
         return np.sqrt(np.linalg.eigvalsh(balanced).clip(0))[:, ::-1]
 
     check_finite(P, "controllability Gramian P")

@@ -21,7 +21,7 @@ transformers has no such model, so a mixer of one's own takes part by two method
 - A mixer of many systems side by side, such as S4D's one for each channel, gives a [systems, n], B [systems, n, m],
   C [systems, p, n]. All are cut to one size.
 - Where only one of each conjugate pair is stored (S4D, S5), C is twice what is stored: y = Re(C x).
-- `lti_parameters` names every parameter whose shape depends on n, and gets float64 and complex128.
+- `lti_parameters` names every parameter whose shape depends on n; a, B and C come to it as complex128.
 - D, and whatever else the mixer has, stays as it is.
 - The mixer's forward takes n from its parameters. If it has an attribute `state_size`, that is kept up to date; if it has a
   `layer_idx`, reports call it by that, and else by its place in the model.
@@ -64,7 +64,7 @@ class SelectModes(Select):
 
 
 class Balance(Realization):
-    """Balanced truncation, made diagonal again. `groups` has the systems of the layer as one `Truncated`.
+    """Balanced truncation, made diagonal again. `groups` has the systems of a layer as one `Truncated`.
 
     All states are new ones, so that an optimizer begins anew with the parameters that make them: its moments belong to
     coordinates that are gone.
@@ -187,7 +187,7 @@ class LTILayer(MixerLayer):
         Raises:
             ValueError: if its `lti_parameters` names one that it does not have.
         """
-        values = self.mixer.lti_parameters(a, B, C)
+        values = self.mixer.lti_parameters(*(matrix.to(torch.complex128) for matrix in (a, B, C)))
         unknown = sorted(values.keys() - {name for name, _ in self.mixer.named_parameters()})
         if unknown:
             raise ValueError(f"{self.name}.lti_parameters names {unknown[0]}, which is no parameter of it.")

@@ -21,10 +21,11 @@ from ..cutting.optimizer import as_list, check_optimizers
 from ..cutting.snapshot import undone_on_error
 from ..data.calibration import calibration_batches
 from ..interrupts import uninterrupted
-from ..layers import Layer, find_layers, realization_of
+from ..layers import Layer, find_layers, is_plain, realization_of
 from ..reporting.figures import plot_history
+from ..reporting.files import write_files_whole
 from ..reporting.history import Attempt
-from ..reporting.record import Cut, history_of, record_cut_
+from ..reporting.record import Cut, history_of, record_cut_, record_files
 from .checkpoints import ReshapeOnLoad
 from .checks import check_alone, check_evaluation, find_trainable_layers
 from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
@@ -274,11 +275,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             if not self._remaining:
                 self._recorder.stop()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the recorded batches with a checkpoint between two attempts."""
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Keep the recorded batches with a checkpoint between two attempts, and with a plain module's what was done to it."""
+        folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
         if self._remaining and not args.save_only_model:
-            folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
             self._recorder.save(folder, args.process_index)
+        if is_plain(model) and args.should_save:
+            write_files_whole(folder, record_files(model))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what was not reached."""
