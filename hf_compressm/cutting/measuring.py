@@ -72,7 +72,9 @@ def measure(
         _refuse_plain(model)
     elif not reading:
         if data is not None:
-            logger.warning("hf_compressm: the layers are time-invariant, so that their weights tell all: no data was used.")
+            logger.warning(
+                "hf_compressm: the layers are time-invariant, so that their weights tell all: no data was used."
+            )
         return Measurement(model, layers, empty_statistics(layers, config), config.estimator, weights)
     batches = calibration_batches(data, model, tokenizer)
     held_out: list[dict[str, Tensor]] = []

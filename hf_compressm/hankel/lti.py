@@ -35,6 +35,7 @@ from .singular_values import gramian_factor
 from .statistics import Statistics
 from .systems import double, lti_gramian
 
+
 @dataclass(frozen=True, eq=False)
 class ModalSystem:
     """Diagonal systems side by side, each x_k = diag(a) x_{k-1} + B u_k, y_k = Re(C x_k), in float64 or complex128.
@@ -211,7 +212,7 @@ class _Balanced:
             stay = eigenvalues.imag >= 0
             if int(stay.sum()) <= r:
                 break
-            k -= 1
+            k = min(k - 1, 2 * r - int((eigenvalues.imag == 0).sum()))
         a, T_C = eigenvalues[stay], (self.C @ Rm).to(T.dtype) @ T[:, stay]
         B = torch.linalg.solve_ex(T, (Lm.mT @ self.B).to(T.dtype)).result[stay]
         C = T_C * torch.where(a.imag > 0, 2, 1)

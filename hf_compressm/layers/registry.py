@@ -112,7 +112,9 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
             hints[type(module).__name__] = f"as a {nearest.family} mixer it {', '.join(misfits[nearest])}"
     if not layers:
         text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
-        raise ValueError(f"{type(model).__name__} has no Mamba, Mamba-2 or LTI layer, so there is no state to cut.{text}")
+        raise ValueError(
+            f"{type(model).__name__} has no Mamba, Mamba-2 or LTI layer, so there is no state to cut.{text}"
+        )
     if not shapes_alone:
         _check_weights(model, layers)
     _check_indices(layers)

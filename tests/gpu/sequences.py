@@ -271,7 +271,7 @@ class Settling(TrainerCallback):
     """What each state contributes to its layer's output, at some shares of the steps."""
 
     def __init__(self, task: Task, steps: int) -> None:
-        self.batch = task.train.__getitems__(list(range(32)))
+        self.batch = task.train.__getitems__(list(range(min(32, len(task.train)))))
         self.steps = {round(share * steps): share for share in SHARES}
         self.contributions: dict[float, list[Tensor]] = {}
 
@@ -398,9 +398,7 @@ class Bench:
         if kind == "distilled":
             if self.teacher is None or self.teacher[0] != seed:
                 raise SystemExit("distilled needs its teacher: put full before it in --methods.")
-            trainer_class = functools.partial(
-                DistillingTrainer, teacher=self.teacher[1], temperature=args.temperature
-            )
+            trainer_class = functools.partial(DistillingTrainer, teacher=self.teacher[1], temperature=args.temperature)
         if kind == "nuclear":
             trainer_class = functools.partial(NuclearTrainer, weight=args.nuclear, every=args.every)
         begin = time.perf_counter()

@@ -43,7 +43,9 @@ def energy(system):
 
 def gains(system):
     """The largest singular value of each real system's transfer function, over many frequencies."""
-    angles = torch.cat([system.a.angle().flatten(), -system.a.angle().flatten(), torch.linspace(-math.pi, math.pi, 300)])
+    angles = torch.cat(
+        [system.a.angle().flatten(), -system.a.angle().flatten(), torch.linspace(-math.pi, math.pi, 300)]
+    )
     for A, B, C in each(system):
         A, B, C = (torch.from_numpy(x).to(torch.complex128) for x in (A, B, C))
         resolvent = torch.linalg.solve(torch.exp(1j * angles)[:, None, None] * torch.eye(len(A)) - A, B)

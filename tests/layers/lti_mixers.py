@@ -26,7 +26,9 @@ class LRU(nn.Module):
         r_min, r_max, max_phase: the ring that the eigenvalues begin in.
     """
 
-    def __init__(self, size: int, states: int, r_min: float = 0.9, r_max: float = 0.999, max_phase: float = 6.28) -> None:
+    def __init__(
+        self, size: int, states: int, r_min: float = 0.9, r_max: float = 0.999, max_phase: float = 6.28
+    ) -> None:
         super().__init__()
         radius = torch.rand(states) * (r_max**2 - r_min**2) + r_min**2
         self.nu_log = nn.Parameter((-0.5 * radius.log()).log())
@@ -39,7 +41,11 @@ class LRU(nn.Module):
     def lti_system(self) -> tuple[Tensor, Tensor, Tensor]:
         """a, B and C of the discrete system."""
         a = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
-        return a, self.gamma_log.exp()[:, None] * torch.complex(self.B_re, self.B_im), torch.complex(self.C_re, self.C_im)
+        return (
+            a,
+            self.gamma_log.exp()[:, None] * torch.complex(self.B_re, self.B_im),
+            torch.complex(self.C_re, self.C_im),
+        )
 
     def lti_parameters(self, a: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
         """The parameters that make it a system."""
