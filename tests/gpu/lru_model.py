@@ -1,5 +1,7 @@
 """A classifier of sequences with LRU layers, for `sequences.py`; on a GPU its scan is a Triton kernel."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,58 +23,89 @@ if triton is not None:
 
     @triton.jit
     def lru_scan(
-        in_re, in_im, a_re, a_im, out_re, out_im, h_re, h_im, da_re, da_im, L, N,
-        BACK: tl.constexpr, BLOCK: tl.constexpr,
+        in_re, in_im, a_re, a_im, x_re, x_im, out_re, out_im, h_re, h_im, da_re, da_im, L, N, CHUNKS,
+        BACK: tl.constexpr, ENDS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """out_t = a out_{t-1} + in_t over [b, L, N]; or BACK from the end, with conj(a), and the sum of out_t conj(h_{t-1})."""
-        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        batch, keep = tl.program_id(1).to(tl.int64), n < N
+        """out_t = a out_{t-1} + in_t in each chunk [L, N], from a state x before it; with ENDS only the last, from 0.
+
+        BACK goes from the end, with conj(a), and sums out_t conj(h_{t-1}) up. A sequence is CHUNKS of them.
+        """
+        n, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+        keep, first = n < N, (row % CHUNKS) * L
         ar, ai = tl.load(a_re + n, keep, 0.0), tl.load(a_im + n, keep, 0.0)
         if BACK:
             ai = -ai
         xr, xi = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        if not ENDS:
+            xr, xi = tl.load(x_re + row * N + n, keep, 0.0), tl.load(x_im + row * N + n, keep, 0.0)
         sr, si = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for i in range(L):
             t = L - 1 - i if BACK else i
-            at = (batch * L + t) * N + n
+            at = (row * L + t) * N + n
             ur, ui = tl.load(in_re + at, keep, 0.0), tl.load(in_im + at, keep, 0.0)
             real = ar * xr - ai * xi + ur
             xi = ar * xi + ai * xr + ui
             xr = real
-            tl.store(out_re + at, xr, keep)
-            tl.store(out_im + at, xi, keep)
-            if BACK:
-                before = keep & (t * N + n >= N)  # there is a state before it
-                hr, hi = tl.load(h_re + at - N, before, 0.0), tl.load(h_im + at - N, before, 0.0)
-                sr += xr * hr + xi * hi
-                si += xi * hr - xr * hi
-        if BACK:
-            tl.store(da_re + batch * N + n, sr, keep)
-            tl.store(da_im + batch * N + n, si, keep)
+            if not ENDS:
+                tl.store(out_re + at, xr, keep)
+                tl.store(out_im + at, xi, keep)
+                if BACK:
+                    before = keep & ((first + t) * N + n >= N)  # there is a state before it
+                    hr, hi = tl.load(h_re + at - N, before, 0.0), tl.load(h_im + at - N, before, 0.0)
+                    sr += xr * hr + xi * hi
+                    si += xi * hr - xr * hi
+        if ENDS:
+            tl.store(out_re + row * N + n, xr, keep)
+            tl.store(out_im + row * N + n, xi, keep)
+        elif BACK:
+            tl.store(da_re + row * N + n, sr, keep)
+            tl.store(da_im + row * N + n, si, keep)
+
+
+Parts = Sequence[Tensor]
+"""Real and imaginary parts."""
+
+
+def scan(u: Parts, a: Tensor, h: Parts | None = None) -> tuple[Tensor, ...]:
+    """The states [b, L, N], in two parts; with `h`, their gradients, and that of a.
+
+    In chunks: how each ends on its own, then what comes before each, then all of it.
+    """
+    back, (b, L, N) = h is not None, u[0].shape
+    chunk = next(d for d in range(math.isqrt(L), L + 1) if L % d == 0)
+    chunks = L // chunk
+
+    def run(u: Parts, a: Tensor, x: Parts, out: Parts, h: Parts, shape: tuple[int, int, int], ends: bool) -> Tensor:
+        (rows, length, each), sums = shape, u[0].new_empty(2, shape[0], N)
+        parts, grid = (a.real.contiguous(), a.imag.contiguous()), (triton.cdiv(N, BLOCK), rows)
+        lru_scan[grid](*u, *parts, *x, *out, *h, *sums, length, N, each, back, ends, BLOCK, num_warps=1)
+        return sums.sum(1)
+
+    ends, carried, before = u[0].new_zeros(3, 2, b, chunks, N)
+    run(u, a, ends, ends, ends, (b * chunks, chunk, chunks), True)
+    run(ends, a**chunk, before, carried, ends, (b, chunks, 1), False)
+    if back:
+        before[:, :, :-1] = carried[:, :, 1:]
+    else:
+        before[:, :, 1:] = carried[:, :, :-1]
+    out = u[0].new_empty(2, b, L, N)
+    sums = run(u, a, before, out, out if h is None else h, (b * chunks, chunk, chunks), False)
+    return (*out, *sums) if back else tuple(out)
 
 
 class Scan(torch.autograd.Function):
     """x_t = a x_{t-1} + (B u)_t, in real and imaginary parts [b, L, N] and [N]."""
 
     @staticmethod
-    def forward(ctx: Any, in_re: Tensor, in_im: Tensor, a_re: Tensor, a_im: Tensor) -> tuple[Tensor, Tensor]:
-        in_re, in_im = in_re.contiguous(), in_im.contiguous()
-        out = torch.empty_like(in_re), torch.empty_like(in_im)
-        b, L, N = in_re.shape
-        grid = (triton.cdiv(N, BLOCK), b)
-        lru_scan[grid](in_re, in_im, a_re, a_im, *out, *out, *out, L, N, False, BLOCK, num_warps=1)
+    def forward(ctx: Any, in_re: Tensor, in_im: Tensor, a_re: Tensor, a_im: Tensor) -> tuple[Tensor, ...]:
+        out = scan((in_re.contiguous(), in_im.contiguous()), torch.complex(a_re, a_im))
         ctx.save_for_backward(a_re, a_im, *out)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_re: Tensor, d_im: Tensor) -> tuple[Tensor, ...]:
-        a_re, a_im, h_re, h_im = ctx.saved_tensors
-        d_re, d_im = d_re.contiguous(), d_im.contiguous()
-        out, sums = (torch.empty_like(d_re), torch.empty_like(d_im)), a_re.new_empty(2, len(d_re), len(a_re))
-        b, L, N = d_re.shape
-        grid = (triton.cdiv(N, BLOCK), b)
-        lru_scan[grid](d_re, d_im, a_re, a_im, *out, h_re, h_im, *sums, L, N, True, BLOCK, num_warps=1)
-        return (*out, *sums.sum(1))
+        a_re, a_im, *h = ctx.saved_tensors
+        return scan((d_re.contiguous(), d_im.contiguous()), torch.complex(a_re, a_im), tuple(h))
 
 
 class LRU(lti_mixers.LRU):

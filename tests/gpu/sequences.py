@@ -361,9 +361,6 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.rows: list[dict] = []
-        self.known = []
-        if args.results is not None and args.results.exists():
-            self.known = [json.loads(line) for line in args.results.read_text().splitlines()]
         self.teacher: tuple[int, nn.Module] | None = None
 
     def sizes(self, seed: int, wanted: float | None) -> list[int]:
@@ -371,7 +368,10 @@ class Bench:
         if wanted is None or wanted >= 1:
             return [int(wanted or self.args.state_size)] * self.args.layers
         mine = {"task": self.args.task, "architecture": self.args.model, "seed": seed, "method": f"cut:{wanted:g}"}
-        for row in self.rows + self.known:
+        known = []
+        if self.args.results is not None and self.args.results.exists():  # of other processes, too
+            known = [json.loads(line) for line in self.args.results.read_text().splitlines()]
+        for row in self.rows + known:
             if all(row[key] == value for key, value in mine.items()):
                 return row["sizes"]
         raise SystemExit(f"No {mine['method']} of seed {seed} is known: make it first, or name its --results.")
@@ -379,9 +379,9 @@ class Bench:
     def run(self, task: Task, method: Method, seed: int) -> dict:
         """Train one model; its states, metric, the length of a step, and seconds: of the whole training, and of the cuts in it."""
         args, kind = self.args, method.name
-        final = self.sizes(seed, method.sizes) if kind in ("small", "long", "distilled", "nuclear") else []
+        small = kind in ("small", "long", "distilled")
         set_seed(seed)
-        model = build(args, task, final if kind in ("small", "long", "distilled") else self.sizes(seed, None))
+        model = build(args, task, self.sizes(seed, method.sizes if small else None))
         steps = round(args.steps * args.stretch) if kind == "long" else args.steps
         clock, settling = Clock(), Settling(task, steps) if args.settling and kind == "full" else None
         callbacks: list[TrainerCallback] = [clock] if settling is None else [clock, settling]
@@ -404,7 +404,7 @@ class Bench:
         begin = time.perf_counter()
         trainer = train(args, task, model, trainer_class, callbacks, steps, seed)
         if kind == "nuclear":
-            compress_(model, CompreSSMConfig(state_size=dict(enumerate(final))))
+            compress_(model, CompreSSMConfig(state_size=dict(enumerate(self.sizes(seed, method.sizes)))))
         seconds = time.perf_counter() - begin
         cuts = [log["compressm/cut_seconds"] for log in trainer.state.log_history if "compressm/cut_seconds" in log]
         row = {
@@ -452,7 +452,7 @@ def train(
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=int(args.warmup * steps),
-            optim="adamw_torch",
+            optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
             seed=seed,
             data_seed=seed,
             bf16=args.bf16,
@@ -494,6 +494,8 @@ def summary(rows: Sequence[dict]) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
+    if any(map(math.isnan, values)):
+        return ""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.2f} ± {deviation:.2f} ({len(values)})"
 
