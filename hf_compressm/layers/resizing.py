@@ -29,8 +29,9 @@ def resize_like_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[int
         ValueError: if the model has no SSM layer, or the weights of one are not there.
     """
     layers = find_layers(model)
-    sizes = {layer.index: size_in(layer, state_dict, f"{layer.name}.") for layer in layers}
-    missing = [layer.name for layer in layers if sizes[layer.index] is None]
+    prefixes = {layer.index: f"{layer.name}." if layer.name else "" for layer in layers}
+    sizes = {layer.index: size_in(layer, state_dict, prefixes[layer.index]) for layer in layers}
+    missing = [layer.name or "the mixer" for layer in layers if sizes[layer.index] is None]
     if missing:
         raise ValueError(f"The weights have none of {missing[0]}: they are of another model. Nothing was changed.")
     found = {index: size for index, size in sizes.items() if size is not None}
