@@ -26,6 +26,7 @@ USED = {
     "transformers.configuration_utils._commit_hash": "the revision that a config was loaded from",
     "transformers.modeling_utils.PreTrainedModel._upload_modified_files": "save_pretrained(push_to_hub=True) and "
     "push_to_hub write a card of their own after the model is saved, and only this comes after it",
+    "transformers.modeling_utils.split_torch_state_dict_into_shards": "save_pretrained asks it which tensors go to which file",
     "transformers.trainer.Trainer._push_from_checkpoint": "copies weights and config to the folder that it uploads, and no "
     "other file; its event comes before the copies",
     "transformers.trainer.Trainer._get_output_dir": "where a checkpoint is being written, in a hyperparameter search, too",
@@ -43,6 +44,7 @@ USED = {
 
 
 UPLOAD = "_upload_modified_files"
+SPLIT = "split_torch_state_dict_into_shards"
 PUSH_FROM_CHECKPOINT = "_push_from_checkpoint"
 
 
@@ -145,16 +147,17 @@ def follow_class_(module: nn.Module) -> None:
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
-def stock_scans(modules: Iterable[nn.Module]) -> list[tuple[Any, Callable]]:
-    """The Python modules in which transformers scans Mamba-1 mixers with a loop over tokens, and the function that does.
+def stock_scans(modules: Iterable[nn.Module], name: str) -> list[tuple[Any, Callable]]:
+    """The Python modules that have transformers' plain scan of that name for some of these mixers, and the scan.
 
     Since 5.24 it is a function of the module that is looked up when the mixer runs; none are found where it is not, or
     where mamba_ssm takes its place.
     """
     if find_spec("mamba_ssm") is not None:
         return []
-    homes: dict[str, Any] = {type(module).__module__: sys.modules.get(type(module).__module__) for module in modules}
-    return [(home, home.mamba_selective_scan) for home in homes.values() if hasattr(home, "mamba_selective_scan")]
+    names = {base.__module__ for kind in {type(module) for module in modules} for base in kind.__mro__}
+    homes = [sys.modules.get(home) for home in sorted(names)]
+    return [(home, getattr(home, name)) for home in homes if hasattr(home, name)]
 
 
 def uncompiled(module: Any) -> Any:

@@ -19,6 +19,8 @@ REFIT, REFIT_IN_TRAINING = 3, 0
 """Default rounds of fits: after training, and in training."""
 REALIZATIONS = ["auto", "select", "project", "project_heads"]
 """What `realization` may be; `layers.register_realization` adds to it."""
+ENGINES: dict[str, Any] = {}
+"""What `engine` may be, by name; `layers.register_engine` adds to it."""
 Estimator = Literal["ltv", "mean_lti"]
 Weights = Literal["auto", "fisher", "gate"]
 HealParameters = Literal["cut", "all"]
@@ -55,6 +57,9 @@ class CompreSSMConfig:
             max_divergence or a ratio, where the model has a head and its backward pass is quick, and else "gate".
         estimator: Gramians of the time-varying system by scan ("ltv") or of its time mean ("mean_lti", the paper's).
         uniform: one size for all layers, the largest that any of them needs.
+        engine: what shall run the slim model: "llama.cpp", "llama.cpp-cuda", "mlx", "vllm", "sglang", "tensorrt-llm" or
+            "transformers". The sizes are those that it runs fast, `uniform` is set where it reads stock checkpoints alone,
+            and what it can't run is refused.
         multiple_of: sizes that the library chooses are rounded up to a multiple of it. By default any size for Mamba-1, and
             for Mamba-2 multiples of 8, or any mean over heads. "tuned", the default in training, takes few sizes, for which
             kernels need not be tuned again and again: for Mamba-2 powers of two from 16 up.
@@ -94,6 +99,7 @@ class CompreSSMConfig:
     weights: Weights = "auto"
     estimator: Estimator = "ltv"
     uniform: bool = False
+    engine: str | None = None
     multiple_of: int | Literal["tuned"] | None = None
     min_state_size: int = 1
     heal: int = 0
@@ -115,8 +121,12 @@ class CompreSSMConfig:
         targets = [name for name in TARGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise ValueError(f"Give one target, not {' and '.join(targets)}: drop all but one of them.")
+        why = "uniform=True"
+        if self.engine is not None and ENGINES[self.engine].uniform:
+            object.__setattr__(self, "uniform", True)
+            why = f"engine={self.engine!r}"
         if isinstance(self.state_size, Mapping) and self.uniform:
-            raise ValueError("uniform=True takes one state_size for all layers, not one for each: give an int.")
+            raise ValueError(f"{why} takes one state_size for all layers, not one for each: give an int.")
         sizes = self.state_size.values() if isinstance(self.state_size, Mapping) else [self.state_size]
         if any(size is not None and size < self.min_state_size for size in sizes):
             raise ValueError(
@@ -125,7 +135,7 @@ class CompreSSMConfig:
             )
         if self.uniform and self.realization in ("project", "project_heads"):
             raise ValueError(
-                f"uniform=True makes a stock checkpoint, which realization={self.realization!r} can't be: drop one."
+                f"{why} asks for a stock checkpoint, which realization={self.realization!r} can't be: drop one."
             )
         if (self.start < 1) == (self.end < 1) and self.start >= self.end:
             raise ValueError(f"start must come before end, got {self.start} and {self.end}.")
@@ -266,6 +276,7 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "weights": _one_of(get_args(Weights)),
     "estimator": _one_of(get_args(Estimator)),
     "uniform": _flag,
+    "engine": lambda name, value: _one_of(list(ENGINES))(name, value),  # the same
     "multiple_of": lambda name, value: value if value == "tuned" else _whole(1)(name, value),
     "min_state_size": _whole(1),
     "heal": _whole(0),

@@ -100,7 +100,9 @@ def test_families_and_realizations_are_known_in_their_room_alone():
         if room(target) == "layers" and name in classes
     }
     assert (
-        {entry.split(": ")[1] for entry in taken} <= offered == {"Layer", "MixerLayer", "ParameterCut", "Realization"}
+        {entry.split(": ")[1] for entry in taken}
+        <= offered
+        == {"Engine", "Layer", "MixerLayer", "ParameterCut", "Realization", "Sizes"}
     )
 
 

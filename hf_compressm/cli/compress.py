@@ -57,6 +57,13 @@ def compress(
             "--uniform", help="One size for all layers: a checkpoint that loads anywhere without this package."
         ),
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What shall run it: llama.cpp, llama.cpp-cuda, mlx, vllm, sglang, tensorrt-llm or transformers. The sizes are "
+            "those that it runs fast, and one for all layers where it reads no others."
+        ),
+    ] = None,
     realization: Annotated[
         str,
         typer.Option(
@@ -134,6 +141,7 @@ def compress(
         state_size=state_size,
         ratio=ratio,
         uniform=uniform,
+        engine=engine,
         realization=realization,
         multiple_of=multiple_of,
         refit=refit,

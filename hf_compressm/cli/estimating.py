@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ..config import CompreSSMConfig
 from ..cutting.budget import TRIALS
-from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS
+from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS, seconds_for
 from ..cutting.scans import quick_scans
 from ..cutting.sensitivity import POINTS
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
@@ -142,7 +142,10 @@ def _seconds(
     tokens = LENGTH * (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES)
     by_loss = options.weighs_by_loss and not any(each.gradient_is_slow for each in [layer])
     passes = 4 if by_loss else 1  # forward, again, and back, which is twice as long
-    found = {"measure": tokens * (passes * token + len(layers) * reading)}
+    measuring = tokens * (passes * token + len(layers) * reading)
+    bound = options.calibration_seconds
+    bound = seconds_for(model.num_parameters(), device) if bound is None else bound
+    found = {"measure": min(measuring, bound)}  # which goes as far as it gets then
     if options.state_size is None:
         few = min(SENSITIVITY_TOKENS["cpu" if on_cpu else "cuda"], SENSITIVITY_SEQUENCES * LENGTH)
         # Each begins at its layer: on average half of the blocks, and the head.

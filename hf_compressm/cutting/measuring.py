@@ -88,8 +88,7 @@ def measure(
     device = device_of(model)
     begin, seconds = time.monotonic(), config.calibration_seconds
     if seconds is None:
-        seconds = SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, model.num_parameters() / MODEL)
-        seconds = seconds if data is None else math.inf
+        seconds = seconds_for(model.num_parameters(), device) if data is None else math.inf
     together = TOKENS.get(device.type, 2**20)
     parts = [
         part for batch in batches for part in in_passes(batch, layers, max(1, together // batch["input_ids"].shape[1]))
@@ -118,6 +117,11 @@ def _refuse_plain(model: Any) -> None:
             f"max_divergence and heal run a model of transformers on tokens, and {type(model).__name__} is a plain module: give "
             "a tolerance, ratio or state_size, which need no data for its layers. Nothing was changed."
         )
+
+
+def seconds_for(parameters: int, device: torch.device) -> float:
+    """What measuring a model of so many parameters on the package's own text may take."""
+    return SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, parameters / MODEL)
 
 
 def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:

@@ -24,7 +24,7 @@ def why_nothing(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> 
     if config.min_state_size >= sizes[-1]:
         return f"min_state_size={config.min_state_size}, and the layers {have}: lower min_state_size."
     choices = [sizes_to_choose_from(config, layer, name) for layer in layers]
-    any_size = "multiple_of=1 allows any size"
+    any_size = "multiple_of=1 allows any size" if config.engine is None else "without engine there are more sizes"
     if all(len(choice) == 1 for choice in choices):
         return f"the layers {have}, and no smaller size is one to choose: {any_size}, or name a state_size."
     reason = f"{target}={value:g} leaves every layer its states"

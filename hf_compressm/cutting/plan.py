@@ -16,7 +16,7 @@ from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
 from ..interrupts import uninterrupted
-from ..layers import Layer, MixerInputs, Realization, find_layers, plain_model, realization_of, realize
+from ..layers import Layer, MixerInputs, Realization, engine_remarks, find_layers, plain_model, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
 from ..reporting.report import CompressionReport, LayerReport
@@ -222,4 +222,7 @@ def make_report(
             )
         )
     added = sum(realizations[layer.index].added_parameters(layer) for layer in layers if layer.index in realizations)
-    return CompressionReport(rows, name, parameters, parameters + added)
+    of_all = {row.new_size for row in rows}
+    stock = len(of_all) == 1 and realizations and all(made.stock for made in realizations.values())
+    elsewhere = engine_remarks(layers, of_all.pop()) if stock else []
+    return CompressionReport(rows, name, parameters, parameters + added, elsewhere=elsewhere)

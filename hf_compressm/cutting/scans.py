@@ -1,11 +1,14 @@
-"""Scan Mamba-1 mixers with the scans of this package while a model is measured, where the stock scan is a loop over tokens.
+"""Scan with this package's scans while a model is measured, where transformers would take its plain ones.
 
-They give what the stock scan gives, but for rounding, several times as fast: on a CPU from the memory that its cache holds,
-on a GPU by a Triton kernel. Where a gradient or a cache is wanted, the stock scan runs.
+They give what those give, but for rounding, and take a part of the time. Mamba-1's, a loop over tokens, is run from the memory
+that a CPU's cache holds, on a GPU by a Triton kernel; where a gradient is wanted, it stays. Mamba-2's is run in smaller chunks and once
+for all heads that share B and C: on a CPU a quarter of the time, with a gradient a fifth. Where a cache is wanted, the stock scans
+run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from .. import kernels
 from ..compat import stock_scans
 from ..interrupts import restoring, uninterrupted
+from ..kernels.chunked import ChunkedScan
 from ..kernels.reference import mamba_output
 from ..layers import Layer
 
@@ -24,21 +28,22 @@ from ..layers import Layer
 @contextmanager
 def quick_scans(layers: Sequence[Layer]) -> Iterator[None]:
     """Scan the layers' mixers so in here."""
-    replaced: list[tuple[Any, Callable]] = []
+    replaced: list[tuple[Any, str, Callable]] = []
 
     def restore() -> None:
-        for home, stock in replaced:
-            home.mamba_selective_scan = stock
+        for home, name, stock in replaced:
+            setattr(home, name, stock)
 
     with restoring(restore):
         with uninterrupted():
-            for home, stock in stock_scans([layer.mixer for layer in layers]):
-                replaced.append((home, stock))
-                home.mamba_selective_scan = _or(stock)
+            for name, quick in QUICK.items():
+                for home, stock in stock_scans([layer.mixer for layer in layers], name):
+                    replaced.append((home, name, stock))
+                    setattr(home, name, quick(stock))
         yield
 
 
-def _or(stock: Callable) -> Callable:
+def _mamba(stock: Callable) -> Callable:
     def scan(
         u: Tensor,
         dt: Tensor,
@@ -62,6 +67,39 @@ def _or(stock: Callable) -> Callable:
         return y if z is None else y * F.silu(z)
 
     return scan
+
+
+def _mamba2(stock: Callable) -> Callable:
+    def scan(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        initial_states: Tensor | None = None,
+        return_final_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if initial_states is not None or return_final_states:
+            steps = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
+            kwargs |= {"initial_states": initial_states, "return_final_states": return_final_states}
+            return stock(x, dt, A, B, C, chunk_size, D, **steps, **kwargs)
+        delta = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
+        delta = (F.softplus(delta) if dt_softplus else delta).clamp(*dt_limit).float()
+        x = x.float()
+        y = ChunkedScan(x, delta, A.float(), B.shape[2])(B.float(), C.float())
+        return (y if D is None else y + D[:, None] * x).contiguous()  # FalconH1Mixer wants another view of it
+
+    return scan
+
+
+QUICK = {"mamba_selective_scan": _mamba, "mamba2_chunk_scan": _mamba2}
+"""What takes the place of transformers' scans, by their names."""
 
 
 def _output(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import CompreSSMConfig
 from ..hankel.ranks import allocate_ranks, energy_rank
-from ..layers import Layer
+from ..layers import Layer, engine_sizes
 
 
 def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:
@@ -22,6 +22,7 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
         ValueError: if a size is not below that of its layer or not good for it, or is given for another layer.
     """
     if config.state_size is None:
+        _check_engine_leaves_a_choice(config, layers, name)
         return
     by_index = {layer.index: layer for layer in layers}
     wanted = (
@@ -42,9 +43,21 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
         layer.realizations[name].check_size(layer, size)
 
 
+def _check_engine_leaves_a_choice(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:
+    if config.engine is None or config.tolerance == 0 or config.ratio == 1:
+        return
+    for layer in layers:
+        if len(sizes_to_choose_from(config, layer, name)) == 1:
+            rounding = "" if config.multiple_of is None else f" that is a multiple of {config.multiple_of}"
+            raise ValueError(
+                f"Layer {layer.index} has {layer.state_size} states, and engine={config.engine!r} takes none fewer{rounding}: "
+                f"take another engine{', or drop multiple_of' if rounding else ''}."
+            )
+
+
 def sizes_to_choose_from(config: CompreSSMConfig, layer: Layer, name: str) -> list[int]:
     """Ascending; the last is the layer's present size."""
-    return layer.realizations[name].sizes(layer, config)
+    return engine_sizes(config, layer, layer.realizations[name].sizes(layer, config))
 
 
 def choose_sizes(

@@ -6,6 +6,8 @@ class, so there is no method of its own to override; what is patched, and why no
 - `PreTrainedModel.save_pretrained`: everything that saves a model ends there.
 - `PreTrainedModel._upload_modified_files`: pushing writes a template of a card over that of the save before it, and a
   save that pushes has looked which files are new before it comes back.
+- `split_torch_state_dict_into_shards`, as `save_pretrained` calls it: the last that sees the tensors under the names that
+  they are written with, and the only one that says to which files they go.
 - `Trainer.create_model_card`: writes a card of its own over that of the save before it. A callback's `on_push_begin`
   comes before it, and a Trainer of a slim model need not have a callback of ours.
 - `Trainer._push_from_checkpoint`: copies weights and config to the folder that it uploads, and nothing else.
@@ -15,23 +17,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
-from ..compat import PUSH_FROM_CHECKPOINT, UPLOAD
+from ..compat import PUSH_FROM_CHECKPOINT, SPLIT, UPLOAD
 from ..modeling.modeling_compressm import is_slimmed, wrap_once, write_source
 from ..reporting.card import card_files, write_model_card
 from ..reporting.files import write_files_whole
 from ..reporting.record import record_files
-from .source import config_files
+from .source import Layout, config_files, source_layout
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+"""That the model which is being saved is written in; None while none is."""
 
 
 def install() -> None:
     """Teach `PreTrainedModel` and `Trainer` to write them. Does nothing the second time."""
     wrap_once(PreTrainedModel, "save_pretrained", _with_files)
     wrap_once(PreTrainedModel, UPLOAD, _with_files_in_upload)
+    wrap_once(modeling_utils, SPLIT, _as_in_source)
 
 
 def write_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
@@ -50,11 +57,35 @@ def _with_files(stock_save: Callable) -> Callable:
         _install_in_trainer()
         # Before anything is written over the checkpoint that it came from, and so that nothing takes time in between.
         files = _files(self, save_directory) if is_main_process else {}
-        result = stock_save(self, save_directory, is_main_process, *args, **kwargs)
+        layout = source_layout(self)
+        if args or {"max_shard_size", "variant"} & kwargs.keys():  # the files are the caller's to choose
+            layout = Layout({}, layout.dtypes)
+        token = _LAYOUT.set(layout)
+        try:
+            result = stock_save(self, save_directory, is_main_process, *args, **kwargs)
+        finally:
+            _LAYOUT.reset(token)
         write_files_whole(save_directory, files)
         return result
 
     return save_pretrained
+
+
+def _as_in_source(stock_split: Callable) -> Callable:
+    def split(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        layout = _LAYOUT.get() or Layout({}, {})
+        for name in layout.dtypes.keys() & state_dict.keys():
+            if not state_dict[name].is_meta:
+                state_dict[name] = state_dict[name].to(layout.dtypes[name])
+        result = stock_split(state_dict, *args, **kwargs)
+        if not layout.files or state_dict.keys() - layout.files.keys():
+            return result
+        files: dict[str, list[str]] = {}
+        for name in state_dict:
+            files.setdefault(layout.files[name], []).append(name)
+        return type(result)(result.metadata, files, {name: layout.files[name] for name in state_dict})
+
+    return split
 
 
 def _with_files_in_upload(stock_upload: Callable) -> Callable:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..compat import commit_hash
 from ..modeling.modeling_compressm import MODULE_NAME, is_slimmed
@@ -36,6 +39,7 @@ _NOT_CARRIED = (
 _TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _IGNORED = ("transformers_version", "_name_or_path")
 _OLD_NAMES = {"dtype": "torch_dtype"}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def config_files(model: PreTrainedModel) -> dict[str, bytes]:
@@ -43,7 +47,7 @@ def config_files(model: PreTrainedModel) -> dict[str, bytes]:
 
     Nothing for a model that was never cut or has layers of different sizes, or if the source is gone or of another layout.
     """
-    path = None if is_slimmed(model.config) or not history_of(model) else _original_config(model)
+    path = _config_of_stock(model)
     if path is None:
         return {}
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -51,6 +55,41 @@ def config_files(model: PreTrainedModel) -> dict[str, bytes]:
     after |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     _edit(config, before, after, model.config.attribute_map)
     return {CONFIG_NAME: f"{json.dumps(config, indent=2, ensure_ascii=False)}\n".encode()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a checkpoint keeps its tensors.
+
+    Attributes:
+        files: the shard that holds each tensor, by name; empty if there is one file.
+        dtypes: of the tensors that it holds in more bits than the model does.
+    """
+
+    files: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+
+
+def source_layout(model: PreTrainedModel) -> Layout:
+    """Of the checkpoint that a slim model with one size for all layers came from; empty where `config_files` is.
+
+    transformers loads all tensors in one dtype. Those that the source has in a wider one, such as A_log in float32 among bfloat16,
+    are written in it again, if the model still has the dtype that the source's config names. None is written in fewer bits
+    than the model has.
+    """
+    path = _config_of_stock(model)
+    if path is None:
+        return Layout({}, {})
+    index, config = path.parent / SAFE_WEIGHTS_INDEX_NAME, json.loads(path.read_text(encoding="utf-8"))
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    dtypes: dict[str, torch.dtype | None] = {}
+    for file in sorted(set(files.values()) or {SAFE_WEIGHTS_NAME}):
+        if (path.parent / file).is_file():
+            with safe_open(path.parent / file, framework="pt") as tensors:
+                dtypes |= {name: _DTYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+    its_own = config.get("dtype", config.get("torch_dtype")) == str(model.dtype).removeprefix("torch.")
+    wider = {name: dtype for name, dtype in dtypes.items() if dtype and dtype.itemsize > model.dtype.itemsize}
+    return Layout(files, wider if its_own else {})
 
 
 def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None) -> None:
@@ -75,6 +114,10 @@ def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any 
     if source is not None and not source.samefile(folder):
         for path in files:
             shutil.copyfile(path, Path(folder) / path.name)
+
+
+def _config_of_stock(model: PreTrainedModel) -> Path | None:
+    return None if is_slimmed(model.config) or not history_of(model) else _original_config(model)
 
 
 def _original_config(model: PreTrainedModel) -> Path | None:

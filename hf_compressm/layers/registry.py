@@ -25,6 +25,7 @@ from ..compat import is_in_memory, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization
+from .engines import check_engine
 from .headwise import HeadwiseMambaLayer
 from .lti import Balance, LTILayer
 from .mamba import MambaLayer
@@ -127,6 +128,7 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
     Raises:
         ValueError: if it is one that they can't have.
     """
+    check_engine(config, layers)
     projected = [layer.index for layer in layers if layer.unprojected_state_size is not None]
     if config.uniform and projected:
         raise ValueError(

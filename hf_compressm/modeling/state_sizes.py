@@ -11,11 +11,18 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .modeling_compressm import ARCHITECTURES, update_auto_map
+from .modeling_compressm import ARCHITECTURES, NEEDS, update_auto_map
 
 # The size that a config with `per_layer_config` gives for all layers. No layer has it, so all that have a state are
-# listed, and no reader can take the size of some layers for that of all.
-_NO_SIZE = 0
+# listed, and no reader can take the size of some layers for that of all. Not 0, which llama.cpp's converter reads as a
+# size that is not given, and takes its own.
+_NO_SIZE = -1
+# transformers 4 knows no `per_layer_config` and builds all layers alike, and with `ignore_mismatched_sizes` what does not
+# fit is drawn at random. It makes numbers of the keys of this field when it reads a config, and so fails with what stands
+# there; transformers 5 does not look at it.
+_TOO_OLD: dict[str, dict[str, list[int]]] = {
+    "pruned_heads": {f"this model needs transformers>={NEEDS}, and hf_compressm or trust_remote_code=True": []}
+}
 # What is set for projected layers, and for those of them whose heads differ.
 _OF_SOME_LAYERS = ("unprojected_state_size", "head_state_sizes")
 
@@ -167,7 +174,7 @@ def _set_state_sizes(
         )
 
     config.per_layer_config = None
-    for name in _OF_SOME_LAYERS:
+    for name in (*_OF_SOME_LAYERS, *_TOO_OLD):
         if hasattr(config, name):
             delattr(config, name)
     used = {name for layer in layers.values() for name in layer}
@@ -177,6 +184,8 @@ def _set_state_sizes(
         setattr(config, field, _NO_SIZE)
         for name in used - {field}:
             setattr(config, name, None)  # transformers wants what some layers set on the whole config too
+        for name, message in _TOO_OLD.items():
+            setattr(config, name, copy.deepcopy(message))
         config.per_layer_config = layers
     update_auto_map(config)
 

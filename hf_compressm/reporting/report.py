@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .figures import plot_report
@@ -32,6 +32,8 @@ class CompressionReport:
     held_out_tokens: int = 0
     """Tokens that the output errors were taken on and nothing was fitted to; 0 where there was too little data to hold any
     back, and in training: the errors are those on the calibration data then."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Where the size of a stock checkpoint is slow or wrong, and the one before the cut was not; a line for each engine."""
 
     @property
     def states_before(self) -> int:
@@ -77,6 +79,7 @@ class CompressionReport:
             perplexity=None if perplexity is None else Perplexity(**perplexity),
             divergence=None if divergence is None else Divergence(**divergence),
             held_out_tokens=values.get("held_out_tokens", 0),
+            elsewhere=list(values.get("elsewhere", [])),
             tradeoff=None if tradeoff is None else [Tradeoff(**point) for point in tradeoff],
             healing=None if healing is None else Healing(**healing),
         )
@@ -131,7 +134,7 @@ class CompressionReport:
                 f"\nperplexity {self.perplexity.before:.2f} -> {self.perplexity.after:.2f}{self._recall()}\n"
                 f"({self.perplexity.data})"
             )
-        return text
+        return "\n".join([text, *(f"note: {line}" for line in self.elsewhere)])
 
     def _recall(self) -> str:
         found = self.perplexity

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
+from ..config import ENGINES, REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
 from ..cutting.sizes import check_targets, sizes_to_choose_from
-from ..layers import Layer, realization_of
+from ..layers import Layer, check_engine, realization_of
 
 
 def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
@@ -71,9 +71,14 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
     return replace(
         config,
         refit=REFIT_IN_TRAINING if config.refit is None else config.refit,
-        multiple_of=config.multiple_of or "tuned",
+        multiple_of=config.multiple_of or (None if _lists_sizes(config) else "tuned"),
         tolerance=tolerance,
     )
+
+
+def _lists_sizes(config: CompreSSMConfig) -> bool:
+    """Whether its engine takes few sizes, which kernels are soon tuned for."""
+    return config.engine is not None and any(sizes.only for sizes in ENGINES[config.engine].sizes.values())
 
 
 def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
@@ -86,10 +91,10 @@ def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
     Raises:
         ValueError: if a size is not below that of its layer or not good for it, or a ratio is too small.
     """
+    check_engine(config, layers)
     name = realization_of(config, layers, in_training=True)
-    if config.state_size is not None:
-        check_targets(config, layers, name)
-    elif config.ratio is not None and not config.uniform:
+    check_targets(config, layers, name)
+    if config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
         least = sum(sizes_to_choose_from(config, layer, name)[0] for layer in layers)
         if total < least:
@@ -123,7 +128,7 @@ def attempt_config(
                 size = min(n for n in sizes_to_choose_from(config, layer, name) if n >= size)
             if size < layer.state_size:
                 sizes[layer.index] = size
-        return replace(config, state_size=sizes, uniform=False) if sizes else None
+        return replace(config, state_size=sizes, uniform=False, engine=None) if sizes else None
     if config.ratio is not None:
         total = round(sum(initial.values()) * (1 - way * (1 - config.ratio)))
         now = sum(layer.state_size for layer in layers)

@@ -4,7 +4,9 @@
 `train.npy` and `valid.npy`, prints a row of a markdown table for each model type: perplexity of the full model, and
 after a cut to half of the states by our default, by greedy selection and by a random one (mean of three). The last column
 is how far the loss of our cut in training mode is from that in evaluation mode: fused kernels read weights and buffers of
-their own. All Mamba-2 models scan the same shapes, so that kernels are tuned once in a process: with `--only`, run the
+their own. `--whole` needs no folder and trains nothing: it prints, of a model of each type in bfloat16 with random weights,
+the bytes that its cache holds of a sequence, the speed of decoding, and how far decoding is from reading all at once, before and
+after the cut; and whether a cut at tolerance 0 leaves every logit and generated token as it was. All Mamba-2 models scan the same shapes, so that kernels are tuned once in a process: with `--only`, run the
 Mamba-1 and the Mamba-2 types side by side. `--tiny` rehearses on a CPU.
 """
 
@@ -17,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig, measure
+from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm.cli.speed import Workload, _cache, _decoding
+from hf_compressm.layers import find_layers
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -142,10 +146,65 @@ def row(model: PreTrainedModel, calibration: torch.Tensor, windows: torch.Tensor
     return f"| {' | '.join([*cells, f'{fused:+.1e}'])} |"
 
 
+def cache_bytes(cache: Cache) -> dict[str, int]:
+    """Of all layers: recurrent states, those of the convolutions, and keys and values of attention."""
+    kinds = {"recurrent_states": "recurrent", "conv_states": "convolution", "keys": "attention", "values": "attention"}
+    found = dict.fromkeys(kinds.values(), 0)
+    for layer in cache.layers:
+        for name, kind in kinds.items():
+            value = getattr(layer, name, None)
+            tensors = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            found[kind] += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    return found
+
+
+def decoded(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+    """The logits of tokens that come one by one after the first half, and the cache after them."""
+    half = ids.shape[1] // 2
+    output = model(input_ids=ids[:, :half], use_cache=True)
+    steps = []
+    for position in range(half, ids.shape[1]):
+        step = torch.tensor([[position]], device=ids.device).expand(len(ids), 1)
+        output = model(input_ids=ids[:, position : position + 1], position_ids=step, use_cache=True, **_cache(output))
+        steps.append(output.logits)
+    (cache,) = _cache(output).values()
+    return torch.cat(steps, dim=1).float(), cache
+
+
+@torch.no_grad()
+def whole(config: Any, args: argparse.Namespace, batches: tuple[int, ...]) -> str:
+    """A row: a model with all its layers, before and after a cut of its states to a half."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(args.device, torch.bfloat16).eval()
+    ids = torch.randint(1, config.vocab_size, (2, args.length), device=args.device)
+    prompt = {"input_ids": ids[:, :16], "attention_mask": torch.ones_like(ids[:, :16])}
+    greedy = {"max_new_tokens": 16, "do_sample": False}
+    before = model(ids, use_cache=False).logits, model.generate(**prompt, **greedy)
+    compress_(model, CompreSSMConfig(tolerance=0), ids)
+    after = model(ids, use_cache=False).logits, model.generate(**prompt, **greedy)
+    cells = [config.model_type, "yes" if all(map(torch.equal, before, after)) else "NO"]
+    columns = []
+    for cut in (False, True):
+        if cut:
+            size = find_layers(model)[0].state_size // 2
+            compress_(model, CompreSSMConfig(state_size=size, realization="select", refit=0, weights="gate"), ids)
+            model.generate(**prompt, **greedy)
+        logits, cache = decoded(model, ids)
+        read = model(ids, use_cache=False).logits[:, -logits.shape[1] :].float()
+        work = Workload(decode_batches=batches, repeats=5)
+        some = [ids[:1, :1].expand(batch, 1).contiguous() for batch in batches]
+        speeds = [f"{_decoding(model, one, work):,.0f}" for one in some]
+        kinds = [f"{size / len(ids) / 1024:,.0f}" for size in cache_bytes(cache).values()]
+        columns.append([*kinds, *speeds, f"{float((logits - read).norm() / read.norm()):.1e}"])
+    cells += [" -> ".join(dict.fromkeys(pair)) for pair in zip(*columns, strict=True)]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", default="", help="model types, apart by commas")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
@@ -162,14 +221,23 @@ def main() -> None:
         shape = {"hidden": 32, "heads": 8, "N1": 16, "N2": 16}
         args.steps, args.batch, args.length = min(args.steps, 5), 4, 32
         windows, calibration = 4, 4
+    every = configs(**shape, chunk=min(256, args.length), vocabulary=args.vocab_size)
+    types = args.only.split(",") if args.only else list(every)
+    if args.whole:
+        batches = (2, 3) if args.tiny else (1, 64)
+        heads = [f"decoding {batch}, tokens/s" for batch in batches]
+        kinds = ["state, KiB a sequence", "convolution", f"attention at {args.length} tokens"]
+        print(f"| {' | '.join(['model type', 'tolerance 0 exact', *kinds, *heads, 'decoded - read'])} |")
+        print(f"|{'---|' * (6 + len(heads))}", flush=True)
+        for model_type in types:
+            print(whole(every[model_type], args, batches), flush=True)
+        return
     train_stream, valid_stream = (
         torch.from_numpy(np.load(args.folder / f"{split}.npy").astype(np.int32)) for split in ("train", "valid")
     )
     length = 2 * args.length
     valid = valid_stream[: windows * length].view(-1, length).long().to(args.device)
     known = train_stream[: calibration * length].view(-1, length).long().to(args.device)
-    every = configs(**shape, chunk=min(256, args.length), vocabulary=args.vocab_size)
-    types = args.only.split(",") if args.only else list(every)
     rows = []
     for model_type in types:
         begin = time.perf_counter()

@@ -2,9 +2,12 @@
 
 `python tests/gpu/scale.py mamba2-2.7b mamba-2.8b` prints for each shape a row for every step: measure, plan (sensitivities
 and sizes), refit, cut and save, with its seconds and the most memory that it took beside the model. `--cap-gib 24` lets the process
-have no more of the GPU than that. Weights are bfloat16 (`--dtype`), half of the states are kept (`--ratio`). Without
+have no more of the GPU than that. Weights are bfloat16 (`--dtype`), half of the states are kept (`--ratio`; with a `--state-size` no
+layer is tried). Without
 mamba_ssm, the stock scan of Mamba-1 is a loop over tokens: name a short `--length` for it. On a CPU (`--device cpu`) the
-memory is the most that the process ever had.
+memory is the most that the process ever had. `--spread` puts the model on all GPUs, as `device_map="auto"` does, and tells the most
+memory of any; `--estimate` prints what `hf-compressm estimate` expects of a cut on the text that the package ships, which is 64 x 512
+tokens on a GPU and 16 x 512 on a CPU.
 """
 
 import argparse
@@ -17,11 +20,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMConfig, measure
+from hf_compressm.cli.estimating import estimate
 from hf_compressm.cutting.progress import listening
 
 GIB = 2**30
@@ -115,17 +121,31 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on all GPUs, some blocks on each."""
+    whole = {"no_split_module_classes": model._no_split_modules}
+    memory = get_balanced_memory(model, **whole)
+    device_map = infer_auto_device_map(model, memory, **whole)
+    print(f"on {sorted(map(str, set(device_map.values())))}", flush=True)
+    return dispatch_model(model, device_map)
+
+
+def gpus(device: torch.device) -> range:
+    return range(torch.cuda.device_count() if device.type == "cuda" else 0)
+
+
 @contextmanager
-def timed(row: str, name: str, device: torch.device, before: int) -> Iterator[None]:
-    """Print the step's seconds and the most memory beside the model."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+def timed(row: str, name: str, device: torch.device, before: list[int]) -> Iterator[None]:
+    """Print the step's seconds and the most memory beside the model, of the GPU that has most."""
+    for gpu in gpus(device):
+        torch.cuda.synchronize(gpu)
+        torch.cuda.reset_peak_memory_stats(gpu)
     begin = time.perf_counter()
     yield
+    for gpu in gpus(device):
+        torch.cuda.synchronize(gpu)
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / GIB
+        peak = max(torch.cuda.max_memory_allocated(gpu) - before[gpu] for gpu in gpus(device)) / GIB
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     print(f"| {name} | {row} | {time.perf_counter() - begin:.1f} | {peak:.2f} |", flush=True)
@@ -135,7 +155,9 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     model = build(name, device, getattr(torch, args.dtype))
     own = sum(p.nbytes for p in model.parameters())
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    if args.spread:
+        model = spread(model.cpu())
+    before = [torch.cuda.memory_allocated(gpu) for gpu in gpus(device)]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (args.sequences, args.length), generator=torch.Generator().manual_seed(0))
     print(
@@ -144,8 +166,12 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
         flush=True,
     )
     options = {"realization": args.realization, "weights": args.weights}
-    options |= {"ratio": args.ratio} if args.ratio else {"max_divergence": args.max_divergence}
+    targets = {"state_size": args.state_size, "max_divergence": args.max_divergence}
+    options |= {key: value for key, value in targets.items() if value} or {"ratio": args.ratio}
     config = CompreSSMConfig(**options, refit=args.refit)
+    if args.estimate:
+        expected = estimate(model.config, config.after_training(), device, model.dtype).seconds
+        print("| " + " | ".join(f"{step}: {seconds:.1f}" for step, seconds in expected.items()) + " |", flush=True)
     with timed("measure", name, device, before):
         measurement = measure(model, ids, config)
     fitting = [0.0, 0.0]  # since when, and how long
@@ -177,6 +203,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--state-size", type=int)
     parser.add_argument("--max-divergence", type=float)
     parser.add_argument("--realization", default="auto")
     parser.add_argument("--weights", default="auto")
@@ -185,9 +212,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cap-gib", type=float)
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--spread", action="store_true")
+    parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    args.ratio = None if args.max_divergence else args.ratio
     device = torch.device(args.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory

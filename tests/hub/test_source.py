@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -90,6 +90,34 @@ def test_layers_of_different_sizes_need_more_than_the_source_says(tmp_path, toke
     config = json.loads((tmp_path / "slim" / "config.json").read_text())
     assert config["per_layer_config"]
     assert "author" in config
+
+
+def test_shards_and_dtypes_are_those_of_the_source(tmp_path, token_ids):
+    """Some weights in float32 among others in bfloat16, in shards that a fixed size would not give."""
+    source, slim = tmp_path / "source", tmp_path / "slim"
+    older(source, tiny_mamba, torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if "A_log" in name}
+    (source / "model.safetensors").unlink()
+    names, files = sorted(tensors), [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    weight_map = {name: files[i % 3] for i, name in enumerate(names)}
+    for file in files:
+        save_file({name: tensors[name] for name in names if weight_map[name] == file}, source / file, {"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    model = compress_pretrained(source, CompreSSMConfig(state_size=4, refit=0), calibration_data=token_ids)
+    model.save_pretrained(slim)
+    assert json.loads((slim / "model.safetensors.index.json").read_text())["weight_map"] == weight_map
+    for file in files:
+        before, after = load_file(source / file), load_file(slim / file)
+        assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    assert torch.isfinite(load_model(slim)(token_ids[:1]).logits).all()
+
+    model.save_pretrained(tmp_path / "one", max_shard_size="1GB")
+    assert load_file(tmp_path / "one" / "model.safetensors").keys() == tensors.keys()
+    model.float().save_pretrained(tmp_path / "float")
+    saved = [tensor for file in files for tensor in load_file(tmp_path / "float" / file).values()]
+    assert {tensor.dtype for tensor in saved} == {torch.float32}
 
 
 def test_a_source_that_is_gone(tmp_path, token_ids):

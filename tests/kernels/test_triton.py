@@ -236,6 +236,31 @@ def test_a_step_of_heads_of_any_sizes(dtype):
     assert_near(twin, expected, loose)
 
 
+@needs_interpreter
+@dtypes
+def test_the_gated_norm(monkeypatch, dtype):
+    """As the stock one, by groups, of a gate that is part of a larger tensor."""
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    from hf_compressm.modeling import modeling_compressm
+
+    norm, generator = MambaRMSNormGated(48, 24).to(dtype), torch.Generator().manual_seed(0)
+    norm.weight.data.normal_(generator=generator)
+    x, gate = (torch.randn(2, 3, 100, generator=generator).to(dtype)[..., :48] for _ in range(2))
+    x = x.contiguous()
+    expected = norm(x, gate).detach()
+    launched = []
+
+    class OnAGpu(Tensor):
+        is_cuda = property(lambda self: launched.append(True) or True)
+
+    with torch.no_grad():
+        found = modeling_compressm.gated_norm(norm, x.as_subclass(OnAGpu), gate).as_subclass(Tensor)
+    assert launched
+    assert_near(found, expected.double(), 1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert modeling_compressm.gated_norm(norm, x, gate).grad_fn is not None
+
+
 def step_of_heads_reference_double(state, x, dt, A, B, C, D, dt_bias, sizes) -> Tensor:
     """Head by head; changes the state in place."""
     outputs, start = [], 0

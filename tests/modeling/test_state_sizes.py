@@ -1,3 +1,5 @@
+import struct
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,6 +47,19 @@ def test_a_model_or_its_config():
         "AutoModel": "modeling_compressm.MambaModel",
         "AutoModelForCausalLM": "modeling_compressm.MambaForCausalLM",
     }
+
+
+def test_readers_that_know_one_size_fail_and_say_why():
+    """What llama.cpp's converter does with the size, and what transformers 4 does with heads to prune."""
+    config = mamba_config()
+    set_state_sizes(config, {0: 2})
+    values = config.to_diff_dict()
+    with pytest.raises(struct.error):
+        struct.pack("<I", values["state_size"] or 16)
+    with pytest.raises(ValueError, match="this model needs transformers>=5"):
+        [int(key) for key in values["pruned_heads"]]
+    set_state_sizes(config, {0: 8})
+    assert not hasattr(config, "pruned_heads")
 
 
 def test_other_entries_of_auto_map_stay():
