@@ -210,9 +210,10 @@ class _Balanced:
             Rm, Lm = self.Rm[:, :k], self.Lm[:, :k]
             eigenvalues, T = torch.linalg.eig(Lm.mT @ self.A @ Rm)
             stay = eigenvalues.imag >= 0
-            if int(stay.sum()) <= r:
+            excess = int(stay.sum()) - r
+            if excess <= 0:
                 break
-            k = min(k - 1, 2 * r - int((eigenvalues.imag == 0).sum()))
+            k -= excess  # a real state less is one complex state less, at most
         a, T_C = eigenvalues[stay], (self.C @ Rm).to(T.dtype) @ T[:, stay]
         B = torch.linalg.solve_ex(T, (Lm.mT @ self.B).to(T.dtype)).result[stay]
         C = T_C * torch.where(a.imag > 0, 2, 1)
