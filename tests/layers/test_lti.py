@@ -179,7 +179,7 @@ def test_moments_of_new_states_begin_anew_and_others_stay(token_ids):
         loss = model(token_ids, labels=token_ids).loss
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     first, _, _ = (step() for _ in range(3))
     mixer = model.mixers[0]
