@@ -160,7 +160,7 @@ class LTILayer(MixerLayer):
 
     def __init__(self, name: str, mixer: Any) -> None:
         self.name, self.mixer = name, mixer
-        self.index = getattr(mixer, "layer_idx", None)
+        self.index = getattr(mixer, "layer_idx", None)  # type: ignore[assignment]
 
     @classmethod
     def misfit(cls, module: nn.Module) -> list[str]:

@@ -104,9 +104,9 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
         misfits = {family: family.misfit(module) for family in _FAMILIES}
         family = next((family for family, remarks in misfits.items() if not remarks), None)
         if family is not None:
-            layers.append(family(name, module))
-            if layers[-1].index is None:
-                layers[-1].index = len(layers) - 1
+            layer = family(name, module)
+            layer.index = len(layers) if layer.index is None else layer.index
+            layers.append(layer)
         elif _looks_like_a_mixer(module):
             _refuse_computed(name, module)
             nearest = MambaLayer if hasattr(module, "x_proj") else Mamba2Layer

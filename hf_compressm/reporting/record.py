@@ -200,7 +200,7 @@ def base_model(model: PreTrainedModel) -> str | None:
     return None if "/" not in name or Path(name).exists() else name
 
 
-def _of_origin(model: PreTrainedModel) -> tuple[Cut, ...]:
+def _of_origin(model: Any) -> tuple[Cut, ...]:
     """The history beside the checkpoint that a model was loaded from, if it is that of layers of these sizes."""
     if not isinstance(model, PreTrainedModel):
         return ()
