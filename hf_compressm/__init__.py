@@ -9,7 +9,7 @@ The rooms, from the ground up; each imports only from those above it here:
     hankel/        control theory: Gramians, singular values, truncation; tensors in, tensors out
     modeling/      the format of slim models: sizes by layer, the projected mixer, the code that is saved with them
     layers/        one family of SSM layers a module: read a system off a mixer, make its state smaller
-    backends/      one way to train a module: one process, DDP, ...
+    backends/      one way to train a module: one process, DDP, FSDP2, ...
     data/          the tokens that models are measured and evaluated on
     reporting/     what was done: report, figure, record, model card
     cutting/       measure, plan, apply

@@ -39,10 +39,34 @@ USED = {
     "accelerate.hooks.AlignDevicesHook": "its attributes execution_device, weights_map and original_devices, as `module._hf_hook`: "
     "where the weights of an offloaded module are, and where they are computed with",
     "accelerate.hooks.add_hook_to_module": "keeps the `forward` of the module's class as `module._old_forward`",
+    "torch.distributed.distributed_c10d._get_default_store": "where the processes of a group find each other: it answers also "
+    "where a collective would wait for a process that never comes",
     "torch._dynamo.utils.counters": "whether anything was compiled that has to be compiled again",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam": "all that FSDP2 keeps of a parameter, its shapes among it: made "
+    "anew for another shape. Of its attributes, those in `FSDP2_ATTRIBUTES`",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule._get_fsdp_state": "where they are: _fsdp_param_groups, which before "
+    "2.12 was one, _fsdp_param_group, and the fsdp_params of each",
+    "transformers.trainer.Trainer._load_from_checkpoint": "under FSDP2 a model must have a checkpoint's sizes before its weights are "
+    "loaded, and no event comes between its sharding and that",
+    "transformers.trainer.Trainer._load_best_model": "the same",
 }
 
+FSDP2_ARGUMENTS = [
+    *("self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device"),
+    *("shard_placement_fn", "mp_policy", "offload_policy"),
+]
+FSDP2_ATTRIBUTES = [
+    "_module_info",
+    "_param_fqn",
+    "_post_load_hook_handle",
+    "_setattr_on_modules",
+    "fsdp_placement",
+    "init_dtype_attrs",
+]
 
+
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""In the names of modules that are computed again in the backward pass under FSDP, and not in those of their tensors."""
 UPLOAD = "_upload_modified_files"
 SPLIT = "split_torch_state_dict_into_shards"
 PUSH_FROM_CHECKPOINT = "_push_from_checkpoint"
@@ -61,6 +85,11 @@ def checkpoint_parent(trainer: Any) -> str:
 def comm_hooks(ddp: DistributedDataParallel) -> list[tuple[Callable, Any]]:
     """The communication hooks of a DDP wrapper, with their states."""
     return list(ddp._comm_hooks)
+
+
+def process_store() -> Any:
+    """The key-value store that all processes of the default group share."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def accelerate_state() -> list[dict[str, Any]]:
@@ -100,11 +129,156 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """With offloaded weights of a module, and of what is in it, on the device that it computes on."""
+    """With offloaded weights of a module, and of what is in it, on the device that it computes on, and sharded ones whole.
+
+    Sharded ones are gathered by all processes together, which must all come here.
+    """
     with ExitStack() as stack:
         for each in module.modules():
             stack.enter_context(align_module_device(each))
+        stack.enter_context(gathered(module))
         yield
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over several processes, as a `DTensor`; its shape is that of the whole."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered by all processes together; any other as it is."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(new: Tensor, old: Tensor) -> Tensor:
+    """A whole tensor, which all processes have alike, sharded as another one is; as it is if that is whole."""
+    if not is_sharded(old):
+        return new
+    from torch.distributed.tensor import distribute_tensor
+
+    # The source rank None: each takes its part of what it has, and nothing is sent.
+    return distribute_tensor(new, old.device_mesh, old.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+_ask_the_others: list[Callable[[nn.Module], object]] = []
+
+
+@contextmanager
+def asking_the_others(ask: Callable[[nn.Module], object]) -> Iterator[None]:
+    """Where only this process reads weights, call `ask` with a module before its weights are gathered."""
+    _ask_the_others.append(ask)
+    try:
+        yield
+    finally:
+        _ask_the_others.remove(ask)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """With whole parameters in the places of a module's sharded ones; each knows its own as `stands_for`.
+
+    All processes must come here together, or those that did not be asked to.
+    """
+    sharded = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if is_sharded(parameter)
+    ]
+    if sharded and _ask_the_others:
+        _ask_the_others[-1](module)
+    try:
+        for owner, name, parameter in sharded:
+            stand_in = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+            stand_in.stands_for = parameter  # type: ignore[attr-defined]
+            setattr(owner, name, stand_in)
+        yield
+    finally:
+        for owner, name, parameter in sharded:
+            setattr(owner, name, parameter)
+
+
+def fsdp2_units(model: nn.Module) -> list[Any]:
+    """The modules of a model that FSDP2 gathers and frees, each as one; none where it is not sharded so."""
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    return [each for each in model.modules() if module is not None and isinstance(each, module.FSDPModule)]
+
+
+def fsdp2_parameters(model: nn.Module) -> list[list[Any]]:
+    """What FSDP2 keeps of a model's parameters (an `FSDPParam` of each, with it as `sharded_param`), by group.
+
+    Raises:
+        ValueError: if torch is of a version that this was not checked on, and keeps other things.
+    """
+    units = fsdp2_units(model)
+    if not units:
+        return []
+    groups: list[Any] = []
+    for unit in units:
+        state = unit._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)
+        groups += [getattr(state, "_fsdp_param_group", None)] if several is None else several
+    kept = [group.fsdp_params for group in groups if group is not None]
+    for one in [one for group in kept for one in group][:1]:
+        arguments = list(inspect.signature(type(one).__init__).parameters)
+        if arguments != FSDP2_ARGUMENTS or not all(hasattr(one, name) for name in FSDP2_ATTRIBUTES):
+            kept = []
+    if not any(kept):
+        raise ValueError(
+            f"How FSDP2 of torch {torch.__version__} keeps its parameters is not known here; what is known was checked on torch "
+            f"{' and '.join(CHECKED['torch'])}: take one of these, or DDP. Nothing was changed."
+        )
+    return kept
+
+
+def resize_fsdp2_(kept: Any, data: Tensor) -> None:
+    """Give a parameter that FSDP2 shards new data of another shape. In place: it stays the same object.
+
+    Args:
+        kept: its `FSDPParam`, which also stays the same object.
+        data: whole, the same on all processes; or sharded as the parameter will be.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    parameter: nn.Parameter = kept.sharded_param
+    empty = torch.empty(data.shape, dtype=parameter.dtype, device=kept.device) if is_sharded(data) else None
+    full = data.detach().to(kept.device, parameter.dtype).contiguous() if empty is None else empty
+    new = type(kept)(
+        nn.Parameter(full, requires_grad=parameter.requires_grad),
+        kept._module_info,
+        kept.mesh_info,
+        kept.post_forward_mesh_info,
+        kept.device,
+        lambda _: kept.fsdp_placement,
+        kept.mp_policy,
+        CPUOffloadPolicy(pin_memory=kept.pin_memory) if kept.offload_to_cpu else OffloadPolicy(),
+    )
+    new._post_load_hook_handle.remove()
+    if is_sharded(data):
+        new.sharded_param.detach().to_local().copy_(data.detach().to_local())  # type: ignore[attr-defined]
+    new.init_dtype_attrs(kept.mp_policy)
+    parameter.grad = None
+    torch.utils.swap_tensors(parameter, new.sharded_param)
+    own = {name: vars(kept)[name] for name in ("_param_fqn", "_post_load_hook_handle")}
+    vars(kept).clear()  # of the old shape's whole parameter, too, which is made anew where it is missing
+    vars(kept).update(vars(new) | own | {"sharded_param": parameter})
+    kept._setattr_on_modules(parameter)
+
+
+def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
+    """Have a `Trainer` call `prepare_` with the folder of a checkpoint before it loads weights from it. In place."""
+    load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+
+    def load_from_checkpoint(folder: str, *args: Any, **kwargs: Any) -> None:
+        prepare_(folder)
+        load(folder, *args, **kwargs)
+
+    def load_best_model() -> None:
+        prepare_(trainer.state.best_model_checkpoint)
+        load_best()
+
+    trainer._load_from_checkpoint, trainer._load_best_model = load_from_checkpoint, load_best_model
 
 
 def weights_map(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backends import OneProcess
+from .backends import Backend, Loop, find_backend, processes
 from .config import CompreSSMConfig, ConfigLike
-from .cutting import measure
+from .cutting import Plan, measure
+from .cutting.apply import replaced_parameters
 from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
+from .cutting.snapshot import undone_on_error
 from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
 from .data.healing import HealingText
@@ -69,6 +73,10 @@ def compress_pretrained(
     config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
+        if processes() > 1:
+            raise ValueError(
+                "Several processes would push the same model: drop push_to_hub, and push it from one of them."
+            )
         check_login(token)
     if not isinstance(name_or_model, str | os.PathLike):
         if from_pretrained_kwargs:
@@ -117,10 +125,13 @@ def compress_(
     cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their data, except that a projection
     adds one to each mixer.
 
+    In a loop of several processes, call it on all of them between two steps: the statistics of each process's data are summed,
+    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other.
+
     Args:
-        model: with Mamba or Mamba-2 layers, on any device.
+        model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
         config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
-        calibration_data, tokenizer: as for `compress_pretrained`.
+        calibration_data, tokenizer: as for `compress_pretrained`; of this process. Refits are fitted on those of process 0.
         optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
             parameters that they belong to.
 
@@ -129,24 +140,67 @@ def compress_(
 
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
-            calibration data does not fit the model, if an optimizer can't follow, or in one of several processes; and with
-            `heal`, if the model has no head, is in float16 or in part offloaded, or there is a single sequence of text.
+            calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
+            weights; and with `heal`, if the model has no head, is in float16 or in part offloaded, there is a single sequence
+            of text, or there are several processes.
         TypeError: if the calibration data is of an unknown kind.
+        RuntimeError: if another process failed, ended, or did not call this.
     """
-    OneProcess().refuse()
-    config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
-    layers = find_layers(model)
-    # before the long part
-    check_targets(config, layers, realization_of(config, layers))
-    if optimizer is not None:
-        check_optimizers(as_list(optimizer), model)
+    backend = find_backend(Loop(model))
+    config, model = backend.together("compress_", lambda: _checked(model, config, optimizer, backend))
+    if backend.processes > 1:
+        backend.agree("compress_", _facts(config, model, optimizer))
     if not config.heal:
-        return measure(model, calibration_data, config, tokenizer=tokenizer).plan(config).apply_(model, optimizer)
-    check_can_heal(model, config)
+        measurement = measure(model, calibration_data, config, tokenizer=tokenizer, backend=backend)
+        plan = backend.decide(lambda: measurement.plan(config).cpu())
+        return _cut_(model, plan, optimizer, backend)
     text = HealingText(calibration_data, model, tokenizer, config.heal)
     measurement = measure(model, text.measured, config)
     plan = measurement.plan(replace(config, heal=0))
     return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
+
+
+def _checked(
+    model: Any, config: ConfigLike, optimizer: Any, backend: Backend
+) -> tuple[CompreSSMConfig, PreTrainedModel]:
+    """The config, and the model inside of its wrappers, once nothing is known that speaks against a cut."""
+    config, model = CompreSSMConfig.of(config).after_training(), plain_model(Loop(model).model)
+    backend.refuse()
+    layers = find_layers(model)
+    check_targets(config, layers, realization_of(config, layers))
+    if optimizer is not None:
+        check_optimizers(as_list(optimizer), model)
+    if config.heal:
+        check_can_heal(model, config)
+    return config, model
+
+
+def _facts(config: CompreSSMConfig, model: PreTrainedModel, optimizer: Any) -> dict[str, Any]:
+    """What has to be the same on all processes that cut a model together."""
+    whole = [p.detach().contiguous() for p in model.parameters() if type(p.data) is Tensor and not p.is_meta]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return config.to_dict() | {
+        "optimizer=": optimizer is not None,
+        "the model's state sizes": {layer.index: layer.state_size for layer in find_layers(model)},
+        # of the bits, so that it depends on no order
+        "the model's weights (a checksum)": sum(
+            int(p.view(integers[p.element_size()]).sum(dtype=torch.int64)) for p in whole
+        ),
+    }
+
+
+def _cut_(model: PreTrainedModel, plan: Plan, optimizer: Any, backend: Backend) -> CompressionReport:
+    """On all processes, or on none."""
+    with ExitStack() as stack:
+        if backend.processes > 1:  # else the plan's own transaction is enough
+            layers = find_layers(model)
+            replaced = replaced_parameters(layers, plan.realizations)
+            stack.enter_context(
+                undone_on_error(model, layers, as_list(optimizer), backend.resize_parameter_, replaced)
+            )
+        report = backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=backend))
+        backend.after_cut_()
+    return report
 
 
 def hankel_singular_values(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,11 +19,16 @@ class Backend(ABC):
     """One way to train a model, on one or several processes.
 
     Args:
-        trainer: the `Trainer` that trains it, if there is one.
+        trainer: the `Trainer` that trains it, or the `Loop` of one's own, if there is one.
     """
 
     def __init__(self, trainer: Any = None) -> None:
         self.trainer = trainer
+
+    @property
+    def wrapped(self) -> Any:
+        """The model as the training loop calls it."""
+        return self.trainer.model_wrapped
 
     @classmethod
     @abstractmethod
@@ -37,6 +42,30 @@ class Backend(ABC):
             ValueError: with what to do instead.
         """
 
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return 1
+
+    def together(self, what: str, part: Callable[[], T], silence: float | None = None) -> T:
+        """Do a part of the work on all processes, and go on when all have done theirs: an error of one is raised on all.
+
+        Args:
+            what: is done, for messages.
+            part: what this process has to do.
+            silence: seconds after which a process that does not come is given up.
+        """
+        return part()
+
+    def agree(self, what: str, facts: Mapping[str, Any], silence: float | None = None) -> None:
+        """Refuse to go on where the processes differ.
+
+        Args:
+            what: is begun, for messages.
+            facts: that have to be the same on all of them, by name; as JSON takes them.
+            silence: as for `together`.
+        """
+
     def share_candidates_(self, statistics: Sequence[Statistics], first: Callable[[], Sequence[Statistics]]) -> None:
         """Give all processes the same candidates for a read-out, where there are too many states to fit all of them.
 
@@ -48,13 +77,24 @@ class Backend(ABC):
     def sum_(self, statistics: Sequence[Statistics]) -> None:
         """Add up the statistics over the processes. In place."""
 
+    def least(self, count: int) -> int:
+        """The least of the processes' numbers, if all must run the model equally often; else one's own."""
+        return count
+
+    def settle_(self) -> None:
+        """Put the parameters back where the optimizer holds them, after passes of the model outside of training."""
+
     def decide(self, choose: Callable[[], T]) -> T:
         """What one process chooses, on all of them; its error is raised on all of them.
 
         Raises:
-            ValueError: what `choose` raised.
+            ValueError, TypeError: what `choose` raised; any other error of another process is a RuntimeError.
         """
         return choose()
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all processes, in the order of these."""
+        return list(items)
 
     def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
         """Give a parameter new data of another shape. In place: it stays the same object."""

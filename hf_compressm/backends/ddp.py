@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import comm_hooks, uncompiled
 from ..hankel.statistics import Statistics
+from .agreement import agree, processes, together
 from .backend import Backend
 
 DEFAULT_BUCKET = 25 * 2**20
@@ -24,8 +26,31 @@ class DDP(Backend):
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:
-        """If there is more than one process in the default group."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        """If there is more than one process in the default group, or one with a wrapped model."""
+        return processes() > 1 or find_ddp(getattr(trainer, "model_wrapped", None)) is not None
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return processes()
+
+    def together(self, what: str, part: Callable[[], T], silence: float | None = None) -> T:
+        """See `agreement.together`.
+
+        Raises:
+            ValueError, TypeError: what `part` raised, on this process or another.
+            RuntimeError: for any other error of another process, or if one does not come or has ended.
+        """
+        return together(what, part, silence)
+
+    def agree(self, what: str, facts: Mapping[str, Any], silence: float | None = None) -> None:
+        """See `agreement.agree`.
+
+        Raises:
+            ValueError: on all of them, with the first name in which one differs from process 0.
+            RuntimeError: as `together`.
+        """
+        agree(what, facts, silence)
 
     def share_candidates_(self, statistics: Sequence[Statistics], first: Callable[[], Sequence[Statistics]]) -> None:
         """Choose them by what all processes saw in their first batches."""
@@ -35,42 +60,49 @@ class DDP(Backend):
             for group, moments in enumerate(entry.groups)
             if moments.readout and not len(moments.candidates)
         ]
-        seen = first() if wanting else []
+        seen = together("measuring the first batch", first) if wanting else []
         for layer, group in wanting:
             contribution = seen[layer].groups[group].contribution.clone()
-            dist.all_reduce(contribution)
+            _add_up_(contribution)
             statistics[layer].groups[group].choose_candidates(contribution)
 
     def sum_(self, statistics: Sequence[Statistics]) -> None:
         """Add up the statistics over the processes. In place."""
         for entry in statistics:
             for tensor in entry.sums():
-                dist.all_reduce(tensor)
+                _add_up_(tensor)
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What process 0 chooses.
 
         Raises:
-            ValueError: what `choose` raised.
+            ValueError, TypeError: what `choose` raised; any other error of another process is a RuntimeError.
         """
-        answer: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                answer = [(choose(), None)]
-            except ValueError as error:
-                answer = [(None, str(error))]
+        first = dist.get_rank() == 0
+        answer: list[Any] = [together("a decision of process 0", lambda: choose() if first else None)]
         dist.broadcast_object_list(answer, src=0)
-        choice, refusal = answer[0]
-        if refusal is not None:
-            raise ValueError(refusal)
-        return choice
+        return answer[0]
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all processes, in the order of these."""
+        everything: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everything, list(items))
+        return [item for some in everything for item in some]
 
     def after_cut_(self) -> None:
         """Rebuild the reducer."""
-        ddp = find_ddp(self.trainer.model_wrapped)
+        ddp = find_ddp(self.wrapped)
         if ddp is not None:
             rebuild_reducer_(ddp)
         super().after_cut_()
+
+
+def _add_up_(tensor: Tensor) -> None:
+    """Over the processes, in place; NCCL takes no tensors of the CPU, where large Gramians wait."""
+    there = tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
+    dist.all_reduce(there)
+    if there is not tensor:
+        tensor.copy_(there)
 
 
 def find_ddp(wrapped: Any) -> DistributedDataParallel | None:
@@ -101,6 +133,7 @@ def rebuild_reducer_(ddp: DistributedDataParallel) -> None:
     sync = "forward_sync_buffers" if hasattr(ddp, "forward_sync_buffers") else "broadcast_buffers"
     stored[sync] = getattr(ddp, sync)
     module, training, registered = ddp.module, ddp.training, comm_hooks(ddp)
+    synchronising = ddp.require_backward_grad_sync  # not within no_sync()
     hooks = {name: value for name, value in vars(ddp).items() if name.endswith("_hooks") and name != "_comm_hooks"}
     hooks |= {name: value for name, value in vars(ddp).items() if name.endswith(("_with_kwargs", "_always_called"))}
     ddp.reducer = ddp.logger = None  # type: ignore[assignment]
@@ -108,6 +141,7 @@ def rebuild_reducer_(ddp: DistributedDataParallel) -> None:
     ddp.__init__(module, **{name: value for name, value in stored.items() if name in known})  # type: ignore[misc]
     vars(ddp).update(hooks)
     ddp.train(training)
+    ddp.require_backward_grad_sync = synchronising
     for hook, state in registered:
         for name in ("error_dict", "p_memory_dict", "q_memory_dict"):  # PowerSGD's tensors of the old shapes
             getattr(state, name, {}).clear()

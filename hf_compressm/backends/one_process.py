@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
+from .agreement import processes
 from .backend import Backend
 
 
@@ -23,9 +22,10 @@ class OneProcess(Backend):
         Raises:
             ValueError: with what to do instead.
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if processes() > 1:
             raise ValueError(
-                f"This is one of {dist.get_world_size()} processes, and each would cut its copy of the model alone: give "
-                "CompreSSMCallback to a Trainer, or cut the model in one process before the others start "
-                "(compress_pretrained, then save_pretrained) and load the slim one in all. Nothing was changed."
+                f"This is one of {processes()} processes, and each would cut its copy of the model alone: call compress_ on "
+                "all of them, with the model as DistributedDataParallel or Accelerate wrapped it; or cut it in one process "
+                "before the others start (compress_pretrained, then save_pretrained), and load the slim one in all. Nothing "
+                "was changed."
             )

@@ -8,20 +8,14 @@ from torch import nn
 
 from .backend import Backend
 
-_SHARDED = {
-    "is_deepspeed_enabled": "DeepSpeed",
-    "is_fsdp_enabled": "FSDP",
-    "is_distributed_loading_by_transformers": "a model that was sharded when it was loaded",
-}
-
 
 class Sharded(Backend):
-    """The parameters are spread over the processes."""
+    """The parameters or the optimizer's states are spread over the processes in a way that can't follow a cut."""
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:
         """If the trainer says so."""
-        return any(getattr(trainer, flag, False) for flag in _SHARDED)
+        return _name(trainer) is not None
 
     def refuse(self) -> None:
         """Always.
@@ -29,11 +23,24 @@ class Sharded(Backend):
         Raises:
             ValueError: with what to do instead.
         """
-        name = next(name for flag, name in _SHARDED.items() if getattr(self.trainer, flag, False))
         raise ValueError(
-            f"CompreSSMCallback can't cut under {name} yet: train in one process or with DDP (torchrun), or call "
-            "compress_pretrained before or after the training."
+            f"CompreSSMCallback can't cut under {_name(self.trainer)}: train with FSDP2 (fsdp=True with fsdp_config={{'version': 2}}, "
+            "or fsdp_version: 2 in accelerate's config), with DDP (torchrun) or in one process, or call compress_pretrained "
+            "before or after the training."
         )
+
+
+def _name(trainer: Any) -> str | None:
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        return "DeepSpeed"
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "a model that was sharded when it was loaded"
+    if getattr(trainer, "is_fsdp_xla_enabled", False):
+        return "FSDP of XLA"
+    if getattr(trainer, "is_fsdp_enabled", False):
+        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        return None if getattr(plugin, "fsdp_version", 1) == 2 else "FSDP1"
+    return None
 
 
 class DataParallel(Backend):

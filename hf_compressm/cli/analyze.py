@@ -52,7 +52,7 @@ def analyze(
     from ..compress import hankel_singular_values
     from ..config import CompreSSMConfig
     from ..cutting import measure
-    from ..hankel.ranks import energy_rank
+    from ..hankel.ranks import energy_rank_of_layer
 
     # Before the long part.
     CompreSSMConfig(tolerance=tolerance)
@@ -88,7 +88,8 @@ def analyze(
         for column in ("layer", "states", "needed"):
             table.add_column(column, justify="right")
         for layer in reports[0].layers:
-            rank = int(energy_rank(torch.tensor(layer.hankel_singular_values), tolerance).max())
+            spectrum = torch.tensor(layer.hankel_singular_values)
+            rank = energy_rank_of_layer(spectrum, tolerance, layer.head_sizes is not None)
             table.add_row(str(layer.index), str(layer.old_size), str(rank))
         Console().print(table)
     if figure is not None:

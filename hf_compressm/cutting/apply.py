@@ -36,8 +36,8 @@ def cut_(
         if layer.index not in realizations:
             continue
         realization = realizations[layer.index].to(layer.device)
+        parameters = dict(layer.mixer.named_parameters())  # which optimizers hold
         with weights_at_hand(layer.mixer):
-            parameters = dict(layer.mixer.named_parameters())
             cuts = realization.parameter_cuts(layer)
             # Looked at, and made once more in its turn: all layers' together would be most of a second model.
             if not all(torch.isfinite(data).all() for data in new_data(layer, cuts).values()):
@@ -71,7 +71,8 @@ def replaced_parameters(layers: Sequence[Layer], realizations: Mapping[int, Real
     for layer in layers:
         if layer.index in realizations and not any(p.is_meta for p in layer.mixer.parameters()):
             parameters = dict(layer.mixer.named_parameters())
-            cuts = realizations[layer.index].to(layer.device).parameter_cuts(layer)
+            with weights_at_hand(layer.mixer):
+                cuts = realizations[layer.index].to(layer.device).parameter_cuts(layer)
             found += [parameters[name] for name in cuts if name in parameters]
     return found
 

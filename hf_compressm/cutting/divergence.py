@@ -14,7 +14,7 @@ from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
 from .observing import hooks
-from .passes import in_passes, sequences_to_head
+from .passes import called_with, in_passes, sequences_to_head
 from .progress import followed
 from .resuming import Outputs
 from .trials import cut_copy
@@ -61,7 +61,7 @@ class Divergence:
         with evaluating(self.model):
             for number, part in enumerate(self.parts):
                 with around(number):
-                    output = self.model(**part, use_cache=False)
+                    output = self.model(**called_with(part), use_cache=False)
                 self.has_head = hasattr(output, "logits")
                 yield output.logits if self.has_head else output[0]
 
@@ -130,5 +130,5 @@ def output_errors(
         for batch in followed("judging the cut on held-out text", batches):
             for part in (on(device_of(model), part) for part in in_passes(batch, layers)):
                 mask.append(part["attention_mask"])
-                model.base_model(**part, use_cache=False)
+                model.base_model(**called_with(part), use_cache=False)
     return {index: lost[index] / whole[index] if whole[index] else 0.0 for index in cuts}

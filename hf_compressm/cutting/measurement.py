@@ -67,7 +67,7 @@ class Measurement:
                 "it with this config."
             )
         if any(
-            layer.state_size != entry.groups[0].size for layer, entry in zip(self.layers, self.statistics, strict=True)
+            layer.state_size != entry.state_size for layer, entry in zip(self.layers, self.statistics, strict=True)
         ):
             raise ValueError("The model was cut since it was measured: measure it again.")
         name = realization_of(config, self.layers)

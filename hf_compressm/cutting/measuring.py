@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..backends import Backend, OneProcess
 from ..compat import device_of
 from ..config import CompreSSMConfig, ConfigLike
-from ..data.batches import BATCH
+from ..data.batches import BATCH, Batch
 from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
 from ..hankel import budgets
@@ -23,7 +24,7 @@ from ..layers import Layer, find_layers, is_plain, plain_model, realization_of
 from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
-from .passes import in_passes
+from .passes import called_with, in_passes
 from .progress import followed
 from .scans import quick_scans
 
@@ -43,7 +44,12 @@ HELD_OUT_FROM = 8
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, data: Any = None, config: ConfigLike = None, *, tokenizer: Any = None
+    model: PreTrainedModel,
+    data: Any = None,
+    config: ConfigLike = None,
+    *,
+    tokenizer: Any = None,
+    backend: Backend | None = None,
 ) -> Measurement:
     """Measure what the states of a model's layers do: once, for any number of plans. The model is not changed.
 
@@ -56,6 +62,8 @@ def measure(
             realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
             any other cut an eighth, if there are eight sequences.
         tokenizer: for texts.
+        backend: of a training loop on several processes: each measures on its own data, the statistics are summed and what
+            is held out is put together; inputs for refits stay those of each process.
 
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, the data does not fit the model, or a plain
@@ -63,6 +71,7 @@ def measure(
         TypeError: if the data is of an unknown kind.
     """
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
+    backend = backend or OneProcess()
     layers = find_layers(model)
     name = realization_of(config, layers)
     by_loss = can_weigh_by_loss(model, layers, config)
@@ -76,34 +85,46 @@ def measure(
                 "hf_compressm: the layers are time-invariant, so that their weights tell all: no data was used."
             )
         return Measurement(model, layers, empty_statistics(layers, config), config.estimator, weights)
-    batches = calibration_batches(data, model, tokenizer)
-    held_out: list[dict[str, Tensor]] = []
-    if config.max_divergence is not None or config.heal:
-        batches, held_out = hold_out(batches, model)
-    elif config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
-        batches, held_out = hold_out(batches, model, every=HELD_OUT_FROM)
-    statistics = empty_statistics(layers, config, budgets.STATISTICS)
+    batches, held_out = backend.together(
+        "reading the calibration data",
+        lambda: _data(calibration_batches(data, model, tokenizer), model, config, backend.processes),
+    )
+    held_out = backend.gather(held_out)
     fits = config.refits and any(layer.realizations[name].has_fit for layer in layers)
     inputs = Inputs() if fits else None
     device = device_of(model)
-    begin, seconds = time.monotonic(), config.calibration_seconds
+    seconds = config.calibration_seconds
     if seconds is None:
         seconds = seconds_for(model.num_parameters(), device) if data is None else math.inf
-    together = TOKENS.get(device.type, 2**20)
+    most = TOKENS.get(device.type, 2**20)
     parts = [
-        part for batch in batches for part in in_passes(batch, layers, max(1, together // batch["input_ids"].shape[1]))
+        part for batch in batches for part in in_passes(batch, layers, max(1, most // batch["input_ids"].shape[1]))
     ]
-    with evaluating(model), quick_scans(layers):
-        for number, part in enumerate(followed("measuring", parts if reading else [])):
-            if number and time.monotonic() - begin > seconds:
-                _note_tokens(statistics, batches, seconds)
-                break
-            part = {name: tensor.to(device) for name, tensor in part.items()}
-            if by_loss:
-                observe_by_loss(model, layers, statistics, part, inputs, seed=config.seed + number * BATCH)
-            else:
-                with observing(layers, statistics, inputs):
-                    model.base_model(**part, use_cache=False)
+
+    def empty() -> list[Statistics]:
+        return empty_statistics(layers, config, budgets.STATISTICS)
+
+    def run(statistics: list[Statistics], parts: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
+        begin = time.monotonic()
+        with evaluating(model), quick_scans(layers):
+            for number, part in enumerate(followed("measuring", parts if reading else [])):
+                if number and time.monotonic() - begin > seconds:
+                    _note_tokens(statistics, batches, seconds)
+                    break
+                part = {name: tensor.to(device) for name, tensor in part.items()}
+                if by_loss:
+                    observe_by_loss(
+                        model, layers, statistics, called_with(part), inputs, seed=config.seed + number * BATCH
+                    )
+                else:
+                    with observing(layers, statistics, inputs):
+                        model.base_model(**called_with(part), use_cache=False)
+        return statistics
+
+    statistics = empty()
+    backend.share_candidates_(statistics, lambda: run(empty(), parts[:1]))
+    backend.together("measuring", lambda: run(statistics, parts, inputs))
+    backend.sum_(statistics)
     check_measured(layers, statistics)
     tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
     few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
@@ -117,6 +138,17 @@ def _refuse_plain(model: Any) -> None:
             f"max_divergence and heal run a model of transformers on tokens, and {type(model).__name__} is a plain module: give "
             "a tolerance, ratio or state_size, which need no data for its layers. Nothing was changed."
         )
+
+
+def _data(
+    batches: list[Batch], model: PreTrainedModel, config: CompreSSMConfig, share: int
+) -> tuple[list[Batch], list[Batch]]:
+    """What to measure on, and what is held out."""
+    if config.max_divergence is not None or config.heal:
+        return hold_out(batches, model, share=share)
+    if config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
+        return hold_out(batches, model, every=HELD_OUT_FROM, share=share)
+    return batches, []
 
 
 def seconds_for(parameters: int, device: torch.device) -> float:

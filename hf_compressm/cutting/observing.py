@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,6 +75,7 @@ def observe_by_loss(
     args: Sequence[Any] = (),
     seed: int = 0,
     max_tokens: int | None = None,
+    least: Callable[[int], int] = int,
 ) -> None:
     """Add what the mixers read of a batch to their statistics, weighed by the loss's gradient by what they give.
 
@@ -87,6 +88,7 @@ def observe_by_loss(
         layers, statistics, inputs, max_tokens: as for `observing`.
         batch, args: what to call the model with.
         seed: of the labels.
+        least: of the passes that the processes would make of their batches, where all must make equally many.
     """
     by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True)}
     sequences, length = batch["input_ids"].shape
@@ -97,7 +99,7 @@ def observe_by_loss(
     def add(layer: Layer, read: tuple[Tensor, Tensor | None, Tensor | None], seq_idx: Tensor | None) -> None:
         _add(layer, by_index[layer.index], read, seq_idx, inputs)
 
-    for start in range(0, sequences, step):
+    for start in range(0, least(-(-sequences // step)) * step, step):
         rows = slice(start, min(start + step, sequences))
         part = {name: value[rows] if _is_by_row(value, batch["input_ids"]) else value for name, value in batch.items()}
         _read_with_gradients(model, layers, part, args, seed + start, add)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import is_sharded, sharded_like, whole
 from ..layers import ParameterCut
 
 # State entries that are copies of the weights: ASGD's average, schedule-free's iterate, master weights.
@@ -60,6 +61,8 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
         ValueError: if no optimizer holds a parameter, or a state is of an unknown kind or shape.
     """
     for optimizer in optimizers:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):  # its import is slow
+            raise ValueError(f"A ZeroRedundancyOptimizer keeps most of its state in other processes: {PLAIN}")
         library = type(optimizer).__module__.split(".")[0]
         if library in ("bitsandbytes", "torchao", "apollo_torch", "galore_torch"):
             raise ValueError(
@@ -83,7 +86,7 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
 def cut_states(
     optimizers: Sequence[torch.optim.Optimizer], name: str, parameter: nn.Parameter | None, cut: ParameterCut
 ) -> list[NewState]:
-    """The states of a parameter after its cut; nothing is changed.
+    """The states of a parameter after its cut; nothing is changed. Sharded ones are gathered by all processes together.
 
     Raises:
         ValueError: if an entry is of an unknown kind, or there was no such parameter before the cut.
@@ -99,8 +102,10 @@ def cut_states(
         state = optimizer.state.get(parameter)
         if state:
             _check_state(name, state, parameter.shape)
-            kept = state.items() if cut.index is not None else ()
-            new = {key: _cut_entry(key, entry, state, parameter.shape, cut) for key, entry in kept}
+            full = {key: whole(entry) if isinstance(entry, Tensor) else entry for key, entry in state.items()}
+            kept = full if cut.index is not None else {}
+            new = {key: _cut_entry(key, entry, full, parameter.shape, cut) for key, entry in kept.items()}
+            new |= {key: sharded_like(new[key], state[key]) for key in kept if isinstance(state[key], Tensor)}
             states.append((optimizer, parameter, new))
     return states
 
@@ -115,7 +120,7 @@ def _check_state(name: str, state: State, shape: torch.Size) -> None:
     for key, entry in state.items():
         if isinstance(entry, Tensor):
             number = entry.is_floating_point() or entry.is_complex()
-            plain = type(entry) in (Tensor, nn.Parameter) and number
+            plain = (type(entry) in (Tensor, nn.Parameter) or is_sharded(entry)) and number
             if entry.numel() == 1 or (plain and tuple(entry.shape) in _shapes(key, shape)):
                 continue
             found = f"{type(entry).__name__} {list(entry.shape)} {entry.dtype}"

@@ -30,6 +30,11 @@ def in_passes(batch: Batch, layers: Sequence[Layer], most: int | None = None) ->
         yield {name: tensor[start : start + step] for name, tensor in batch.items()}
 
 
+def called_with(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with: by `position_ids` attention keeps packed samples apart only where there is no mask."""
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask" or "position_ids" not in batch}
+
+
 def blocks_of(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[nn.Module], set[int]]:
     """The blocks of a model, one after the other, those without a mixer too; and the layers, by index, inside of them.
 

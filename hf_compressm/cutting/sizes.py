@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from ..config import CompreSSMConfig
-from ..hankel.ranks import allocate_ranks, energy_rank
+from ..hankel.ranks import allocate_ranks, energy_rank_of_layer
 from ..layers import Layer, engine_sizes
 
 
@@ -91,7 +91,10 @@ def choose_sizes(
         sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
     else:
         assert config.tolerance is not None
-        sizes = [int(energy_rank(spectrum, config.tolerance).max()) for spectrum in spectra]
+        sizes = [
+            energy_rank_of_layer(spectrum, config.tolerance, layer.head_state_sizes is not None)
+            for layer, spectrum in zip(layers, spectra, strict=True)
+        ]
     if config.uniform:
         in_all = sorted(set.intersection(*map(set, choices)))
         size = next((r for r in in_all if r >= max(sizes)), None)

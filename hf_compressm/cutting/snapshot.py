@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import weights_map
+from ..compat import is_sharded, weights_map
 from ..hankel import budgets
 from ..interrupts import uninterrupted
 from ..layers import Layer, set_data_
@@ -68,7 +68,8 @@ class Snapshot:
                 contents.restore_()
             for parameter, data, gradient in self.parameters:
                 if not _is_same(parameter.data, data):
-                    parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
+                    if parameter.dtype != data.dtype:
+                        parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
                     self.resize_(parameter, data.to(parameter.device))
                 parameter.grad = gradient
             for optimizer, parameter, state in self.states:
@@ -114,4 +115,6 @@ def undone_on_error(
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
+    if is_sharded(one):
+        return one.shape == other.shape and _is_same(one.to_local(), other.to_local())  # type: ignore[attr-defined]
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype

@@ -1,5 +1,7 @@
 """Calibration data, in whatever form people have it, as batches of `input_ids` and `attention_mask`.
 
+Where rows are packed with several samples, what tells these goes along: `seq_idx`, or `position_ids` that start again.
+
 | given | read as |
 |---|---|
 | tensor or numpy array [n, L] | token ids |
@@ -112,7 +114,11 @@ def _row(item: Any) -> dict[str, Any] | None:
     if "input_ids" in item:
         ids = item["input_ids"]
         one = ids.ndim == 1 if isinstance(ids, Tensor | np.ndarray) else bool(ids) and isinstance(ids[0], int)
-        return {name: item[name] for name in ("input_ids", "attention_mask") if name in item} if one else None
+        return (
+            {name: item[name] for name in ("input_ids", "attention_mask", "seq_idx", "position_ids") if name in item}
+            if one
+            else None
+        )
     return {"text": item["text"]} if isinstance(item.get("text"), str) else None
 
 
@@ -139,6 +145,7 @@ def _columns(data: Any) -> list[Any] | None:
 def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[Batch]:
     """The sequences of a table in batches of so many (None: in one), padded if they differ in length."""
     masks: Any = None
+    told: dict[str, Any] = {}
     columns = _columns(data)
     if columns is not None:
         name = next((name for name in ("input_ids", "text") if name in columns), None)
@@ -146,6 +153,8 @@ def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[B
             raise TypeError(f"Calibration data needs `input_ids` or `text`, it has {columns}.")
         if name == "input_ids" and "attention_mask" in columns:
             masks = data["attention_mask"]
+        if name == "input_ids":
+            told = _samples_told(data, columns)
         data = data[name]
         if isinstance(data, str | bytes) or not isinstance(data, Iterable):
             raise TypeError(f"`{name}` holds token ids [n, L] or a list of texts, got {type(data).__name__}.")
@@ -153,8 +162,11 @@ def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[B
         ids = _ids(data, "[n, L]")
         mask = torch.ones_like(ids) if masks is None else _mask(masks, ids)
         step = at_a_time or max(1, len(ids))
-        for some, its_mask in zip(ids.split(step), mask.split(step), strict=True):
-            yield {"input_ids": some, "attention_mask": its_mask}
+        every = {"input_ids": ids, "attention_mask": mask} | {
+            key: _beside(key, value, ids) for key, value in told.items()
+        }
+        for start in range(0, len(ids), step):
+            yield {key: value[start : start + step] for key, value in every.items()}
         return
     sequences = list(data)
     if not sequences:
@@ -166,13 +178,39 @@ def _rows(data: Any, tokenizer: Any, at_a_time: int | None = None) -> Iterator[B
     if len(masks) != len(rows):
         raise ValueError(f"There are {len(rows)} calibration sequences and {len(masks)} masks: give one for each.")
     row_masks = [_mask(mask, ids) for mask, ids in zip(masks, rows, strict=True)]
+    listed = {"input_ids": rows, "attention_mask": row_masks}
+    for key, values in told.items():
+        listed[key] = [_beside(key, value, ids) for value, ids in zip(values, rows, strict=True)]
     step = at_a_time or len(rows)
     for start in range(0, len(rows), step):
         # On the left, so that the scan meets padding before it has a state.
         yield {
-            name: pad_sequence(some[start : start + step], batch_first=True, padding_side="left")
-            for name, some in (("input_ids", rows), ("attention_mask", row_masks))
+            key: pad_sequence(some[start : start + step], batch_first=True, padding_side="left")
+            for key, some in listed.items()
         }
+
+
+def _samples_told(data: Any, columns: list[Any]) -> dict[str, Any]:
+    """What a table tells of the samples in its rows."""
+    told = {name: data[name] for name in ("seq_idx", "position_ids") if name in columns and data[name] is not None}
+    if not told and "cu_seq_lens_q" in columns:
+        begins, ends = _tensor(data["cu_seq_lens_q"]), _tensor(data["input_ids"])
+        if begins is not None and ends is not None and begins.dim() == 1 and len(ends) == 1:
+            lengths = begins.diff().tolist()
+            told["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    return told
+
+
+def _beside(name: str, values: Any, ids: Tensor) -> Tensor:
+    """Whole numbers of the shape of token ids."""
+    numbers = _tensor(values)
+    if numbers is None or numbers.dtype.is_floating_point or numbers.shape != ids.shape:
+        found = type(values).__name__ if numbers is None else f"{list(numbers.shape)}"
+        raise ValueError(
+            f"{name} of the calibration data has to be whole numbers of the shape of its token ids, {list(ids.shape)}, and is "
+            f"{found}: leave it out, or give a number for each token."
+        )
+    return numbers.to(ids.device, torch.int64)
 
 
 def _tokenized(texts: list[Any], tokenizer: Any) -> list[list[int]]:

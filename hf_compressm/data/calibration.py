@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..compat import device_of
 from .batches import BATCH, MIN_LENGTH, Batch, batches_of, check_batches
+from .packing import apart
 from .texts import CALIBRATION, LENGTH, windows
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,7 @@ HELD_OUT_CLASSES = 2**28
 
 
 def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None) -> list[Batch]:
-    """Turn calibration data into a list of batches of `input_ids` and `attention_mask`.
+    """Turn calibration data into a list of batches of `input_ids` and `attention_mask`, with packed samples as `apart` has them.
 
     Args:
         data: in any form of `batches_of`; or None: the shipped text if the model's tokenizer is given, else samples of
@@ -44,7 +45,7 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
     elif data is None:
         logger.info("hf_compressm: no calibration data and no tokenizer, calibrating on samples of the model itself.")
         data = sample(model)
-    batches = batches_of(data, tokenizer)
+    batches = list(apart(batches_of(data, tokenizer), model))
     check_batches(batches, model)
     return batches
 
@@ -54,11 +55,13 @@ def sequences_for(model: PreTrainedModel) -> int:
     return CPU_SEQUENCES if device_of(model).type == "cpu" else GPU_SEQUENCES
 
 
-def hold_out(batches: list[Batch], model: PreTrainedModel, every: int = 4) -> tuple[list[Batch], list[Batch]]:
+def hold_out(
+    batches: list[Batch], model: PreTrainedModel, every: int = 4, share: int = 1
+) -> tuple[list[Batch], list[Batch]]:
     """Part the sequences in those to measure and fit on, and one of `every`, spread over all of them, to judge a cut by.
 
-    Of these no more is taken than predictions of 2^28 classes (a GiB) can be kept of. A single sequence is parted
-    in time.
+    Of these no more is taken than predictions of 2^28 classes (a GiB) can be kept of, by all of so many processes that
+    share in them. A single sequence is parted in time.
 
     Raises:
         ValueError: if there is too little to part.
@@ -75,7 +78,7 @@ def hold_out(batches: list[Batch], model: PreTrainedModel, every: int = 4) -> tu
             )
         return [rows[0]], [rows[1]]
     vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
-    most = max(1, HELD_OUT_CLASSES // (vocabulary * max(row["input_ids"].shape[1] for row in rows)))
+    most = max(1, HELD_OUT_CLASSES // (share * vocabulary * max(row["input_ids"].shape[1] for row in rows)))
     apart = set(range(len(rows) - 1, 0, -every)[:most])
     return (_joined([row for i, row in enumerate(rows) if i not in apart]), _joined([rows[i] for i in sorted(apart)]))
 
@@ -88,7 +91,9 @@ def _joined(rows: list[Batch]) -> list[Batch]:
     """In batches of neighbours of one length."""
     batches: list[list[Batch]] = []
     for row in rows:
-        if batches and len(batches[-1]) < BATCH and batches[-1][0]["input_ids"].shape == row["input_ids"].shape:
+        last = batches[-1][0] if batches else {}
+        alike = last.keys() == row.keys() and last["input_ids"].shape == row["input_ids"].shape
+        if alike and len(batches[-1]) < BATCH:
             batches[-1].append(row)
         else:
             batches.append([row])

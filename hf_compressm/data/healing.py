@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..compat import device_of
 from .batches import BATCH, Batch, batches_of, check_batches, is_stream, read_batches
 from .calibration import sample, sequences_for
+from .packing import apart
 from .texts import CALIBRATION, LENGTH, every_window
 
 logger = logging.get_logger(__name__)
@@ -41,8 +42,8 @@ class HealingText:
     """
 
     def __init__(self, data: Any, model: PreTrainedModel, tokenizer: Any, tokens: int) -> None:
-        most, self._stream = sequences_for(model), None
-        self._tokenizer = tokenizer
+        most = sequences_for(model)
+        self._stream: Callable[[], Iterator[Batch]] | None = None
         if data is None and tokenizer is not None:
             data = every_window(CALIBRATION.read_text(encoding="utf-8"), tokenizer)
             logger.info(
@@ -53,13 +54,16 @@ class HealingText:
             logger.info("hf_compressm: no text and no tokenizer, healing on samples of the model itself.")
             data = sample(model, SAMPLES if device_of(model).type == "cuda" else most, LENGTH)
         if is_stream(data):
-            rows = _rows(read_batches(data, tokenizer))
+
+            def read() -> Iterator[Batch]:
+                return _rows(apart(read_batches(data, tokenizer), model))
+
             if iter(data) is data:  # it can't be read again
-                self._rows = list(_up_to(rows, tokens))
+                self._rows = list(_up_to(read(), tokens))
             else:
-                self._rows, self._stream = list(islice(rows, most)), data
+                self._rows, self._stream = list(islice(read(), most)), read
         else:
-            self._rows = list(_rows(batches_of(data, tokenizer)))
+            self._rows = list(_rows(apart(batches_of(data, tokenizer), model)))
         check_batches(self._rows, model)
         if len(self._rows) < 2:
             raise ValueError(
@@ -82,24 +86,24 @@ class HealingText:
 
     def without(self, held_out: Iterable[Mapping[str, Tensor]]) -> Sequence[Batch] | IterableDataset:
         """The sequences to learn from, a dataset of rows [1, length]: all that are not held out."""
-        apart = {_key(row) for row in _rows(held_out)}
+        held = {_key(row) for row in _rows(held_out)}
         if self._stream is not None:
-            return _Stream(self._stream, self._tokenizer, apart)
-        return [row for row in self._rows if _key(row) not in apart]
+            return _Stream(self._stream, held)
+        return [row for row in self._rows if _key(row) not in held]
 
 
 class _Stream(IterableDataset):
     """The sequences of a stream, but for those that are held out, again and again."""
 
-    def __init__(self, data: Any, tokenizer: Any, apart: set[bytes]) -> None:
-        self.data, self.tokenizer, self.apart = data, tokenizer, apart
+    def __init__(self, read: Callable[[], Iterator[Batch]], held_out: set[bytes]) -> None:
+        self.read, self.held_out = read, held_out
 
     def __iter__(self) -> Iterator[Batch]:
         found = True
         while found:
             found = False
-            for row in _rows(read_batches(self.data, self.tokenizer)):
-                if _key(row) not in self.apart:
+            for row in self.read():
+                if _key(row) not in self.held_out:
                     found = True
                     yield row
 

@@ -49,14 +49,17 @@ class HeadPaths:
     Args:
         P: the heads' controllability Gramians, weighted by the output, [heads, N, N].
         outputs: the sum over tokens of C C^T of each group, [N, N] each.
+        there: how many states each head has, where some of the N are filled up.
     """
 
-    def __init__(self, P: Tensor, outputs: Sequence[Tensor]) -> None:
+    def __init__(self, P: Tensor, outputs: Sequence[Tensor], there: Sequence[int] | None = None) -> None:
         balanced = [balance_heads(part, output) for part, output in zip(P.chunk(len(outputs)), outputs, strict=True)]
         sigma, self._B, self._C = (torch.cat(parts) for parts in zip(*balanced, strict=True))
         self._groups, carried = len(outputs), sigma.square()
         # From the smallest up, and 0 for all of them: [heads, N + 1].
         self._lost = torch.cat([carried.flip(1).cumsum(1).flip(1), carried.new_zeros(len(carried), 1)], dim=1)
+        if there is not None:
+            carried = carried.where(torch.arange(carried.shape[1]) < torch.tensor(there)[:, None], -1.0)
         self._order = carried.flatten().argsort(descending=True, stable=True) // carried.shape[1]
 
     def sizes(self, total: int) -> list[int]:

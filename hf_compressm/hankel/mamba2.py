@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,11 @@ class Mamba2Statistics(Statistics):
     sum over heads of w P_h and of w Q_h. They are kept for each head, which may also have a projection of its own; and in
     Q, and with `mean_lti` in P, w is the mean over all tokens, which is not known before the last.
 
+    A layer that is projected by head is a system for each head: as many groups as heads, whose B and C are filled up with
+    zeros to the size of the largest.
+
     Attributes:
+        head_sizes: the states of each head of such a layer, else None.
         tokens: that were seen.
         weight: sum over tokens of w, [heads].
         rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
@@ -38,15 +44,29 @@ class Mamba2Statistics(Statistics):
         observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
     """
 
-    def __init__(self, heads: int, groups: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
+    def __init__(
+        self,
+        heads: int,
+        groups: int,
+        size: int,
+        device: torch.device,
+        *,
+        mean_lti: bool = False,
+        head_sizes: Sequence[int] | None = None,
+    ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.mean_lti = mean_lti
+        self.mean_lti, self.head_sizes = mean_lti, head_sizes
         self.tokens, self.weight, self.rates = zeros(), zeros(heads), zeros(heads)
         self.controllable = zeros(heads, size, size)
         self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
+
+    @property
+    def state_size(self) -> int:
+        """N, or the mean of the heads' sizes."""
+        return super().state_size if self.head_sizes is None else sum(self.head_sizes) // len(self.head_sizes)
 
     def update(self, system: Mamba2System) -> None:
         """Add the tokens of a batch."""

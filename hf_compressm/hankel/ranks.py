@@ -48,6 +48,17 @@ def energy_rank(sigma: Tensor, tolerance: float) -> Tensor:
     return (lost > allowed).sum(-1).clamp(min=1)
 
 
+def energy_rank_of_layer(sigma: Tensor, tolerance: float, by_head: bool) -> int:
+    """The states that a layer needs: those of the group that needs most, or, where heads differ, the mean over the heads.
+
+    Args:
+        sigma: of its groups or heads, [groups, N].
+        tolerance: as for `energy_rank`.
+    """
+    ranks = energy_rank(sigma, tolerance)
+    return -(-int(ranks.sum()) // len(ranks)) if by_head else int(ranks.max())
+
+
 def round_up(size: int, multiple_of: int = 1, minimum: int = 1, maximum: int | None = None) -> int:
     """Return the smallest multiple of `multiple_of` that is at least `size` and `minimum`, capped at `maximum`.
 

@@ -24,6 +24,11 @@ class Statistics(ABC):
     tokens: Tensor
     groups: list[ReadoutMoments]
 
+    @property
+    def state_size(self) -> int:
+        """N of the layer that was read."""
+        return self.groups[0].size
+
     @abstractmethod
     def update(self, system: Any) -> None:
         """Add the tokens of a batch."""

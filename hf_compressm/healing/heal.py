@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..backends import processes
 from ..compat import device_of, recompute_activations_
 from ..config import CompreSSMConfig
 from ..cutting import Plan
@@ -56,8 +57,8 @@ def check_can_heal(model: Any, config: CompreSSMConfig) -> None:
         why = "gradients vanish in float16: load the model with dtype=torch.bfloat16 or torch.float32"
     elif any(parameter.device.type == "meta" for parameter in model.parameters()):
         why = "some weights are offloaded: load the whole model on GPUs or on the CPU"
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        why = f"this is one of {os.environ['WORLD_SIZE']} processes: heal in one, and load the healed model in all"
+    elif (several := max(processes(), int(os.environ.get("WORLD_SIZE", "1")))) > 1:
+        why = f"this is one of {several} processes: heal in one, and load the healed model in all"
     else:
         return
     raise ValueError(f"This model can't be healed here: {why}, or drop heal={config.heal}. Nothing was changed.")

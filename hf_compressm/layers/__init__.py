@@ -1,6 +1,6 @@
 """One family of SSM layers a module: how it reads a system off a mixer, and how a smaller state is made of it."""
 
-from .contracts import Layer, MixerInputs, Realization, new_data
+from .contracts import Layer, MixerInputs, Realization, ResizeParameter, new_data
 from .engines import Engine, Sizes, check_engine, engine_remarks, engine_sizes, register_engine
 from .mixer import MixerLayer
 from .parameters import ParameterCut, set_data_
@@ -14,6 +14,7 @@ __all__ = [
     "MixerLayer",
     "ParameterCut",
     "Realization",
+    "ResizeParameter",
     "Sizes",
     "check_engine",
     "engine_remarks",

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..config import CompreSSMConfig
 from ..hankel.by_head import HeadPaths, HeadProjections
 from ..hankel.ranks import allowed_sizes
 from ..hankel.realization import Projection
-from ..modeling.modeling_compressm import project_heads_
+from ..modeling.modeling_compressm import project_heads_, stock_class
 from .contracts import Realization, ResizeParameter
 from .mamba2 import PROJECTION
 from .parameters import ParameterCut, set_data_
@@ -38,8 +37,8 @@ class ProjectHeads(Realization):
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
-        """For `Mamba2Mixer`: there is a mixer like it that scans projected states."""
-        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
+        """For the mixers of transformers: each has a form that scans projected states."""
+        return stock_class(layer.mixer) is not None
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
@@ -53,16 +52,21 @@ class ProjectHeads(Realization):
     ) -> list[Mapping[int, Realization]]:
         """For each layer the projections of every mean size."""
         return [
-            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups]), layer)
+            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups], entry.head_sizes), layer)
             for layer, entry in zip(layers, statistics, strict=True)
         ]
 
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
-        """The maps that keep the first states of every head."""
-        identity = torch.eye(layer.state_size, size, device=layer.device)
-        heads = (Projection(identity, identity, 0.0),) * (layer.mixer.num_heads // layer.groups)
-        return cls((HeadProjections(heads, 0.0),) * layer.groups)
+        """The maps that keep the first states of every head, of as many as there are."""
+        number = layer.mixer.num_heads
+        sizes = list(layer.head_state_sizes or [layer.state_size] * number)
+        identity = torch.eye(max(sizes), device=layer.device)
+        while sum(sizes) > number * size:
+            sizes[sizes.index(max(sizes))] -= 1
+        heads = tuple(Projection(identity[:, :n], identity[:, :n], 0.0) for n in sizes)
+        per_group = number // layer.groups
+        return cls(tuple(HeadProjections(heads[i : i + per_group], 0.0) for i in range(0, number, per_group)))
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The maps, a head after the other, after those of a layer that is projected already."""
@@ -71,10 +75,9 @@ class ProjectHeads(Realization):
             for name in ("B_projection", "C_projection")
         ]
         if layer.unprojected_state_size is not None:
-            before = layer.mixer.BC_projection.detach().double().repeat_interleave(len(self.groups[0].heads), dim=0)
             sides = [
-                [one @ head for one, head in zip(part, heads, strict=True)]
-                for part, heads in zip(before.chunk(2), sides, strict=True)
+                [before @ head[: before.shape[1]].double() for before, head in zip(part, heads, strict=True)]
+                for part, heads in zip(_maps_of_heads(layer), sides, strict=True)
             ]
         return {PROJECTION: ParameterCut(values=torch.stack([torch.cat(heads, dim=1) for heads in sides]))}
 
@@ -87,6 +90,14 @@ class ProjectHeads(Realization):
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
         """Make the mixer one that projects by head. In place."""
         project_heads_(layer.mixer, self.head_sizes, **new)
+
+
+def _maps_of_heads(layer: Any) -> list[list[Tensor]]:
+    """Of a projected layer, the maps of B that its heads have now, and those of C, [unprojected N, r] each."""
+    maps = layer.mixer.BC_projection.detach().double()
+    if layer.head_state_sizes is not None:
+        return [list(side.split(layer.head_state_sizes, dim=1)) for side in maps]
+    return [list(side.repeat_interleave(layer.mixer.num_heads // layer.groups, dim=0)) for side in maps.chunk(2)]
 
 
 class _Path(Mapping[int, Realization]):

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..config import CompreSSMConfig
 from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
 from ..hankel.selective import Mamba2System
-from ..modeling.modeling_compressm import project_
+from ..modeling.modeling_compressm import project_, stock_class
 from .contracts import MixerInputs, Realization, ResizeParameter
 from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut, set_data_
@@ -72,8 +71,8 @@ class Project(Realization):
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
-        """For `Mamba2Mixer`: there is a mixer like it that scans a projected state."""
-        return isinstance(layer.mixer, Mamba2Mixer) and layer.head_state_sizes is None
+        """For the mixers of transformers: each has a form that scans a projected state."""
+        return stock_class(layer.mixer) is not None and layer.head_state_sizes is None
 
     @classmethod
     def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
@@ -108,7 +107,7 @@ class Project(Realization):
         groups = self.groups
         maps = torch.stack([*(group.B_projection for group in groups), *(group.C_projection for group in groups)])
         if layer.unprojected_state_size is not None:
-            maps = layer.mixer.BC_projection.detach().double() @ maps
+            maps = layer.mixer.BC_projection.detach().double() @ maps.double()
         return {PROJECTION: ParameterCut(values=maps)}
 
     def added_parameters(self, layer: Any) -> int:
@@ -132,7 +131,7 @@ class Mamba2Layer(MixerLayer):
 
     Args:
         name: of the mixer in the model.
-        mixer: a `Mamba2Mixer`, or a module with its attributes.
+        mixer: of transformers' Mamba-2 models, or a module with its attributes.
     """
 
     NEEDS = frozenset(
@@ -205,23 +204,17 @@ class Mamba2Layer(MixerLayer):
         return 16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size)
 
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
-        """An empty accumulator for `read`'s systems.
-
-        Raises:
-            ValueError: if the mixer is projected by head: it is one system for each head then.
-        """
-        mixer = self.mixer
-        if self.head_state_sizes is not None:
-            raise ValueError(
-                f"Each head of {self.name} scans a projection of its own, and such a layer can't be measured or cut again: "
-                "take the model that it was cut from. Nothing was changed."
-            )
-        return Mamba2Statistics(mixer.num_heads, self.groups, self.state_size, self.device, mean_lti=mean_lti)
+        """An empty accumulator for `read`'s systems."""
+        heads, sizes = self.mixer.num_heads, self.head_state_sizes
+        if sizes is None:
+            return Mamba2Statistics(heads, self.groups, self.state_size, self.device, mean_lti=mean_lti)
+        return Mamba2Statistics(heads, heads, max(sizes), self.device, mean_lti=mean_lti, head_sizes=sizes)
 
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
     ) -> Mamba2System:
-        """The mixer's selective system on its input [batch, length, hidden]."""
+        """The mixer's selective system on its input [batch, length, hidden]; if it is projected by head, with B and C of
+        each head, filled up with zeros to the size of the largest."""
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
         scale = getattr(mixer, "ssm_in_multiplier", 1.0)
@@ -231,10 +224,7 @@ class Mamba2Layer(MixerLayer):
         z, xBC, step = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
         xBC = mixer.act(causal_conv(xBC, mixer.conv1d)) * valid[..., None]
         x, BC = xBC.tensor_split([mixer.intermediate_size], dim=-1)
-        BC = BC.unflatten(-1, (2 * self.groups, -1))
-        if self.unprojected_state_size is not None:
-            BC = torch.einsum("blgn,gnr->blgr", BC, mixer.BC_projection.float())
-        B, C = BC.chunk(2, dim=2)
+        B, C = self._project(BC.unflatten(-1, (2 * self.groups, -1)))
         gate = self._gate(z, gradient) * valid[..., None]
         return Mamba2System(
             x=x.unflatten(-1, (mixer.num_heads, -1)),
@@ -245,6 +235,19 @@ class Mamba2Layer(MixerLayer):
             gate=gate.unflatten(-1, (mixer.num_heads, -1)),
             valid=valid,
         )
+
+    def _project(self, BC: Tensor) -> tuple[Tensor, ...]:
+        """B and C as they are scanned, [batch, length, groups or heads, N] each."""
+        if self.unprojected_state_size is None:
+            return BC.chunk(2, dim=2)
+        mixer, sizes = self.mixer, self.head_state_sizes
+        if sizes is None:
+            return torch.einsum("blgn,gnr->blgr", BC, mixer.BC_projection.float()).chunk(2, dim=2)
+        heads = [
+            [F.pad(head, (0, max(sizes) - head.shape[-1])) for head in side.split(sizes, dim=-1)]
+            for side in mixer.map_B_C(BC)
+        ]
+        return tuple(torch.stack(side, dim=2) for side in heads)
 
     def _gate(self, z: Tensor, gradient: Tensor | None) -> Tensor:
         if gradient is not None:

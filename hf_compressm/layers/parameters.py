@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compat import is_sharded
+
 
 @dataclass(frozen=True)
 class ParameterCut:
@@ -66,7 +68,15 @@ def set_data_(parameter: Tensor, new: Tensor) -> None:
     """Give a parameter new data of another shape and keep the object, which optimizers and wrappers hold.
 
     Passing through another dtype drops autograd's accumulator of the old shape.
+
+    Raises:
+        ValueError: if it is sharded, or takes the place of one that is: its backend can, and no other.
     """
+    if is_sharded(parameter) or hasattr(parameter, "stands_for"):
+        raise ValueError(
+            "This parameter is sharded, and can only be cut by what shards it: give CompreSSMCallback to a Trainer that trains "
+            "with FSDP2. Nothing was changed."
+        )
     new = new.detach().to(parameter.dtype).contiguous()
     wide, narrow = (torch.complex128, torch.complex64) if parameter.is_complex() else (torch.float64, torch.float32)
     other = wide if parameter.dtype != wide else narrow

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import is_in_memory, uncompiled
+from ..compat import is_in_memory, is_sharded, uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization
@@ -138,18 +138,20 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
-        raise ValueError(
-            f"Each head of layer {by_head[0]} scans a projection of its own, and such a layer can't be cut again: cut the "
-            "model that it was cut from. Nothing was changed."
-        )
+        if config.realization not in ("auto", "project_heads") or config.selection != "auto":
+            raise ValueError(
+                f"Each head of layer {by_head[0]} scans a projection of its own, so the model can only be cut by head: with "
+                "realization='project_heads', by compress_. Nothing was changed."
+            )
+        return "project_heads"
     if config.realization == "auto":
         kinds = {name: {layer.realizations[name] for layer in layers} for name in sorted(have)}
         suited = (n for n, made in kinds.items() if all(one.suits(config, in_training=in_training) for one in made))
         return next(suited, "select")
     if config.realization not in have:
         reason = (
-            "needs the layers of a mamba2 model: in Mamba-1 each state of a channel decays at its own rate, and a "
-            "projection would not commute with that; the Mamba-2 mixers of other architectures have no projected form here"
+            "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
+            "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
             if config.realization in ("project", "project_heads")
             else f"is not for these layers, which can {' or '.join(sorted(have))}"
         )
@@ -201,7 +203,7 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
             number = parameter.is_floating_point() or parameter.is_complex()
             if not number or one_byte or hasattr(parameter, "quant_state"):
                 raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")
-            if type(parameter.data) is not Tensor:  # such as torchao's
+            if type(parameter.data) is not Tensor and not is_sharded(parameter):  # such as torchao's
                 raise ValueError(
                     f"{layer.name}.{name} is a {type(parameter.data).__name__}, which can't be given new data: if it is "
                     f"quantised, {quantised}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .contracts import Layer
+from .contracts import Layer, ResizeParameter
 from .parameters import set_data_
 from .registry import find_layers
 
@@ -54,8 +54,12 @@ def size_in(layer: Layer, state_dict: Mapping[str, Tensor], prefix: str) -> int 
 
 
 @torch.no_grad()
-def make_room_(layer: Layer, size: int) -> list[nn.Parameter]:
+def make_room_(layer: Layer, size: int, resize_: ResizeParameter = set_data_) -> list[nn.Parameter]:
     """Give a layer a state size, with zeros for weights. In place.
+
+    Args:
+        layer, size: which, and how many states.
+        resize_: gives a parameter its new data.
 
     Returns:
         the parameters that have another shape now.
@@ -63,6 +67,6 @@ def make_room_(layer: Layer, size: int) -> list[nn.Parameter]:
     shapes = layer.shapes(size)
     parameters = [layer.mixer.get_parameter(name) for name in shapes]
     for parameter, shape in zip(parameters, shapes.values(), strict=True):
-        set_data_(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+        resize_(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
     layer.resize(size)
     return parameters

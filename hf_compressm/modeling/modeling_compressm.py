@@ -8,15 +8,16 @@ installed. Importing it teaches transformers three things, once per process:
 
 - layer i of a model with `config.per_layer_config` is built from `config.per_layer_config[i]`, for the architectures of
   the table below;
-- a Mamba-2 layer whose config sets `unprojected_state_size` becomes a `ProjectedMamba2Mixer`, or, with
-  `head_state_sizes` too, a `HeadwiseProjectedMamba2Mixer`;
+- a Mamba-2 layer whose config sets `unprojected_state_size` gets a `ProjectedMixer` over its stock mixer, or, with
+  `head_state_sizes` too, a `HeadwiseProjectedMixer`;
 - the config of such a model names this file in `auto_map` and writes it beside every `config.json`.
 
 What is patched, and why no public hook will do:
 
 - `PreTrainedModel.__init__`, since a model builds its layers from one config and asks nobody; from there, and only for a
-  slim model's architecture, its mixer's `__init__`, and Falcon-H1's `compute_mup_vector` and `_init_weights`, which know
-  one size for all layers. (`AutoModel.register` would take the place of the stock class for all models of its kind.)
+  slim model's architecture, its mixer's `__init__`, its `_init_weights`, which knows no projection, and Falcon-H1's
+  `compute_mup_vector`, which knows one size for all layers. (`AutoModel.register` would take the place of the stock class
+  for all models of its kind.)
 - `PreTrainedConfig.to_json_file`, since models and configs in memory keep their stock classes, whose code transformers
   sees no reason to save. (`register_for_auto_class` is for the file of the class itself.)
 
@@ -61,11 +62,13 @@ MODULE_NAME = "modeling_compressm"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names in transformers: what its model classes start with, its mixer class, its config's field of the state size."""
+    """Names in transformers: what its model classes start with, its mixer class, and its config's fields of the state size
+    and, where the mixer is Mamba-2's, of the number of heads."""
 
     prefix: str
     mixer: str
     state_size: str
+    heads: str | None = None
 
 
 # By `model_type`.
@@ -74,24 +77,33 @@ ARCHITECTURES = {
     "falcon_mamba": Architecture("FalconMamba", "FalconMambaMixer", "state_size"),
     "jamba": Architecture("Jamba", "JambaMambaMixer", "mamba_d_state"),
     "zamba": Architecture("Zamba", "ZambaMambaMixer", "mamba_d_state"),
-    "mamba2": Architecture("Mamba2", "Mamba2Mixer", "state_size"),
-    "zamba2": Architecture("Zamba2", "Zamba2MambaMixer", "mamba_d_state"),
-    "bamba": Architecture("Bamba", "BambaMixer", "mamba_d_state"),
-    "granitemoehybrid": Architecture("GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", "mamba_d_state"),
-    "falcon_h1": Architecture("FalconH1", "FalconH1Mixer", "mamba_d_state"),
-    "nemotron_h": Architecture("NemotronH", "NemotronHMamba2Mixer", "ssm_state_size"),
+    "mamba2": Architecture("Mamba2", "Mamba2Mixer", "state_size", "num_heads"),
+    "zamba2": Architecture("Zamba2", "Zamba2MambaMixer", "mamba_d_state", "n_mamba_heads"),
+    "bamba": Architecture("Bamba", "BambaMixer", "mamba_d_state", "mamba_n_heads"),
+    "granitemoehybrid": Architecture(
+        "GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", "mamba_d_state", "mamba_n_heads"
+    ),
+    "falcon_h1": Architecture("FalconH1", "FalconH1Mixer", "mamba_d_state", "mamba_n_heads"),
+    "nemotron_h": Architecture("NemotronH", "NemotronHMamba2Mixer", "ssm_state_size", "mamba_num_heads"),
 }
 
 # Read once: the copy a model carries is the code it ran with, even if the file on disk changes later.
 SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 
-class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
+# Of a mixin, whose attributes are those of the stock mixer that comes after it.
+_Module: Any = nn.Module
+
+
+class ProjectedMixer(_Module):
     """A Mamba-2 mixer that scans a projected state: B' = B @ B_projection and C' = C @ C_projection, per group.
 
     All the entries of a Mamba-2 head decay alike (its transition is a scalar times the identity), so any change of
     basis of the state commutes with the recurrence, and a balanced truncation of the state is just these two maps.
     They stand after the convolution and SiLU, which do not commute with a map and so keep their N rows.
+
+    Every architecture has a stock mixer of its own, with the same forward pass but for two multipliers and an optional
+    norm in Falcon-H1. `projected_class` puts this one before it.
 
     Attributes:
         BC_projection: trainable parameter [2 G, N, r], the groups' maps of B, then those of C.
@@ -104,28 +116,31 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
     BC_projection: nn.Parameter
     unprojected_state_size: int
 
-    @torch.no_grad()
-    def init_mamba2_weights(self):
-        """Initialise as the stock mixer does; the projections start by selecting the first r states.
+    def check_maps_were_loaded(self):
+        """Before weights that a checkpoint does not have are initialised.
 
         Raises:
             ValueError: if the mixer's other weights came from a checkpoint that lacks the projections.
         """
-        projection = self.BC_projection
-        if getattr(self.A_log, "_is_hf_initialized", False) and not getattr(projection, "_is_hf_initialized", False):
+        loaded = [getattr(p, "_is_hf_initialized", False) for p in (self.A_log, self.BC_projection)]
+        if loaded == [True, False]:
             raise ValueError(
                 f"The checkpoint has no BC_projection for layer {self.layer_idx}, without which its state is another one: "
                 "save or download it again."
             )
-        super().init_mamba2_weights()
+
+    @torch.no_grad()
+    def init_projection(self):
+        """Maps that no checkpoint has start by selecting the first r states."""
+        projection = self.BC_projection
         init.copy_(projection, self.first_states().to(projection.dtype).expand_as(projection))
 
     def first_states(self):
         """The map that keeps the first states."""
         return torch.eye(*self.BC_projection.shape[1:], device=self.BC_projection.device)
 
-    # `Mamba2Mixer.forward` of transformers 5.24 line by line, without the fused training path (whose kernel reads B
-    # and C straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
+    # The stock forward pass of transformers 5.24 line by line, without the fused training path (whose kernel reads B and C
+    # straight from the convolution) and with the projections. 5.23 calls the cache `cache_params`.
     @force_accelerate_hooks("conv1d")
     def forward(
         self,
@@ -146,7 +161,7 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
 
         # 1. Gated MLP's linear projection
         hidden_states = modeling_mamba2.apply_mask_to_padding_states(hidden_states, attention_mask)
-        gate, hidden_states_B_C, dt = self.in_proj(hidden_states).split(
+        gate, hidden_states_B_C, dt = self.project_in(hidden_states).split(
             [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
         )
         A = -torch.exp(self.A_log.float())
@@ -202,6 +217,12 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         # 4. Final linear projection
         return self.out_proj(scan_output.to(dtype))
 
+    def project_in(self, hidden_states):
+        """The gate, x, B, C and dt, with Falcon-H1's multipliers."""
+        if not hasattr(self, "mup_vector"):
+            return self.in_proj(hidden_states)
+        return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+
     def step(self, hidden_states, dt, A, B_C, state, **kwargs):
         """One token, [batch, heads, head_dim], on top of a state, which is changed in place."""
         B, C = self.map_B_C(B_C)
@@ -245,7 +266,7 @@ class ProjectedMamba2Mixer(modeling_mamba2.Mamba2Mixer):
         return torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
 
 
-class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
+class HeadwiseProjectedMixer(ProjectedMixer):
     """A Mamba-2 mixer in which each head h scans a projection of its own, of its own size r_h: B'_h = B @ L_h, C'_h = C @ R_h.
 
     The states of all heads lie behind one another, S = sum of r_h in all: in the maps' columns, and in the cache, where
@@ -270,9 +291,9 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
     column_start: torch.Tensor
     column_place: torch.Tensor
 
-    def init_mamba2_weights(self):
+    def init_projection(self):
         """As the projected mixer; also the buffers, which no checkpoint holds."""
-        super().init_mamba2_weights()
+        super().init_projection()
         self.place_heads_()
 
     def first_states(self):
@@ -371,6 +392,28 @@ class HeadwiseProjectedMamba2Mixer(ProjectedMamba2Mixer):
         return x.new_zeros(shape).index_copy(dim, self.column_place, x)
 
 
+@functools.cache
+def projected_class(stock: type, mixin: type) -> type:
+    """The class of a stock mixer that projects, such as `ProjectedBambaMixer`.
+
+    Args:
+        stock: the Mamba-2 mixer's class in transformers.
+        mixin: `ProjectedMixer` or `HeadwiseProjectedMixer`.
+    """
+    name = mixin.__name__.removesuffix("Mixer") + stock.__name__
+    return type(name, (mixin, stock), {"__module__": __name__, "__doc__": mixin.__doc__})
+
+
+def stock_class(mixer: nn.Module) -> type | None:
+    """The class in transformers that a Mamba-2 mixer is of, or was before it was projected; None if there is none."""
+    mixers = {
+        (f"transformers.models.{model_type}.modeling_{model_type}", architecture.mixer)
+        for model_type, architecture in ARCHITECTURES.items()
+        if architecture.heads
+    }
+    return next((kind for kind in type(mixer).__mro__ if (kind.__module__, kind.__name__) in mixers), None)
+
+
 def step_of_heads_reference(state, x, dt, A, B, C, D, dt_bias, column_head):
     """One token of heads whose states, in which they may differ in number, lie behind one another.
 
@@ -432,7 +475,7 @@ def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
     _step_kernel[(heads, batch)](
         state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
         state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
-        ROWS=16, DIM=max(16, triton.next_power_of_2(head_dim)),
+        ROWS=16, DIM=max(16, 1 << (head_dim - 1).bit_length()),
     )  # fmt: skip
     return output
 
@@ -451,13 +494,26 @@ if triton is not None:
         tl.store(output + row * x_row + place, w * h.to(output.dtype.element_ty).to(tl.float32), mask=inside)
 
 
+# Of five architectures, letter by letter the same.
+GATED_NORMS = (
+    "MambaRMSNormGated",
+    "Zamba2RMSNormGated",
+    "BambaRMSNormGated",
+    "GraniteMoeHybridRMSNormGated",
+    "NemotronHRMSNormGated",
+)
+
+
 def gated_norm(norm, x, gate):
     """`norm(x, gate)` of a mixer, [batch, length, heads * head_dim]; where no gradient is taken, in one launch.
 
     The stock norm of Mamba-2 is ten launches, more than anything else in a decoded token, and rounds in the same places.
+    Falcon-H1 has another, or none.
     """
+    if isinstance(norm, nn.Identity):
+        return x * nn.functional.silu(gate)
     followed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate, norm.weight))
-    known = type(norm) is modeling_mamba2.MambaRMSNormGated and norm.weight.dtype == x.dtype
+    known = type(norm).__name__ in GATED_NORMS and norm.weight.dtype == x.dtype
     watched = (
         norm._forward_hooks or norm._forward_pre_hooks or norm.weight.is_meta
     )  # offloaded, which is a hook's, too
@@ -485,7 +541,7 @@ def scan_widths(sizes: Sequence[int], most: int) -> list[int]:
     return [narrow if power <= narrow else max(powers) for power in powers]
 
 
-def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) -> None:
+def project_(mixer: Any, BC_projection: torch.Tensor) -> None:
     """Make a Mamba-2 mixer, stock or projected, scan the state that B and C are projected to. In place.
 
     The maps are copied to a new trainable parameter; those of a mixer that was projected before are dropped, so compose
@@ -505,13 +561,11 @@ def project_(mixer: modeling_mamba2.Mamba2Mixer, BC_projection: torch.Tensor) ->
             f"BC_projection of layer {mixer.layer_idx} must be [2 * n_groups, state size, projected size] = "
             f"[{expected[0]}, {N}, r], got {list(BC_projection.shape)}."
         )
-    mixer.__class__ = ProjectedMamba2Mixer
+    mixer.__class__ = projected_class(stock_class(mixer), ProjectedMixer)
     _set_projection_(mixer, N, BC_projection.shape[-1], BC_projection)
 
 
-def project_heads_(
-    mixer: modeling_mamba2.Mamba2Mixer, head_state_sizes: Sequence[int], BC_projection: torch.Tensor
-) -> None:
+def project_heads_(mixer: Any, head_state_sizes: Sequence[int], BC_projection: torch.Tensor) -> None:
     """Make a Mamba-2 mixer, stock or projected, scan states that B and C are projected to for each head. In place.
 
     As `project_`, but for these:
@@ -536,8 +590,7 @@ def project_heads_(
             f"BC_projection of layer {mixer.layer_idx} must be [2, state size, states of all heads] = [2, {N}, "
             f"{sum(sizes)}], got {list(BC_projection.shape)}."
         )
-    mixer.__class__ = HeadwiseProjectedMamba2Mixer
-    assert isinstance(mixer, HeadwiseProjectedMamba2Mixer)
+    mixer.__class__ = projected_class(stock_class(mixer), HeadwiseProjectedMixer)
     mixer.head_state_sizes = sizes
     _set_projection_(mixer, N, mean, BC_projection)
     mixer.place_heads_()
@@ -566,7 +619,7 @@ class _Stock:
 
 
 # What `auto_map` points at: the stock names, since `architectures` is taken from the name of the class. Each is made when
-# it is asked for, so that no other architecture's module is imported.
+# it is asked for, so that no other architecture's module is imported. So are the mixers that project, for pickle.
 AUTO_CLASSES = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
 
@@ -577,6 +630,9 @@ def __getattr__(name: str) -> type:
             made = type(name, (_Stock, stock), {"__module__": __name__})
             globals()[name] = made
             return made
+        for mixin in (ProjectedMixer, HeadwiseProjectedMixer):
+            if architecture.heads and name == mixin.__name__.removesuffix("Mixer") + architecture.mixer:
+                return projected_class(getattr(_stock_module(model_type), architecture.mixer), mixin)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -638,7 +694,8 @@ def _prepare_mixer(stock_init: Callable) -> Callable:
             wrap_once(mixer_class, "__init__", _build_from_layer_config)
             if hasattr(module, "compute_mup_vector"):
                 wrap_once(module, "compute_mup_vector", _of_first_layer)
-                wrap_once(module.FalconH1PreTrainedModel, "_init_weights", _init_mup_vectors)
+            model_class = getattr(module, ARCHITECTURES[config.model_type].prefix + "PreTrainedModel")
+            wrap_once(model_class, "_init_weights", _init_slim_weights)
         stock_init(self, config, *args, **kwargs)
 
     return init_model
@@ -646,22 +703,34 @@ def _prepare_mixer(stock_init: Callable) -> Callable:
 
 def _build_from_layer_config(stock_init: Callable) -> Callable:
     def init_from_layer_config(self, config: Any, layer_idx: int, *args, **kwargs):
-        if config.is_heterogeneous:
-            config = config.per_layer_config[layer_idx]
-        N = getattr(config, "unprojected_state_size", None)
-        if N is None:
-            stock_init(self, config, layer_idx, *args, **kwargs)
+        of_layer, built = _layer_configs(config, layer_idx)
+        stock_init(self, built, layer_idx, *args, **kwargs)
+        if built is of_layer:
+            return
+        r, sizes = getattr(of_layer, _state_size_field(of_layer)), getattr(of_layer, "head_state_sizes", None)
+        N = self.ssm_state_size
+        if sizes is None:
+            project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
         else:
-            r, sizes = config.state_size, getattr(config, "head_state_sizes", None)
-            config = copy.copy(config)
-            config.state_size = N
-            stock_init(self, config, layer_idx, *args, **kwargs)
-            if sizes is None:
-                project_(self, torch.eye(N, r).expand(2 * self.n_groups, -1, -1))
-            else:
-                project_heads_(self, sizes, torch.zeros(2, N, sum(sizes)))
+            project_heads_(self, sizes, torch.zeros(2, N, sum(sizes)))
 
     return init_from_layer_config
+
+
+def _layer_configs(config: Any, layer_idx: int) -> tuple[Any, Any]:
+    """The config of a layer, and what its stock mixer is built from: if it is projected, a copy with the size before."""
+    if config.is_heterogeneous:
+        config = config.per_layer_config[layer_idx]
+    N = getattr(config, "unprojected_state_size", None)
+    if N is None:
+        return config, config
+    built = copy.copy(config)
+    setattr(built, _state_size_field(config), N)
+    return config, built
+
+
+def _state_size_field(config: Any) -> str:
+    return ARCHITECTURES[config.model_type].state_size
 
 
 # Falcon-H1 computes one vector of multipliers, of a length that depends on the state size, and copies it to all layers:
@@ -669,18 +738,22 @@ def _build_from_layer_config(stock_init: Callable) -> Callable:
 # when the layer is initialised, which happens in each way to load a model.
 def _of_first_layer(compute_mup_vector: Callable) -> Callable:
     def compute_first_mup_vector(config: Any):
-        return compute_mup_vector(config.per_layer_config[0])
+        return compute_mup_vector(_layer_configs(config, 0)[1])
 
     return compute_first_mup_vector
 
 
-def _init_mup_vectors(stock_init_weights: Callable) -> Callable:
+def _init_slim_weights(stock_init_weights: Callable) -> Callable:
     def init_weights(self, module: Any):
-        if self.config.is_heterogeneous and hasattr(module, "layers"):
+        if self.config.is_heterogeneous and self.config.model_type == "falcon_h1" and hasattr(module, "layers"):
             return
+        if isinstance(module, ProjectedMixer):
+            module.check_maps_were_loaded()
         stock_init_weights(self, module)
+        if isinstance(module, ProjectedMixer):
+            module.init_projection()
         if self.config.is_heterogeneous and hasattr(module, "mup_vector"):
-            old, config = module.mup_vector, self.config.per_layer_config[module.layer_idx]
+            old, config = module.mup_vector, _layer_configs(self.config, module.layer_idx)[1]
             module.mup_vector = _stock_module("falcon_h1").compute_mup_vector(config).to(old.device, old.dtype)
 
     return init_weights

@@ -113,9 +113,9 @@ def set_state_sizes(
     Args:
         model_or_config: the model or its config, slimmed before or not; if it wraps a text model, that one's.
         sizes: the state size of each layer that changes, by layer index. The other layers stay as they are.
-        projected_from: for each layer of `sizes` that is a `ProjectedMamba2Mixer`, the size that B and C are projected
+        projected_from: for each layer of `sizes` that is a `ProjectedMixer`, the size that B and C are projected
             from. A layer of `sizes` that is not named here is unprojected.
-        head_sizes: for each layer of `projected_from` that is a `HeadwiseProjectedMamba2Mixer`, the sizes of its heads, of
+        head_sizes: for each layer of `projected_from` that is a `HeadwiseProjectedMixer`, the sizes of its heads, of
             which `sizes` has the mean.
         field: the config attribute that holds the state size; by default the architecture's.
 
@@ -207,7 +207,8 @@ def _check(
             raise ValueError(
                 f"Layer {layer} of this model has no state; those that have are {_stateful_layers(config)}."
             )
-    if projected_from and config.model_type != "mamba2":
+    heads = ARCHITECTURES[config.model_type].heads if config.model_type in ARCHITECTURES else None
+    if projected_from and heads is None:
         raise ValueError(f"Only Mamba-2 layers can project their state, this is a {config.model_type} model.")
     for layer, N in projected_from.items():
         if layer not in sizes:
@@ -217,7 +218,8 @@ def _check(
     for layer, of_heads in head_sizes.items():
         if layer not in projected_from:
             raise ValueError(f"`head_sizes` names layer {layer}, which has no entry in `projected_from`.")
-        if sum(of_heads) != config.num_heads * sizes[layer] or len(of_heads) != config.num_heads:
+        number = getattr(config, str(heads))
+        if sum(of_heads) != number * sizes[layer] or len(of_heads) != number:
             raise ValueError(
-                f"The sizes of the {config.num_heads} heads of layer {layer} do not have the mean {sizes[layer]}: {list(of_heads)}."
+                f"The sizes of the {number} heads of layer {layer} do not have the mean {sizes[layer]}: {list(of_heads)}."
             )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
-from ..backends import Backend, OneProcess, find_backend
+from ..backends import Backend, OneProcess, announce, find_backend
 from ..compat import calling_trainer, checkpoint_parent, device_of
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
@@ -26,8 +26,8 @@ from ..reporting.figures import plot_history
 from ..reporting.files import write_files_whole
 from ..reporting.history import Attempt
 from ..reporting.record import Cut, history_of, record_cut_, record_files
-from .checkpoints import ReshapeOnLoad
-from .checks import check_alone, check_evaluation, find_trainable_layers
+from .checkpoints import ReshapeBeforeLoad, ReshapeOnLoad
+from .checks import check_alone, check_evaluation, check_everywhere, find_trainable_layers
 from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
 from .measuring import measure_batches
 from .recording import Batch, BatchRecorder, to_device
@@ -44,6 +44,8 @@ logger = logging.get_logger(__name__)
 
 MEASURED_TOKENS = 2**15
 """Of each recorded batch and process: Gramians gain nothing from more, and cost time in proportion."""
+PATIENCE = 600.0
+"""Seconds that processes wait for each other when training begins, where other callbacks log in to trackers."""
 
 
 class CompreSSMCallback(TrainerCallback, ExportableState):
@@ -93,7 +95,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
-    bit-identical.
+    bit-identical; so they are under FSDP2, where parameters and the optimizer's state stay sharded through a cut. All of them
+    need the callback, with the same config: else training ends before its first step, with what differs. If one fails or ends
+    in a cut, the others undo theirs and say which it was.
 
     With `refit`, the layers are fitted at each cut, on what process 0 read of these batches, and the optimizer's moments are
     those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
@@ -155,6 +159,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._trainer is None or self._trainer() is not trainer:
             self._trainer = weakref.ref(trainer)
             ReshapeOnLoad.install(trainer, self)
+            ReshapeBeforeLoad.install(trainer, self)
+            announce(type(self).__name__)
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -188,6 +194,26 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         loop = self._find_trainer()
         self._recorder.stop()  # a run that an error ended did not
         self._backend = find_backend(self.trainer)
+        check_everywhere(self)
+        begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
+        layers = self._backend.together(
+            begin, lambda: self._ready(args, state, model, optimizer, checkpoint), PATIENCE
+        )
+        facts = self.config.to_dict() | {
+            "the steps of the cuts": self._steps,
+            "the state sizes": {layer.index: layer.state_size for layer in layers},
+            "the attempts that were made": self.attempts,
+            "calibration_data=": self.calibration_data is not None,
+        }
+        self._backend.agree(begin, facts)
+        if self._remaining and self.calibration_data is None:
+            self._recorder.start(self.trainer.model_wrapped)
+        logger.info(f"hf_compressm: {len(layers)} SSM layers, cuts are attempted after steps {self._remaining}.")
+
+    def _ready(
+        self, args: Any, state: Any, model: PreTrainedModel, optimizer: Any, checkpoint: str | None
+    ) -> list[Layer]:
+        """The layers to cut, once nothing is known that speaks against it."""
         self._backend.refuse()
         check_alone(self, self.trainer)
         layers = find_trainable_layers(model)
@@ -201,11 +227,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.config.rollback is not None:
             check_evaluation(self.trainer)
         check_optimizers(as_list(optimizer), model)
-        if self._remaining and self.calibration_data is None:
-            if state.global_step:
-                self._recorder.load(loop.get("resume_from_checkpoint"), args.process_index)
-            self._recorder.start(self.trainer.model_wrapped)
-        logger.info(f"hf_compressm: {len(layers)} SSM layers, cuts are attempted after steps {self._remaining}.")
+        if self._remaining and self.calibration_data is None and state.global_step:
+            self._recorder.load(checkpoint, args.process_index, args.world_size)
+        return layers
 
     def _goes_on(self, model: PreTrainedModel, layers: list[Layer], state: Any) -> bool:
         """Take up a checkpoint's state, or else keep that of this loop if it is restarted; whether there was any.
@@ -268,20 +292,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Attempt a cut, if one is due."""
         self._timer.stop()
         if not self._checked:  # there is a state to look at now
-            check_optimizers(as_list(optimizer), model)
+            self._backend.together("the first step", lambda: check_optimizers(as_list(optimizer), model))
             self._checked = True
         if self._remaining and state.global_step >= self._remaining[0]:
             self._attempt(args, state, control, model, optimizer)
             if not self._remaining:
                 self._recorder.stop()
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Keep the recorded batches with a checkpoint between two attempts, and with a plain module's what was done to it."""
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the sizes with every checkpoint, and the recorded batches with one between two attempts."""
         folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
+        if args.should_save and is_plain(self._model()):
+            write_files_whole(folder, record_files(self._model()))  # its sizes are the shapes of its weights
+        elif args.should_save and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+            self._model().config.save_pretrained(folder)  # FSDP's SHARDED_STATE_DICT is saved without
         if self._remaining and not args.save_only_model:
             self._recorder.save(folder, args.process_index)
-        if is_plain(model) and args.should_save:
-            write_files_whole(folder, record_files(model))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what was not reached."""
@@ -333,7 +359,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.calibration_data is None:
             batches = self._recorder.on(device_of(model))
             return measure_batches(model, batches, self._config, self._backend, MEASURED_TOKENS)
-        data = calibration_batches(self.calibration_data, model, self.tokenizer)
+        data = self._backend.together(
+            "reading the calibration data", lambda: calibration_batches(self.calibration_data, model, self.tokenizer)
+        )
         given: list[Batch] = [((), to_device(batch, model.device)) for batch in data]
         return measure_batches(model, given, self._config, self._backend)
 
@@ -357,7 +385,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             metric = Metric(self.trainer, self._backend, self.config.rollback)
         before = metric.value() if metric is not None else 0.0
         with undone_on_error(model, layers, as_list(optimizer), self._backend.resize_parameter_) as snapshot:
-            plan.apply_(model, optimizer, backend=self._backend)
+            self._backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=self._backend))
             undone = metric is not None and metric.forbids(before, metric.value())
             if undone:
                 snapshot.restore_()

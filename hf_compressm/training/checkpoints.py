@@ -5,13 +5,19 @@ Trainer resumes, and loads the best model at the end, with `load_state_dict` on 
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
+import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor
 
+from ..backends import find_backend
+from ..backends.fsdp2 import FSDP2
+from ..compat import CHECKPOINTED, before_loading_
 from ..cutting.apply import write_sizes_
-from ..layers import find_layers, is_plain, make_room_, size_in
+from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, plain_model, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
 
 
@@ -54,19 +60,71 @@ class ReshapeOnLoad:
             layer.mixer.register_load_state_dict_pre_hook(cls(trainer, model, layer, listener))
 
     def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        layer, model, trainer = self.layer, self.model(), self.trainer()
+        layer, model = self.layer, self.model()
         size = size_in(layer, state_dict, prefix)
         if size is None or size == layer.state_size or model is None:
             return
         if all(module is not mixer for module in model.modules()):
             return  # a copy of the model, which the hook was copied with
-        optimizer = getattr(trainer, "optimizer", None)
-        for parameter in make_room_(layer, size):
-            if optimizer is not None:
-                optimizer.state.pop(parameter, None)
-        layers = find_layers(model)
-        if is_plain(model) or sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
-            write_sizes_(model, layers)  # else the other layers are still to come
-            listener = self.listener()
-            if listener is not None:
-                listener.on_sizes_loaded(model)
+        reshape_(self.trainer(), model, layer, size, self.listener())
+
+
+class ReshapeBeforeLoad:
+    """Gives the layers of a model that FSDP2 shards the sizes of a checkpoint before its weights are loaded.
+
+    Each process loads into its own parts then, which must have the right shapes already.
+
+    Args:
+        trainer, listener: as for `ReshapeOnLoad`.
+    """
+
+    def __init__(self, trainer: Any, listener: Any) -> None:
+        self.trainer, self.listener = weakref.ref(trainer), weakref.ref(listener)
+
+    @classmethod
+    def install(cls, trainer: Any, listener: Any) -> None:
+        """Have the trainer call it with the folder of each checkpoint that it loads weights from."""
+        before_loading_(trainer, cls(trainer, listener))
+
+    def __call__(self, folder: str) -> None:
+        trainer = self.trainer()
+        if trainer is None or not FSDP2.takes(trainer):
+            return
+        backend, model = find_backend(trainer), plain_model(trainer.model)
+        backend.settle_()
+        shapes = fsdp_checkpoint_shapes(folder)
+        for layer in find_layers(model):
+            prefix = layer.name.replace(CHECKPOINTED, "")
+            names = layer.shapes(layer.state_size)
+            size = layer.size_of({name: shapes[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in shapes})
+            if size is not None and size != layer.state_size:
+                reshape_(trainer, model, layer, size, self.listener(), backend.resize_parameter_)
+
+
+def fsdp_checkpoint_shapes(folder: str) -> dict[str, torch.Size]:
+    """The shapes of the model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED; no values are read."""
+    full, sharded = os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"), os.path.join(folder, f"{FSDP_MODEL_NAME}_0")
+    if os.path.isfile(full):
+        tensors = torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        return {name: tensor.shape for name, tensor in tensors.items()}
+    if os.path.isdir(sharded):
+        from torch.distributed.checkpoint import FileSystemReader
+
+        entries = FileSystemReader(sharded).read_metadata().state_dict_metadata
+        return {name.removeprefix("model."): entry.size for name, entry in entries.items() if hasattr(entry, "size")}
+    return {}
+
+
+def reshape_(
+    trainer: Any, model: Any, layer: Layer, size: int, listener: Any, resize_: ResizeParameter = set_data_
+) -> None:
+    """Give a layer another state size, with zeros until its weights are loaded; the optimizer forgets what it knew. In place."""
+    optimizer = getattr(trainer, "optimizer", None)
+    for parameter in make_room_(layer, size, resize_):
+        if optimizer is not None:
+            optimizer.state.pop(parameter, None)
+    layers = find_layers(model)
+    if is_plain(model) or sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
+        write_sizes_(model, layers)  # else the other layers are still to come
+        if listener is not None:
+            listener.on_sizes_loaded(model)

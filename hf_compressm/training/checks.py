@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backends import absent, processes
 from ..layers import Layer, find_layers, is_plain
 
 
@@ -69,4 +70,21 @@ def check_alone(callback: Any, trainer: Any) -> None:
         raise ValueError(
             f"There are several {type(callback).__name__}s, and each would cut what another has cut: keep one "
             "(trainer.remove_callback)."
+        )
+
+
+def check_everywhere(callback: Any) -> None:
+    """Refuse to train where some processes would never come to a cut.
+
+    When training begins, the model was wrapped, which all processes do together, so that each has announced its callback.
+
+    Raises:
+        ValueError: if one has none.
+    """
+    name = type(callback).__name__
+    without = absent(name)
+    if without:
+        raise ValueError(
+            f"Process {' and '.join(map(str, without))} of {processes()} has no {name}, and would wait for ever at the first "
+            f"cut: give it to the Trainer of all processes, whatever their number (Trainer(callbacks=[{name}(...)]))."
         )

@@ -14,6 +14,8 @@ from ..cutting.inputs import Inputs
 from ..cutting.measuring import check_measured, empty_statistics
 from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
+from ..data.packing import heeds_seq_idx, samples_in, warn_of_borders
+from ..hankel import budgets
 from ..hankel.statistics import Statistics
 from ..layers import find_layers
 from .recording import Batch
@@ -43,28 +45,39 @@ def measure_batches(
     Raises:
         ValueError: if there is no batch, or a mixer never ran.
     """
-    if not batches:
-        raise ValueError("No training batch passed through the model before the attempt to cut it.")
+    batches = batches[len(batches) - backend.least(len(batches)) :]
     layers = find_layers(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
     def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
+        if not batches:
+            raise ValueError("No training batch passed through the model before the attempt to cut it.")
         if not any(layer.reads_data for layer in layers):
             return statistics  # they are complete
         with evaluating(model):
             for args, kwargs in some:
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
                 if by_loss and "input_ids" in kwargs:
-                    observe_by_loss(model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens)
+                    observe_by_loss(
+                        model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens, least=backend.least
+                    )
                 else:
                     with observing(layers, statistics, kept, max_tokens=max_tokens):
                         model(*args, **kwargs)
+        backend.settle_()
         return statistics
 
-    statistics = empty_statistics(layers, config)
-    backend.share_candidates_(statistics, lambda: run(empty_statistics(layers, config), batches[:1]))
+    def empty() -> list[Statistics]:
+        return empty_statistics(layers, config, budgets.STATISTICS)
+
+    if any("input_ids" in kwargs and samples_in(kwargs) is not None for _, kwargs in batches):
+        heeds = heeds_seq_idx(model, layers)
+        if not heeds or any(kwargs.get("seq_idx") is None for _, kwargs in batches):
+            warn_of_borders(model, heeds)
+    statistics = empty()
+    backend.share_candidates_(statistics, lambda: run(empty(), batches[:1]))
     inputs = Inputs() if config.refits else None
-    run(statistics, batches, inputs)
+    backend.together("measuring", lambda: run(statistics, batches, inputs))
     backend.sum_(statistics)
     check_measured(layers, statistics)
     return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate", inputs)

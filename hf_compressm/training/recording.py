@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,30 +56,66 @@ class BatchRecorder:
     def save(self, folder: str, rank: int) -> None:
         """Write the batches to a checkpoint that is there."""
         if self.batches and os.path.isdir(folder):
-            torch.save(self.on(torch.device("cpu")), os.path.join(folder, BATCHES_NAME.format(rank=rank)))
+            path = os.path.join(folder, BATCHES_NAME.format(rank=rank))
+            torch.save(self.on(torch.device("cpu")), f"{path}.partial")
+            os.replace(f"{path}.partial", path)  # whole, or not there
 
-    def load(self, folder: str | None, rank: int) -> None:
+    def load(self, folder: str | None, rank: int, processes: int = 1) -> None:
         """Read the batches of a checkpoint; without them, a warning says what that means.
+
+        Where there were more or fewer processes, the rows of their batches are dealt out anew.
 
         Raises:
             ValueError: if they can't be read.
         """
-        name = BATCHES_NAME.format(rank=rank)
-        path = os.path.join(folder or "", name)
-        if folder is not None and os.path.isfile(path):
-            try:
-                batches = torch.load(path, map_location="cpu", weights_only=True)
-                self.batches.extend((tuple(args), dict(kwargs)) for args, kwargs in batches)
-            except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({type(error).__name__}): delete it, and the next cut is measured on the batches from "
-                    "here on; or resume from another checkpoint."
-                ) from error
-        else:
+        count = 0
+        while os.path.isfile(os.path.join(folder or "", BATCHES_NAME.format(rank=count))):
+            count += 1
+        if folder is None or not count:
             logger.warning(
-                f"hf_compressm: {name} is not in the checkpoint, so that the next cut may be measured on fewer batches than "
-                "without the interruption."
+                f"hf_compressm: {BATCHES_NAME.format(rank=rank)} is not in the checkpoint, so that the next cut may be measured "
+                "on fewer batches than without the interruption."
             )
+            return
+        numbers = [rank] if count == processes else range(count)
+        parts = [_read(os.path.join(folder, BATCHES_NAME.format(rank=number))) for number in numbers]
+        if count == processes:
+            self.batches.extend(parts[0])
+        else:
+            self.batches.extend(_dealt(batches, rank, processes) for batches in zip(*parts, strict=False))
+
+
+def _read(path: str) -> list[Batch]:
+    try:
+        return [
+            (tuple(args), dict(kwargs)) for args, kwargs in torch.load(path, map_location="cpu", weights_only=True)
+        ]
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}): delete it, and the next cut is measured on the batches from "
+            "here on; or resume from another checkpoint."
+        ) from error
+
+
+def _dealt(batches: Sequence[Batch], rank: int, processes: int) -> Batch:
+    """A process's rows of the batches of several, where all that is in them goes by row and is equally long.
+
+    Else it is the whole batch of one of them: each process has one.
+    """
+    values = [kwargs for _, kwargs in batches]
+    tensors = [value for kwargs in values for value in kwargs.values()]
+    if all(isinstance(value, Tensor) and value.dim() > 0 for value in tensors) and not any(
+        args for args, _ in batches
+    ):
+        widths = [{name: value.shape[1:] for name, value in each.items()} for each in values]
+        rows = [{len(value) for value in each.values()} for each in values]
+        if (
+            all(each == widths[0] for each in widths)
+            and all(len(each) == 1 for each in rows)
+            and sum(map(sum, rows)) >= processes
+        ):
+            return (), {name: torch.cat([each[name] for each in values])[rank::processes] for name in values[0]}
+    return batches[rank % len(batches)]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

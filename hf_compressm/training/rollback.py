@@ -45,6 +45,7 @@ class Metric:
                 description="CompreSSM",
                 prediction_loss_only=True if self.trainer.compute_metrics is None else None,
             ).metrics
+        self.backend.settle_()
         if self.name not in metrics:
             raise ValueError(
                 f"rollback looks at {self.name}, and the evaluation gives {sorted(metrics)}: set metric_for_best_model to "

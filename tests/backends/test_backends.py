@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
-from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm import CompreSSMConfig, measure
 from hf_compressm.backends import Backend, OneProcess, find_backend, register
 from hf_compressm.backends import find as module
 from hf_compressm.backends.refused import DataParallel, Sharded
@@ -64,25 +66,26 @@ def test_a_backend_of_ones_own_is_asked_for_everything(tmp_path):
 def test_which_is_found(tmp_path):
     trainer = make_trainer(tmp_path, tiny_mamba())
     assert type(find_backend(trainer)) is OneProcess
-    trainer.is_fsdp_enabled = True
-    assert type(find_backend(trainer)) is Sharded
-    with pytest.raises(ValueError, match="FSDP"):
-        find_backend(trainer).refuse()
-    trainer.is_fsdp_enabled = False
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    for flag, name in (("is_fsdp_enabled", "FSDP1"), ("is_deepspeed_enabled", "DeepSpeed")):
+        setattr(trainer, flag, True)
+        assert type(find_backend(trainer)) is Sharded
+        with pytest.raises(ValueError, match=f"under {name}: train with FSDP2"):
+            find_backend(trainer).refuse()
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     trainer.model_wrapped = nn.DataParallel(trainer.model)
     assert type(find_backend(trainer)) is DataParallel
     with pytest.raises(ValueError, match="torchrun"):
         find_backend(trainer).refuse()
 
 
-def test_one_of_several_processes_is_told_what_to_do_instead(monkeypatch, token_ids):
+def test_a_plan_is_not_applied_by_each_process_alone(monkeypatch, token_ids):
     model, config = tiny_mamba(), CompreSSMConfig(state_size=4)
     plan = measure(model, token_ids).plan(config)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    for attempt in (lambda: compress_(model, config, token_ids), lambda: plan.apply_(model)):
-        with pytest.raises(ValueError, match=r"one of 2 processes.*CompreSSMCallback.*in one process before"):
-            attempt()
+    with pytest.raises(ValueError, match=r"one of 2 processes.*call compress_ on all.*in one process before"):
+        plan.apply_(model)
     assert sizes(model) == [8, 8]
     plan.apply_(model, backend=OneProcess())  # whoever names a backend knows
     assert sizes(model) == [4, 4]

@@ -1,13 +1,14 @@
-"""Every supported architecture, trained for a few hundred steps on real text and then halved without fine-tuning.
+"""Every supported architecture, trained for a few hundred steps on real text and then cut without fine-tuning.
 
 `python tests/gpu/architectures.py FOLDER --vocab-size V`, with token ids below V (uint16) in its
-`train.npy` and `valid.npy`, prints a row of a markdown table for each model type: perplexity of the full model, and
-after a cut to half of the states by our default, by greedy selection and by a random one (mean of three). The last column
-is how far the loss of our cut in training mode is from that in evaluation mode: fused kernels read weights and buffers of
-their own. `--whole` needs no folder and trains nothing: it prints, of a model of each type in bfloat16 with random weights,
-the bytes that its cache holds of a sequence, the speed of decoding, and how far decoding is from reading all at once, before and
-after the cut; and whether a cut at tolerance 0 leaves every logit and generated token as it was. All Mamba-2 models scan the same shapes, so that kernels are tuned once in a process: with `--only`, run the
-Mamba-1 and the Mamba-2 types side by side. `--tiny` rehearses on a CPU.
+`train.npy` and `valid.npy`, prints rows of a markdown table for each model type: perplexity of the full model, and
+after a cut to each share of the states by our default, by head where there is a projection, by greedy selection and by a
+random one (mean of three). The last column is how far the loss of our cut in training mode is from that in evaluation mode:
+fused kernels read weights and buffers of their own. `--whole` needs no folder and trains nothing: it prints, of a model of
+each type in bfloat16 with random weights, the bytes that its cache holds of a sequence, the speed of decoding, and how far
+decoding is from reading all at once, before and after the cut; and whether a cut at tolerance 0 leaves every logit and
+generated token as it was. All Mamba-2 models scan the same shapes, so that kernels are tuned once in a process: with `--only`,
+run the Mamba-1 and the Mamba-2 types side by side. `--tiny` rehearses on a CPU.
 """
 
 import argparse
@@ -22,12 +23,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm import CompreSSMConfig, Measurement, compress_, measure
 from hf_compressm.cli.speed import Workload, _cache, _decoding
 from hf_compressm.layers import find_layers
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "by head": {"realization": "project_heads"},
     "greedy": {"selection": "greedy", "realization": "select"},
     "random": {"selection": "random", "realization": "select"},
 }
@@ -127,16 +129,18 @@ def mean_loss(model: PreTrainedModel, windows: torch.Tensor) -> float:
     return sum(losses) / len(windows)
 
 
-def row(model: PreTrainedModel, calibration: torch.Tensor, windows: torch.Tensor) -> str:
+def row(model: PreTrainedModel, measurement: Measurement, share: int, windows: torch.Tensor) -> str:
     """Measured once, cut in each way from the same statistics."""
-    measurement = measure(model, calibration)
     N = measurement.layers[0].state_size
-    cells = [model.config.model_type, f"{N} to {N // 2}", f"{math.exp(mean_loss(model, windows)):.3f}"]
+    cells = [model.config.model_type, f"{N} to {N // share}", f"{math.exp(mean_loss(model, windows)):.3f}"]
     for name, options in SELECTIONS.items():
+        if name == "by head" and model.config.model_type in MAMBA_1:
+            cells.append("")
+            continue
         losses = []
         for seed in range(3 if name == "random" else 1):
             slim = copy.deepcopy(model)
-            config = CompreSSMConfig(state_size=N // 2, seed=seed, **options)
+            config = CompreSSMConfig(state_size=N // share, seed=seed, **options)
             report = measurement.plan(config).apply_(slim)
             losses.append(math.exp(mean_loss(slim, windows)))
             if name == "ours":
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", default="", help="model types, apart by commas")
+    parser.add_argument("--shares", type=int, nargs="+", default=[2, 8], help="one of so many states is kept")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
@@ -245,10 +250,12 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(every[model_type], dtype=torch.float32).to(args.device)
         train(model, train_stream, args)
         trained = time.perf_counter() - begin
-        rows.append(row(model, known, valid))
-        print(rows[-1], f"training {trained:.0f} s, all {time.perf_counter() - begin:.0f} s", flush=True)
-    print("\n| model type | states | full | ours | greedy | random | training - evaluation |")
-    print("|---|---|---|---|---|---|---|")
+        measurement = measure(model, known)
+        for share in args.shares:
+            rows.append(row(model, measurement, share, valid))
+            print(rows[-1], f"training {trained:.0f} s, all {time.perf_counter() - begin:.0f} s", flush=True)
+    print("\n| model type | states | full | ours | by head | greedy | random | training - evaluation |")
+    print("|---|---|---|---|---|---|---|---|")
     print("\n".join(rows), flush=True)
 
 

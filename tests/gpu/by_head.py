@@ -3,8 +3,10 @@
 `python tests/gpu/by_head.py FOLDER ...` prints, for each model of `train_benchmark_models.py`, the change of perplexity and
 recall and the divergence at equal means of states a head, on the code and prose that the package ships. `--time` prints, for
 the shapes of --hidden, --layers and --head-dim with random weights, tokens/s in bfloat16 of a training step, a prefill and
-of decoding, for the full model, a projection to --mean states and one by head of that mean, whose sizes are spread as those
-of well-trained models are; and the bytes of state per sequence, as counted in the cache.
+of decoding (on a GPU as a CUDA graph), for the full model, and for each of --mean a projection to so many states and one by
+head of that mean, whose sizes are spread as those of well-trained models are; and the bytes of state per sequence, as counted
+in the cache. `--check` compares the mixer on a GPU with that on the CPU, a static cache with a dynamic one, and the compiled
+model with the plain one.
 """
 
 from __future__ import annotations
@@ -12,14 +14,23 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, Mamba2ForCausalLM
 
 from hf_compressm import CompreSSMConfig, measure
-from hf_compressm.cli.speed import Workload, _cache, _decoding, _or_nan, _seconds, _state_bytes, _training
+from hf_compressm.cli.speed import (
+    Workload,
+    _cache,
+    _decoding,
+    _largest_batch,
+    _or_nan,
+    _seconds,
+    _state_bytes,
+    _training,
+)
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.cutting.first_states import cut_to_first_states_
 from hf_compressm.data.evaluation import evaluate
@@ -77,25 +88,31 @@ def sizes_of_heads(heads: int, mean: int, most: int) -> list[int]:
     return sizes
 
 
-def timing(config: Mamba2Config, mean: int, device: torch.device, work: Workload) -> None:
+def by_head_(model: Mamba2ForCausalLM, mean: int) -> None:
+    """Project the heads to sizes spread as those of well-trained models, by random maps. In place."""
+    N, heads = model.config.state_size, model.config.num_heads
+    for layer in model.backbone.layers:
+        sizes = sizes_of_heads(heads, mean, N)
+        project_heads_(layer.mixer, sizes, torch.randn(2, N, sum(sizes), device=model.device) / N**0.5)
+
+
+def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, work: Workload) -> None:
     """The table of one shape."""
     with device:
         full = Mamba2ForCausalLM(config)
     print(
         f"\nhidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_heads} heads of {config.head_dim}, N={config.state_size}; tokens/s\n"
-        f"| | training | prefill | {' | '.join(f'decode {b}{g}' for g in ('', ', graph') for b in work.decode_batches)} | bytes |",
+        f"| | training | prefill | {' | '.join(f'decode {b}' for b in work.decode_batches)} | "
+        "largest batch | decode it | bytes |",
         flush=True,
     )
-    for name in ("full", "project", "project_heads"):
+    for name, mean in [("full", 0), *((name, mean) for mean in means for name in ("project", "project_heads"))]:
         model = copy.deepcopy(full)
         if name == "project":
             cut_to_first_states_(model, mean, name)
         elif name == "project_heads":
-            for layer in model.backbone.layers:
-                sizes = sizes_of_heads(config.num_heads, mean, config.state_size)
-                maps = torch.randn(2, config.state_size, sum(sizes), device=device) / config.state_size**0.5
-                project_heads_(layer.mixer, sizes, maps)
-            print([list(layer.mixer.buckets) for layer in model.backbone.layers[:1]], flush=True)
+            by_head_(model, mean)
+            print(model.backbone.layers[0].mixer.buckets, flush=True)
 
         def ids(batch: int, length: int) -> torch.Tensor:
             return torch.randint(config.vocab_size, (batch, length), device=device)
@@ -107,16 +124,58 @@ def timing(config: Mamba2Config, mean: int, device: torch.device, work: Workload
             cells.append(
                 prompt.numel() / _seconds(lambda m=model, p=prompt: m(p, use_cache=True), device, work.repeats)
             )
-            for graph in (False, True):
-                for batch in work.decode_batches:
-                    if graph and device.type != "cuda":
-                        continue
-                    cells.append(_or_nan(lambda m=model, b=batch, i=ids, g=graph: _decoding(m, i(b, 1), work, g)))
+            for batch in work.decode_batches:
+                graph = device.type == "cuda"
+                cells.append(_or_nan(lambda m=model, b=batch, i=ids, g=graph: _decoding(m, i(b, 1), work, g)))
+            cells += _largest_batch(model, ids, work) if device.type == "cuda" else ()
             (cache,) = _cache(model(ids(1, 1), use_cache=True)).values()
         print(
-            f"| {name} | {' | '.join(f'{cell:,.0f}' for cell in cells)} | {_state_bytes(model, cache):,.0f} |",
+            f"| {name} {mean or config.state_size} | {' | '.join(f'{cell:,.0f}' for cell in cells)} | {_state_bytes(model, cache):,.0f} |",
             flush=True,
         )
+
+
+@torch.no_grad()
+def check(device: torch.device) -> None:
+    """What a GPU's kernels and torch.compile give, against plain torch."""
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=512, hidden_size=256, num_hidden_layers=2, state_size=64, num_heads=16, head_dim=32, n_groups=2
+    )
+    plain = Mamba2ForCausalLM(config).eval()
+    for layer in plain.backbone.layers:
+        layer.mixer.in_proj.weight.normal_(std=0.1)
+    by_head_(plain, 16)
+    model = copy.deepcopy(plain).to(device)
+    ids = torch.randint(1, 512, (3, 300))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+
+    def differ(a: torch.Tensor, b: torch.Tensor) -> str:
+        return f"{float((a.cpu() - b.cpu()).norm() / b.cpu().norm()):.1e}"
+
+    def decoded(run: Callable, model: Mamba2ForCausalLM) -> torch.Tensor:
+        cache = _cache(model(ids[:, :280].to(model.device), use_cache=True))
+        steps = [run(ids[:, i : i + 1].to(model.device), use_cache=True, **cache).logits for i in range(280, 300)]
+        return torch.cat(steps, dim=1).cpu()
+
+    whole = plain(ids).logits
+    print("whole:", differ(model(ids.to(device)).logits, whole))
+    print("token by token:", differ(decoded(model, model), whole[:, 280:]))
+    arguments = {"attention_mask": mask.to(device), "max_new_tokens": 40, "do_sample": False}
+    dynamic = model.generate(ids.to(device), **arguments)
+    begin = time.perf_counter()
+    static = model.generate(ids.to(device), **arguments, cache_implementation="static")
+    print(f"static cache generates the same: {torch.equal(static, dynamic)}, {time.perf_counter() - begin:.0f} s")
+    for mode in ("default", "reduce-overhead"):
+        begin = time.perf_counter()
+        compiled = torch.compile(model, fullgraph=True, mode=mode)
+        print(
+            f"compiled, {mode}: {differ(decoded(compiled, model), whole[:, 280:])}, {time.perf_counter() - begin:.0f} s"
+        )
+    begin = time.perf_counter()
+    compiled = torch.compile(model, fullgraph=True)
+    print(f"compiled, whole: {differ(compiled(ids.to(device)).logits, whole)}, {time.perf_counter() - begin:.0f} s")
 
 
 def main() -> None:
@@ -126,15 +185,18 @@ def main() -> None:
     parser.add_argument("--means", type=int, nargs="*", default=[64, 32, 16, 8])
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.01, 0.03])
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--mean", type=int, default=16)
+    parser.add_argument("--mean", type=int, nargs="+", default=[32, 16])
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8, help="of training and prefill")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 256, 1024])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.check:
+        check(torch.device(args.device))
     for folder in args.folder:
         quality(folder, args.device, args.sequences, args.means, args.budgets)
     if args.time:

@@ -4,7 +4,8 @@
 packages of the Python that runs this, but for those of the evaluation, and on the prose of a file, evaluated on the code and
 prose that the package ships. A row of a markdown table for each cut and each number of tokens: states of a layer, on average;
 change of the perplexity; change of that of the tokens whose bigram occurred earlier in the window; divergence from the full
-model's predictions on that text, in nats per token; seconds to heal. Mamba's scan is the Triton kernel of
+model's predictions on that text, in nats per token; seconds to heal. `--steps` prints for each of its cuts what it comes to at
+once and by way of twice the states, healed on the same tokens in all. Mamba's scan is the Triton kernel of
 `train_reference_models.py` where its own kernels are not installed.
 """
 
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mamba import modeling_mamba
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig, Measurement, measure
+from hf_compressm import CompreSSMConfig, Measurement, compress_, measure
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.data.evaluation import evaluate
 from hf_compressm.data.healing import HealingText
@@ -40,11 +41,22 @@ CUTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mamba2": {
         "budget 0.01": {"max_divergence": 0.01},
-        "project, ratio 1/4": {"ratio": 0.25},
-        "project, ratio 1/8": {"ratio": 0.125},
-        "select, ratio 1/4": {"ratio": 0.25, "realization": "select"},
+        **{f"one size 1/{n}": {"state_size": 1 / n, "realization": "project"} for n in (2, 4, 8, 16)},
+        **{f"by layer 1/{n}": {"ratio": 1 / n, "realization": "project"} for n in (2, 4, 8)},
+        **{f"by head 1/{n}": {"ratio": 1 / n, "realization": "project_heads"} for n in (2, 4, 8, 16)},
+        **{f"select 1/{n}": {"ratio": 1 / n, "realization": "select"} for n in (2, 4)},
+        **{f"select one size 1/{n}": {"state_size": 1 / n, "realization": "select"} for n in (2, 4)},
     },
 }
+"""By `model_type`, the names of cuts, and what they are; a `state_size` below 1 is a share of the model's."""
+
+
+STEPS: dict[str, tuple[str, float]] = {
+    "project 1/8": ("project", 1 / 8),
+    "project_heads 1/16": ("project_heads", 1 / 16),
+    "select 1/4": ("select", 1 / 4),
+}
+"""The names of cuts, how they are made, and the share of the states that is left."""
 
 
 def source_code(characters: int) -> list[str]:
@@ -135,7 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--corpus", type=Path, help="a file to keep the tokens to heal on in")
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
-    parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name holds one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name begins with one of these")
     parser.add_argument("--parameters", nargs="+", default=["cut"], help="cut, all")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument(
@@ -146,6 +158,7 @@ def main() -> None:
     parser.add_argument("--without-masters", action="store_true", help="let AdamW move bfloat16 weights themselves")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--curve", action="store_true", help="print each evaluation of the healing")
+    parser.add_argument("--steps", nargs="*", choices=list(STEPS), help="compare these cuts in one step and in two")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.disable_progress_bar()
@@ -161,7 +174,34 @@ def main() -> None:
     corpus = read_corpus(args, int(max(args.tokens)), tokenizer)
     print(f"corpus of {corpus.numel():,} tokens after {time.perf_counter() - begin:.0f} s", flush=True)
     for folder in args.folder:
-        heal_every_cut(folder, args, tokenizer, corpus)
+        if args.steps:
+            cut_in_steps(folder, args, tokenizer, corpus)
+        else:
+            heal_every_cut(folder, args, tokenizer, corpus)
+
+
+def cut_in_steps(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
+    """Print what cuts come to at once and in two steps."""
+    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+    base = evaluate(full, unseen)
+    print("| cut | healed on | steps | states | perplexity | recall | s |\n|---|---|---|---|---|---|---|", flush=True)
+    for name, tokens in itertools.product(args.steps, args.tokens):
+        realization, share = STEPS[name]
+        for shares in ([share], [2 * share, share]):
+            model, begin, before = copy.deepcopy(full), time.perf_counter(), 1.0
+            for after in shares:
+                config = CompreSSMConfig(
+                    ratio=after / before, realization=realization, heal=int(tokens / len(shares)), seed=len(shares)
+                )
+                report, before = compress_(model, config, corpus), after
+            seconds, found = time.perf_counter() - begin, evaluate(model, unseen)
+            states = sum(report.sizes.values()) / len(report.sizes)
+            print(
+                f"| {name} | {tokens / 1e6:g}M | {len(shares)} | {states:.1f} | {found.perplexity / base.perplexity - 1:+.2%} | "
+                f"{found.recall / base.recall - 1:+.2%} | {seconds:.0f} |",
+                flush=True,
+            )
 
 
 def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
@@ -177,11 +217,13 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
     known = HealingText(corpus, full, tokenizer, 1).measured
     ways = [*itertools.product(args.tokens, args.parameters, args.noise, args.step, args.text)]
     for name, options in CUTS[full.config.model_type].items():
-        if not any(part in name for part in args.only):
+        if not any(name.startswith(part) for part in args.only):
             continue
         weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
+        if options.get("state_size", 1) < 1:
+            options = options | {"state_size": int(options["state_size"] * full.config.state_size)}
         begin = time.perf_counter()
-        key = weights, options.get("realization", "auto")
+        key = weights, "select" if options.get("realization") == "select" else "auto"
         if key not in measured:
             measured[key] = measure(
                 full, known, CompreSSMConfig(max_divergence=0.01, weights=key[0], realization=key[1])

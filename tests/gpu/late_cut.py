@@ -2,7 +2,8 @@
 
 `python tests/gpu/late_cut.py FOLDER --tokens FILE.npy` goes on training a trained model, with a learning rate that falls to 0
 over `--steps` steps, and cuts it to a quarter of its states after `--warm` of them. Columns: perplexity on the package's
-evaluation text right after the cut and at the end, and the training loss over the last fifth of the steps.
+evaluation text right after the cut and at the end, and the training loss over the last fifth of the steps. `--scratch` begins
+with random weights, and adds a model that is that small from the start.
 """
 
 import argparse
@@ -27,6 +28,7 @@ RUNS = {
     "fit, moments of B and C reset": (3, True),
     "no fit, moments reset": (0, True),
 }
+SCRATCH = ["not cut", "no fit", "fit"]
 
 
 def main() -> None:
@@ -38,7 +40,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--scratch", action="store_true")
     parser.add_argument("--limit", type=float, default=1e9)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,10 +50,13 @@ def main() -> None:
     unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, 32, args.length)
     begin = time.time()
     print("| seed | run | after the cut | at the end | training loss | sizes |\n|---|---|---|---|---|---|", flush=True)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randint(len(ids), (args.steps, args.batch), generator=generator)
         model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).to(device).train()
+        if args.scratch:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(model.config).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
 
         def train(model, optimizer, steps: range, order: torch.Tensor) -> float:
@@ -69,8 +75,21 @@ def main() -> None:
             last = losses[-max(1, args.steps // 5) :]
             return sum(last) / len(last)
 
+        if args.scratch:
+            config = copy.deepcopy(model.config)
+            config.state_size //= 4
+            torch.manual_seed(seed)
+            small = AutoModelForCausalLM.from_config(config).to(device).train()
+            loss = train(small, torch.optim.AdamW(small.parameters(), lr=args.lr), range(args.steps), order)
+            print(
+                f"| {seed} | small from the start | | {perplexity(small.eval(), unseen):.3f} | {loss:.4f} | "
+                f"{config.state_size} | {time.time() - begin:.0f} s",
+                flush=True,
+            )
         train(model, optimizer, range(args.warm), order)
         for name, run in RUNS.items():
+            if args.scratch and name not in SCRATCH:
+                continue
             if time.time() - begin > args.limit:
                 return
             one = copy.deepcopy(model)

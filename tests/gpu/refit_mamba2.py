@@ -36,7 +36,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "mean 1/2": {"ratio": 0.5},
     "budget 0.01": {"max_divergence": 0.01},
 }
-ROWS = ["project", "refit 0", "refit 3", "adam 300", "refit 1", "two steps", "bf16 refit 0", "bf16 refit 3"]
+ROWS = ["project", "refit 0", "refit 3", "adam 300", "refit 1", "refit 4", "two steps", "bf16 refit 0", "bf16 refit 3"]
 
 
 def adam(measurement: Measurement, plan: Plan, steps: int) -> Plan:

@@ -73,6 +73,26 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite-4-h-micro": (
+        "granitemoehybrid",
+        {
+            "layer_types": ["full_attention" if i % 10 == 5 else "linear_attention" for i in range(40)],
+            "num_hidden_layers": 40,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "shared_intermediate_size": 8192,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "mamba_n_heads": 64,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+            "mamba_n_groups": 1,
+            "vocab_size": 100352,
+            "tie_word_embeddings": True,
+        },
+    ),
     "falcon-h1-7b": (
         "falcon_h1",
         {

@@ -1,12 +1,13 @@
 """The callback on several GPUs against one: equal ranks, equal losses, speed, memory, and resuming on the other number.
 
-`python tests/gpu/several_gpus.py` trains Mamba (N=128 to 12) and Mamba-2 (N=128 to 32, by selection) with 2 processes
-(DDP; NCCL on GPUs, gloo on a CPU) and with one on the same global batches, then continues each run's checkpoint on the
-other number of processes, and prints one table. `--tiny` makes it small enough for two CPU cores.
+`python tests/gpu/several_gpus.py` trains Mamba (N=128 to 12) and Mamba-2 (N=128 to 32, by selection) on the same global batches
+with one process, and with 2 under DDP and under FSDP2 (NCCL on GPUs, gloo on a CPU), then continues each run's checkpoint on
+the other number of processes, and prints one table. `--tiny` makes it small enough for two CPU cores.
 
 Columns: steps/s before the first and after the last cut, seconds of all cuts, peak memory of a GPU before and after;
 whether all parameters were bit-identical on all processes after each cut; the largest difference of a step's loss from the
-run on one process; and the same for the run that was continued on the other number of processes.
+run on one process; and the same for the run that was continued on the other number of processes. Mamba scans with the Triton
+kernel of `train_reference_models.py` where mamba_ssm is not installed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -22,11 +24,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from transformers import (
     AutoModelForCausalLM,
     Mamba2Config,
@@ -40,6 +46,7 @@ from transformers.utils import logging
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.compat import whole
 from hf_compressm.hub import load_tokenizer
 
 PACKAGE = Path(hf_compressm.__file__).parent
@@ -56,6 +63,22 @@ TINY: dict[str, dict[str, Any]] = {
 TARGETS = {"mamba": (12, 3), "mamba2": (32, 16)}  # and of the tiny ones
 STEPS, WINDOW, SAVED = 40, 20, 10  # of 4 cuts, 2 come before the checkpoint
 TINY_STEPS, TINY_WINDOW, TINY_SAVED = 10, 4, 2
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """A model on a number of processes; under DDP, or FSDP2, if there are several."""
+
+    model: str
+    processes: int
+    fsdp2: bool
+
+    @property
+    def way(self) -> str:
+        return f"{self.processes} FSDP2" if self.fsdp2 else f"{self.processes} DDP" if self.processes > 1 else "1"
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.way.replace(' ', '-')}"
 
 
 class Watch(TrainerCallback):
@@ -77,7 +100,7 @@ class Watch(TrainerCallback):
                 torch.cuda.reset_peak_memory_stats()
             digest = hashlib.sha256()
             for parameter in model.parameters():
-                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+                digest.update(whole(parameter).detach().float().cpu().numpy().tobytes())
             self.digests.append(digest.hexdigest())
 
 
@@ -104,6 +127,10 @@ def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
     )
     watch = Watch(cuts)
     on_gpu = torch.cuda.is_available()
+    if on_gpu and find_spec("mamba_ssm") is None:
+        from healing import patch_scan
+
+        patch_scan()
     arguments = TrainingArguments(
         str(args.out.with_suffix("")),
         max_steps=steps,
@@ -118,7 +145,10 @@ def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
         report_to=[],
         disable_tqdm=True,
         **({} if on_gpu or processes == 1 else {"ddp_backend": "gloo"}),
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if args.fsdp2 else {}),
     )
+    if args.fsdp2 and not on_gpu:  # accelerate leaves FSDP out on CPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Trainer(
         model,
         arguments,
@@ -151,24 +181,22 @@ def train_and_leave(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def launch(
-    processes: int, model: str, out: Path, tiny: bool, gpu: int = 0, resume: Path | None = None
-) -> dict[str, Any]:
+def launch(args: argparse.Namespace, run: Run, out: Path, gpu: int = 0, resume: Path | None = None) -> dict[str, Any]:
     """Start a run, one process on the GPU of this number, and return its results."""
     command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [__file__, "--train", "--model", model, "--out", str(out)]
-    command += ["--tiny"] * tiny + (["--resume", str(resume)] if resume else [])
+    if run.processes > 1 or run.fsdp2:  # which wants a group of processes, if only of one
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes)]
+    command += [__file__, "--train", "--model", run.model, "--out", str(out)]
+    command += ["--tiny"] * args.tiny + ["--fsdp2"] * run.fsdp2 + (["--resume", str(resume)] if resume else [])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    if processes == 1 and torch.cuda.is_available():
+    if run.processes == 1 and torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     begin = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
     print(f"{out.stem}: {time.perf_counter() - begin:.0f} s", flush=True)
-    first, *others = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(processes)]
+    first, *others = [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(run.processes)]
     return first | {"equal": all(other["digests"] == first["digests"] for other in others)}
 
 
@@ -180,8 +208,10 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="mamba,mamba2")
+    parser.add_argument("--backends", default="ddp,fsdp2", help="of two processes")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fsdp2", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
@@ -189,45 +219,51 @@ def main() -> None:
     if args.train:
         train_and_leave(args)
         return
-    saved, models = TINY_SAVED if args.tiny else SAVED, args.models.split(",")
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    saved, models, backends = TINY_SAVED if args.tiny else SAVED, args.models.split(","), args.backends.split(",")
+    runs: dict[Run, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def run(processes: int, gpu: int, model: str) -> None:
-            runs[model, processes] = launch(processes, model, folder / f"{model}-{processes}.run", args.tiny, gpu)
+        def begin(run: Run, gpu: int = 0) -> None:
+            runs[run] = launch(args, run, folder / f"{run}.run", gpu)
 
-        def go_on(processes: int, gpu: int, model: str) -> None:
-            """On this number of processes, from the checkpoint of the other."""
-            other = runs[model, 3 - processes]
-            out = folder / f"{model}-{3 - processes}-on-{processes}.run"
-            checkpoint = folder / f"{model}-{3 - processes}" / f"checkpoint-{saved}"
-            again = launch(processes, model, out, args.tiny, gpu, checkpoint)
-            assert again["sizes"] == other["sizes"]
-            other["continued"] = distance(again, other)
+        def go_on(run: Run, gpu: int = 0) -> None:
+            """From its checkpoint, on the other number of processes."""
+            other = replace(run, processes=3 - run.processes)
+            checkpoint = folder / f"{run}" / f"checkpoint-{saved}"
+            again = launch(args, other, folder / f"{run}-on-{other.processes}.run", gpu, checkpoint)
+            assert again["sizes"] == runs[run]["sizes"]
+            runs[run]["continued"] = distance(again, runs[run])
 
-        for stage in (run, go_on):
-            # One process of each model side by side, a GPU for each; those of two processes one after the other.
-            with ThreadPoolExecutor(len(models) if torch.cuda.device_count() >= len(models) else 1) as pool:
-                list(pool.map(stage, [1] * len(models), range(len(models)), models))
-            for model in models:
-                stage(2, 0, model)
+        # One process of each model side by side, a GPU for each; those of two processes one after the other.
+        alone = [Run(model, 1, False) for model in models]
+        together = [Run(model, 2, backend == "fsdp2") for model in models for backend in backends]
+        ddp = [run for run in together if not run.fsdp2]
+        for each, side_by_side in (
+            (begin, alone),
+            (begin, together),
+            (go_on, together),
+            (go_on, [run for run in alone if any(other.model == run.model for other in ddp)]),
+        ):
+            on_one = side_by_side is alone or (each is go_on and side_by_side is together)
+            with ThreadPoolExecutor(2 if on_one and torch.cuda.device_count() > 1 else 1) as pool:
+                list(pool.map(each, side_by_side, itertools.cycle((0, 1))))
             print_table(runs)
 
 
-def print_table(runs: dict[tuple[str, int], dict[str, Any]]) -> None:
+def print_table(runs: dict[Run, dict[str, Any]]) -> None:
     print(
         "\n| model | processes | states | steps/s | after | cutting, s | GiB | after | ranks equal | loss | continued |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for (model, processes), run in sorted(runs.items()):
-        assert len(run["digests"]) == 4
-        assert len(set(run["sizes"])) == 1
-        memory = [f"{run['memory'][when]:.2f}" for when in ("before", "after")]
-        cells = [model, str(processes), f"{run['sizes'][0]}", f"{run['before']:.2f}", f"{run['after']:.2f}"]
-        cells += [f"{run['cut_seconds']:.2f}", *memory, "yes" if run["equal"] else "NO"]
-        cells += [f"{distance(run, runs[model, 1]):.1e}"]
-        cells += [f"{run['continued']:.1e}" if "continued" in run else "-"]
+    for run, found in sorted(runs.items()):
+        assert len(found["digests"]) == 4
+        assert len(set(found["sizes"])) == 1
+        memory = [f"{found['memory'][when]:.2f}" for when in ("before", "after")]
+        cells = [run.model, run.way, f"{found['sizes'][0]}", f"{found['before']:.2f}", f"{found['after']:.2f}"]
+        cells += [f"{found['cut_seconds']:.2f}", *memory, "yes" if found["equal"] else "NO"]
+        cells += [f"{distance(found, runs[Run(run.model, 1, False)]):.1e}"]
+        cells += [f"{found['continued']:.1e}" if "continued" in found else "-"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -143,14 +143,14 @@ def scan_backward(
 class Scan(torch.autograd.Function):
     """Mamba's selective scan: u and dt [b, L, D], A [D, N], B and C [b, L, N]; L a multiple of CHUNK."""
 
-    BLOCK, WARPS = 16, 1
+    BLOCK = 16
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         inputs = [tensor.contiguous() for tensor in (u, dt, A, B, C)]
         (b, L, D), N = u.shape, A.shape[1]
         y, starts = torch.empty_like(inputs[0]), A.new_empty(b, L // CHUNK, D, N)
-        scan_forward[(D // Scan.BLOCK, b)](*inputs, y, starts, L, D, N, CHUNK, Scan.BLOCK, num_warps=Scan.WARPS)
+        scan_forward[(D // Scan.BLOCK, b)](*inputs, y, starts, L, D, N, CHUNK, Scan.BLOCK, num_warps=max(1, N // 32))
         ctx.save_for_backward(*inputs, starts)
         return y
 
@@ -164,7 +164,7 @@ class Scan(torch.autograd.Function):
         dB, dC = A.new_empty(2, blocks, b, L, N)
         outputs = (starts, states, du, ddt, dA, dB, dC)
         grid = (blocks, b)
-        scan_backward[grid](*inputs, dy.contiguous(), *outputs, L, D, N, CHUNK, Scan.BLOCK, num_warps=Scan.WARPS)
+        scan_backward[grid](*inputs, dy.contiguous(), *outputs, L, D, N, CHUNK, Scan.BLOCK, num_warps=max(1, N // 32))
         return du, ddt, dA.sum(0), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
 
 

@@ -21,10 +21,16 @@ def _full(model_type: str) -> PreTrainedModel:
 
 @cache
 def _slim(model_type: str) -> PreTrainedModel:
-    """The first layer at 8 states, the others at 12, chosen as by default."""
+    """The first layer at 8 states, the others at 12. With Mamba-2, the first is projected from these to 6, and the last by
+    head, to 4."""
     model = copy.deepcopy(_full(model_type))
     first, *rest = (layer.index for layer in find_layers(model))
-    compress_(model, CompreSSMConfig(state_size={first: 8} | dict.fromkeys(rest, 12)), models.tokens(4, 24))
+    cuts = [(8, "select", {first: 8} | dict.fromkeys(rest, 12))]
+    if model_type not in models.MAMBA_1:
+        cuts += [(1, "project", {first: 6}), (1, "project_heads", {rest[-1]: 4})]
+    for multiple_of, realization, sizes in cuts:
+        config = CompreSSMConfig(state_size=sizes, realization=realization, multiple_of=multiple_of)
+        compress_(model, config, models.tokens(4, 24))
     return model
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_compressm import CompreSSMConfig, compress_, hankel_singular_values, measure
+from hf_compressm import CompreSSMConfig, compress_, measure
 from hf_compressm.cutting.first_states import cut_to_first_states_
-from hf_compressm.layers import find_layers
+from hf_compressm.layers import find_layers, new_data
 from hf_compressm.modeling.state_sizes import get_head_state_sizes, get_state_sizes
 from hf_compressm.reporting.record import get_report
 from hf_compressm.reporting.report import CompressionReport
 from hf_compressm.training.schedule import training_config
 from tests.conftest import VOCABULARY, cache_of, tiny_mamba, tiny_mamba2
-from tests.layers.models import build
 
 BY_HEAD = {"realization": "project_heads"}
 
@@ -135,18 +136,58 @@ def test_training_goes_on(token_ids):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_it_is_not_cut_again(token_ids):
+def test_what_is_left_of_a_layer_is_measured_and_cut_as_if_at_once():
+    """Balanced states that are cut are balanced again: on the same inputs, two cuts are one, in sizes and in what is scanned."""
+    model = tiny_mamba2(groups=2)
+    layer, hidden_states = find_layers(model)[0], torch.randn(4, 60, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, sizes in (("at once", [5]), ("in two steps", [9, 5])):
+        one = copy.deepcopy(layer)
+        for size in sizes:
+            with torch.no_grad():
+                statistics = one.statistics(mean_lti=False)
+                statistics.update(one.read(hidden_states, None))
+                cut = one.realizations["project_heads"].paths([one], [statistics], CompreSSMConfig())[0][size]
+                added = sum(p.numel() for p in one.mixer.parameters()) + cut.added_parameters(one)
+                cut.apply_(one, new_data(one, cut.parameter_cuts(one)))
+            assert sum(p.numel() for p in one.mixer.parameters()) == added
+        L, R = (side.split(one.head_state_sizes, dim=1) for side in one.mixer.BC_projection.detach())
+        found[name] = one.head_state_sizes, [a @ b.mT for a, b in zip(L, R, strict=True)]
+    assert found["at once"][0] == found["in two steps"][0]
+    for a, b in zip(found["at once"][1], found["in two steps"][1], strict=True):
+        assert (a - b).norm() < 1e-3 * a.norm()
+
+
+def test_it_is_cut_again(token_ids):
+    """Some layers by head, some whole: by budget and by tolerance, and the spectra are those of the states that are left."""
+    model = tiny_mamba2(layers=3)
+    first = compress_(model, CompreSSMConfig(state_size={0: 8, 2: 5}, **BY_HEAD), token_ids)
+    before, measurement = logits(model, token_ids), measure(model, token_ids, CompreSSMConfig(tolerance=0.05))
+    for row, old in zip(measurement.report().layers, first.layers, strict=True):
+        assert row.head_sizes == old.head_sizes
+        counts = [sum(value > 1e-6 * max(s) for value in s) for s in row.hankel_singular_values]
+        assert old.head_sizes is None or all(n <= size for n, size in zip(counts, old.head_sizes, strict=True))
+    assert measurement.plan(CompreSSMConfig(tolerance=0.05)).report.sizes[0] <= 8
+    report = measurement.plan(CompreSSMConfig(ratio=0.9)).apply_(model)
+    assert report.states_after == round(0.9 * 29)
+    assert report.realization == "project_heads"
+    assert [layer.head_state_sizes for layer in find_layers(model)] == [
+        None if row.head_sizes is None else tuple(row.head_sizes) for row in report.layers
+    ]
+    assert all(0.5 < row.energy_kept <= 1 for row in report.layers)
+    assert float((logits(model, token_ids) - before).norm() / before.norm()) < 0.1
+    cut_to_first_states_(model, 3)
+    assert get_state_sizes(model.config) == [3, 3, 3]
+    assert logits(model, token_ids).isfinite().all()
+
+
+def test_it_is_cut_by_head_alone(token_ids):
     model = tiny_mamba2()
     compress_(model, CompreSSMConfig(state_size={0: 4}, **BY_HEAD), token_ids)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for again in (
-        lambda: compress_(model, CompreSSMConfig(state_size=3), token_ids),
-        lambda: measure(model, token_ids),
-        lambda: hankel_singular_values(model, token_ids),
-        lambda: cut_to_first_states_(model, 3),
-    ):
-        with pytest.raises(ValueError, match=r"[Ee]ach head of .* can't be .*cut again"):
-            again()
+    for options in ({"realization": "project"}, {"realization": "select"}, {"selection": "random"}):
+        with pytest.raises(ValueError, match=r"layer 0 .* can only be cut by head"):
+            compress_(model, CompreSSMConfig(state_size=3, **options), token_ids)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert get_head_state_sizes(model.config)[1] is None
 
@@ -154,8 +195,7 @@ def test_it_is_not_cut_again(token_ids):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (tiny_mamba, {}, "mamba2"),
-        (lambda: build("bamba"), {}, "mamba2"),
+        (tiny_mamba, {}, "Mamba-2 layers"),
         (tiny_mamba2, {"uniform": True}, "uniform"),
     ],
 )
@@ -170,8 +210,9 @@ def test_not_while_training():
 
 
 def test_first_states(token_ids):
-    """For benchmarks: all heads alike."""
+    """For benchmarks: all heads alike, also of a layer that is projected already."""
     model = tiny_mamba2(groups=2)
-    cut_to_first_states_(model, 5, "project_heads")
+    for size, realization in ((12, "project"), (8, "project"), (5, "project_heads")):
+        cut_to_first_states_(model, size, realization)
     assert [layer.head_state_sizes for layer in find_layers(model)] == [(5,) * 8] * 2
     assert model(token_ids).logits.isfinite().all()

@@ -26,11 +26,7 @@ def default_cut(layer: Layer) -> str:
         return "selection, refit through the norms on B and C"
     if isinstance(layer, MambaLayer):
         return "selection, refit"
-    return (
-        "projection"
-        if realization_of(CompreSSMConfig(), [layer]) == "project"
-        else "greedy selection, refit of B and C"
-    )
+    return {"project": "projection"}[realization_of(CompreSSMConfig(), [layer])]
 
 
 def chosen_for(layer: Layer) -> str:

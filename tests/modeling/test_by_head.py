@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compressm.modeling.modeling_compressm import HeadwiseProjectedMamba2Mixer, project_heads_, scan_widths
+from hf_compressm.modeling.modeling_compressm import HeadwiseProjectedMixer, project_heads_, scan_widths
 from tests.conftest import cache_of
-from tests.modeling.models import build, mamba2_config, tokens
+from tests.modeling.models import build, left_padded, mamba2_config, tokens
 
 N = 40
 SIZES = [[40, 0, 17, 3], [3, 33, 16, 8], [1, 1, 1, 1]]
@@ -40,7 +40,7 @@ def test_a_change_of_basis_in_each_head_changes_nothing(groups, dtype, tolerance
         T = torch.eye(N) + 0.1 * torch.randn(mixer.num_heads, N, N, generator=generator) / N**0.5
         maps = [torch.cat(list(part), dim=1) for part in (torch.linalg.inv(T.double()).mT, T.double())]
         project_heads_(mixer, [N] * mixer.num_heads, torch.stack(maps))
-    assert all(isinstance(mixer, HeadwiseProjectedMamba2Mixer) for mixer in mixers(model))
+    assert all(isinstance(mixer, HeadwiseProjectedMixer) for mixer in mixers(model))
     torch.testing.assert_close(model(tokens()).logits, before, atol=max(tolerance, 1e-5), rtol=tolerance)
 
 
@@ -91,10 +91,25 @@ def test_two_widths_hold_all_heads(sizes, most):
 
 
 def test_compiling_breaks_no_graph():
+    """Neither of a sequence, nor of a token on top of a cache, whose state changes in place."""
     model = by_head()
     mixer, hidden_states = mixers(model)[0], torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(mixer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(hidden_states), mixer(hidden_states))
+    compiled, caches = torch.compile(model, backend="eager", fullgraph=True), []
+    for _ in range(2):
+        caches.append(cache_of(model(tokens(), use_cache=True)))
+    for seed in range(2):
+        token = tokens(2, 1, seed)
+        steps = [each(token, **cache).logits for each, cache in zip((compiled, model), caches, strict=True)]
+        torch.testing.assert_close(*steps)
+
+
+def test_a_static_cache_generates_the_same():
+    model, arguments = by_head(), {"max_new_tokens": 6, "do_sample": False}
+    for inputs in ({"input_ids": tokens()}, left_padded(tokens())):
+        static = model.generate(**inputs, **arguments, cache_implementation="static")
+        assert torch.equal(static, model.generate(**inputs, **arguments))
 
 
 def test_half_precision():

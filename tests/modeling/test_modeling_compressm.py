@@ -12,7 +12,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 import hf_compressm
 from hf_compressm.modeling import modeling_compressm
-from hf_compressm.modeling.modeling_compressm import ProjectedMamba2Mixer, install, project_
+from hf_compressm.modeling.modeling_compressm import ProjectedMixer, install, project_
 from tests.conftest import cache_of
 from tests.modeling.models import (
     LAYERS,
@@ -46,7 +46,7 @@ def test_a_change_of_basis_changes_nothing():
     model = build(mamba2_config())
     stock = model(tokens()).logits
     change_basis_(model)
-    assert all(isinstance(mixer, ProjectedMamba2Mixer) for mixer in mixers(model))
+    assert all(isinstance(mixer, ProjectedMixer) for mixer in mixers(model))
     torch.testing.assert_close(model(tokens()).logits, stock, atol=1e-5, rtol=1e-4)
 
 
@@ -176,7 +176,7 @@ def test_fresh_models_from_config(name):
     for auto_class in (AutoModel, AutoModelForCausalLM):
         model = auto_class.from_config(config)
         assert model(tokens())[0].isfinite().all()
-        found = [module for module in model.modules() if isinstance(module, ProjectedMamba2Mixer)]
+        found = [module for module in model.modules() if isinstance(module, ProjectedMixer)]
         for mixer in found:
             N = mixer.unprojected_state_size
             sizes = getattr(mixer, "head_state_sizes", [mixer.ssm_state_size])
@@ -211,7 +211,7 @@ def test_installing_again_wraps_nothing(tmp_path):
     finally:
         del sys.modules["a_copy"]
     assert Mamba2Mixer.__init__ is before
-    assert copy.ProjectedMamba2Mixer is not ProjectedMamba2Mixer
+    assert copy.ProjectedMixer is not ProjectedMixer
     slim(mamba2_config(), [3, 3, 3], {0: 8, 1: 8, 2: 8})
 
 

@@ -1,16 +1,15 @@
-"""One run of the callback in each process, for test_distributed.py: `torchrun ddp_run.py OUT VARIANT,... PROCESSES`."""
+"""Runs of the callback in each of several processes, for test_distributed.py."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
@@ -25,10 +24,9 @@ VARIANTS = {
     "none": {},
     "mamba2": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "bucket_view": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
     "resume": {"save_strategy": "steps", "save_steps": 2},
     "large": {},  # 8 states count as too many to fit all: 5 candidates are chosen
-    "comm_hook": {},
+    "comm_hook": {"ddp_find_unused_parameters": False, "activation_checkpointing": True},
     "static_graph": {"ddp_static_graph": True},
     "rollback": {"metric_for_best_model": "badness", "greater_is_better": False},
 }
@@ -45,6 +43,14 @@ class CountingHook(TrainerCallback):
     def reduce(self, state, bucket):
         self.calls += 1
         return allreduce_hook(None, bucket)
+
+
+def digest(model: Any, optimizer: Any) -> str:
+    """Of the parameters and the optimizer's state."""
+    found = hashlib.sha256()
+    for tensor in [*model.parameters(), *(e for p in model.parameters() for e in optimizer.state[p].values())]:
+        found.update(tensor.detach().numpy().tobytes())
+    return found.hexdigest()
 
 
 def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | None = None) -> dict:
@@ -66,32 +72,21 @@ def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | No
         trainer.add_callback(hook)
     with patch.object(moments, "MAX_READOUT", 40 if variant == "large" else moments.MAX_READOUT):
         trainer.train(resume_from_checkpoint=checkpoint)
-    digest = hashlib.sha256()
-    for parameter in [
-        *model.parameters(),
-        *(e for p in model.parameters() for e in trainer.optimizer.state[p].values()),
-    ]:
-        digest.update(parameter.detach().numpy().tobytes())
     return {
         "rank": rank,
         "losses": losses(trainer),
         "sizes": sizes(model),
-        "hash": digest.hexdigest(),
+        "hash": digest(model, trainer.optimizer),
         "hook_calls": hook.calls,
         "spectra": [attempt.hankel_singular_values for attempt in callback.history],
     }
 
 
-if __name__ == "__main__":
-    folder, variants, world = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
-    torch.set_num_threads(1)
-    process = int(os.environ.get("RANK", 0))
+def run_all(folder: Path, variants: list[str], world: int) -> None:
+    rank = int(os.environ["RANK"])
     for name in variants:
-        result = run(folder / name, name, world, process)
-        (folder / f"{name}-{world}-{process}.json").write_text(json.dumps(result))
+        result = run(folder / name, name, world, rank)
+        (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(result))
         if name == "resume":
-            result = run(folder / "again", name, world, process, str(folder / name / "checkpoint-2"))
-            (folder / f"resumed-{world}-{process}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        # Else gloo's threads are still running when the interpreter ends, and may abort the process.
-        torch.distributed.destroy_process_group()
+            result = run(folder / "again", name, world, rank, str(folder / name / "checkpoint-2"))
+            (folder / f"resumed-{world}-{rank}.json").write_text(json.dumps(result))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import shutil
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.training.ddp_run import run
+from tests.gpu import several_gpus
+from tests.processes import launch, once
+from tests.training.ddp_run import run, run_all
+from tests.training.faults_run import begin, resume, whole_and_killed
 
 pytestmark = pytest.mark.distributed
 
@@ -18,7 +22,6 @@ VARIANTS = [
     "plain",
     "mamba2",
     "accumulation",
-    "bucket_view",
     "large",
     "resume",
     "rollback",
@@ -26,22 +29,17 @@ VARIANTS = [
     "static_graph",
     "none",
 ]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    # Earlier runs in this process have left accelerate's settings behind.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment = inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(ROOT / "tests" / "training" / "ddp_run.py"), str(folder), ",".join(VARIANTS), "2"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("plain", "mamba2", "accumulation", "large", "none"):
-        result = run(folder / "one" / name, name, 1, 0)
-        (folder / f"{name}-1-0.json").write_text(json.dumps(result))
+    def make(folder: Path) -> None:
+        launch(folder, 2, run_all, folder, VARIANTS, 2)
+        for name in ("plain", "mamba2", "accumulation", "large", "none"):
+            result = run(folder / "one" / name, name, 1, 0)
+            (folder / f"{name}-1-0.json").write_text(json.dumps(result))
+
+    folder = once(tmp_path_factory, "ddp", make)
 
     def read(name: str, world: int, rank: int) -> dict:
         return json.loads((folder / f"{name}-{world}-{rank}.json").read_text())
@@ -74,7 +72,7 @@ def test_the_comparison_tells_a_cut_from_none(results):
     assert distance(results("plain", 2, 0), results("none", 1, 0)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["bucket_view", "static_graph"])
+@pytest.mark.parametrize("name", ["comm_hook", "static_graph"])
 def test_ddp_settings_change_nothing(results, name):
     assert distance(results("plain", 2, 0), results(name, 2, 0)) < 1e-4
 
@@ -97,13 +95,61 @@ def test_an_undone_cut_leaves_no_trace(results):
     assert results("rollback", 2, 0)["losses"] == results("none", 2, 0)["losses"]
 
 
-def test_the_script_for_several_gpus_runs_on_cpus():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "gpu" / "several_gpus.py"), "--tiny", "--models", "mamba"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| mamba |")][-2:]
-    assert [row[1] for row in rows] == ["1", "2"]
+def test_processes_that_differ(tmp_path):
+    """All of them say so, before the first step."""
+    launch(tmp_path, 2, begin, tmp_path, timeout=60)
+    first, second = (json.loads((tmp_path / f"begin-{rank}.json").read_text()) for rank in (0, 1))
+    for each in (first, second):
+        assert "ValueError" in each["differs"]
+        assert "differ in end: it is 3 in process 1 and 4 in process 0" in each["differs"]
+        assert "ValueError" in each["fails"]
+        assert "nothing to train here" in each["fails"]
+        assert each["differs sizes"] == each["fails sizes"] == each["absent sizes"] == [8, 8]
+    assert "Process 1 of 2 has no CompreSSMCallback" in first["absent"]
+    assert "absent" in second  # it knows of no callback, and ends with the connection
+
+
+def test_a_process_killed_in_a_cut(tmp_path):
+    """The other says so and undoes its part; the last whole checkpoint resumes, to the run that was not disturbed."""
+    codes = launch(tmp_path, 2, whole_and_killed, tmp_path, codes=True, timeout=120)
+    assert codes == [1, 9], (tmp_path / "output-0.txt").read_text()[-3000:]
+    whole = [json.loads((tmp_path / f"whole-{rank}.json").read_text()) for rank in (0, 1)]
+    killed = json.loads((tmp_path / "killed-0.json").read_text())
+    assert "Process 1 of 2 did not come to the cut" in killed["message"]
+    assert sum(whole[0]["sizes"]) < sum(killed["sizes"]) < 16
+    saved = sorted((tmp_path / "killed").glob("checkpoint-*"))
+    assert [path.name for path in saved] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    short = shutil.copytree(saved[-1], tmp_path / "killed" / "checkpoint-4")  # cut short in the weights
+    (short / "trainer_state.json").unlink()
+    (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:2000])
+    launch(tmp_path, 2, resume, tmp_path, str(saved[-1]))
+    resumed = [json.loads((tmp_path / f"resumed-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["hash"] for each in resumed] == [each["hash"] for each in whole]
+    assert all("deserializing" in each["short"] for each in resumed)  # a half-written one is not read as whole
+
+
+def test_the_script_for_several_gpus_runs_on_cpus(tmp_path, monkeypatch, capsys):
+    """All of it but torchrun."""
+    numbers = count()
+
+    def run(command: list[str], **kwargs) -> SimpleNamespace:
+        processes = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        launch(folder, processes, main_of_script, command[command.index(several_gpus.__file__) + 1 :])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(several_gpus.subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", ["several_gpus.py", "--tiny", "--models", "mamba", "--backends", "ddp"])
+    several_gpus.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| mamba |")][-2:]
+    assert [row[1] for row in rows] == ["1", "2 DDP"]
     for row in rows:
         assert row[-3] == "yes"
         assert max(float(row[-2]), float(row[-1])) < 1e-4  # of other processes, and of the run that goes on
+
+
+def main_of_script(arguments: list[str]) -> None:
+    sys.argv = ["several_gpus.py", *arguments]
+    several_gpus.main()
