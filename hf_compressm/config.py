@@ -42,7 +42,8 @@ class CompreSSMConfig:
         ratio: share of all states to keep, in (0, 1], allocated over the layers by what each cut costs.
         realization: "select" keeps r of the N states; "project" (Mamba-2) scans an r-dimensional projection of the
             state; "project_heads" (Mamba-2) another one in each head, of a size of its own, where a layer's size is the
-            heads' mean. "auto" selects for Mamba-1, and for Mamba-2 projects unless `uniform` asks for a stock checkpoint.
+            heads' mean; "balance" truncates time-invariant layers. "auto" is that for them, selects for Mamba-1, and for
+            Mamba-2 projects unless `uniform` asks for a stock checkpoint.
         selection: which states `select` keeps. "auto" is this library's own: least-squares read-out for Mamba-1, greedy
             elimination for Mamba-2. The others are baselines, without a read-out fit: "greedy", "ghost" (P times C^2,
             arXiv 2602.11408), "lti_modal" (AIRE-style), "magnitude" of the weights, "random".

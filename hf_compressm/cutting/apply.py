@@ -46,8 +46,7 @@ def cut_(
                     "weights and the calibration data. Nothing was changed."
                 )
             for name, cut in cuts.items():
-                parameter = parameters[name] if cut.index is not None else None
-                states += cut_states(optimizers, f"{layer.name}.{name}", parameter, cut)
+                states += cut_states(optimizers, f"{layer.name}.{name}", parameters.get(name), cut)
         ready.append((layer, realization))
     for layer, realization in ready:
         with weights_at_hand(layer.mixer):

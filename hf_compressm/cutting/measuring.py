@@ -20,7 +20,7 @@ from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..hankel.statistics import Statistics
-from ..layers import Layer, find_layers, plain_model, realization_of
+from ..layers import Layer, find_layers, is_plain, plain_model, realization_of
 from .inputs import Inputs
 from .measurement import Measurement
 from .observing import can_weigh_by_loss, observe_by_loss, observing
@@ -56,7 +56,8 @@ def measure(
     Args:
         model: with Mamba or Mamba-2 layers, on any device.
         data: LongTensor [n, L], list of texts, `datasets.Dataset` or DataLoader. By default a text that the package
-            ships, if there is a tokenizer, else samples of the model itself.
+            ships, if there is a tokenizer, else samples of the model itself. Time-invariant layers need none: their weights
+            tell all.
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
             realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
             any other cut an eighth, if there are eight sequences.
@@ -65,21 +66,32 @@ def measure(
             is held out is put together; inputs for refits stay those of each process.
 
     Raises:
-        ValueError: if the model has no SSM layer or weights that can't be cut, or the data does not fit the model.
+        ValueError: if the model has no SSM layer or weights that can't be cut, the data does not fit the model, or a plain
+            module is to keep a `max_divergence` or to be healed.
         TypeError: if the data is of an unknown kind.
     """
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     backend = backend or OneProcess()
     layers = find_layers(model)
+    name = realization_of(config, layers)
+    by_loss = can_weigh_by_loss(model, layers, config)
+    weights = "fisher" if by_loss else "gate"
+    reading = [layer for layer in layers if layer.reads_data]
+    if config.max_divergence is not None or config.heal:
+        _refuse_plain(model)
+    elif not reading:
+        if data is not None:
+            logger.warning(
+                "hf_compressm: the layers are time-invariant, so that their weights tell all: no data was used."
+            )
+        return Measurement(model, layers, empty_statistics(layers, config), config.estimator, weights)
     batches, held_out = backend.together(
         "reading the calibration data",
         lambda: _data(calibration_batches(data, model, tokenizer), model, config, backend.processes),
     )
     held_out = backend.gather(held_out)
-    name = realization_of(config, layers)
     fits = config.refits and any(layer.realizations[name].has_fit for layer in layers)
     inputs = Inputs() if fits else None
-    by_loss = can_weigh_by_loss(model, layers, config)
     device = device_of(model)
     seconds = config.calibration_seconds
     if seconds is None:
@@ -95,7 +107,7 @@ def measure(
     def run(statistics: list[Statistics], parts: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
         begin = time.monotonic()
         with evaluating(model), quick_scans(layers):
-            for number, part in enumerate(followed("measuring", parts)):
+            for number, part in enumerate(followed("measuring", parts if reading else [])):
                 if number and time.monotonic() - begin > seconds:
                     _note_tokens(statistics, batches, seconds)
                     break
@@ -117,8 +129,15 @@ def measure(
     tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
     few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
     sample = {name: tensor[:few] for name, tensor in batches[0].items()}
-    weights = "fisher" if by_loss else "gate"
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
+
+
+def _refuse_plain(model: Any) -> None:
+    if is_plain(model):
+        raise ValueError(
+            f"max_divergence and heal run a model of transformers on tokens, and {type(model).__name__} is a plain module: give "
+            "a tolerance, ratio or state_size, which need no data for its layers. Nothing was changed."
+        )
 
 
 def _data(

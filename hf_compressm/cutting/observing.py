@@ -35,7 +35,8 @@ def observing(
 
     Of a batch of more than `max_tokens` tokens, only the first sequences are taken, and one at least.
     """
-    by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True)}
+    by_index = {layer.index: entry for layer, entry in zip(layers, statistics, strict=True) if layer.reads_data}
+    layers = [layer for layer in layers if layer.reads_data]
 
     def take(layer: Layer, hidden_states: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
         rows = None if max_tokens is None else max(1, max_tokens // hidden_states.shape[1])

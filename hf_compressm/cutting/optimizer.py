@@ -1,7 +1,8 @@
 """An optimizer's state follows its parameter through a cut.
 
 The moments of a gradient are cut as the gradient is (`ParameterCut.gradient`), copies of the weights as the weights
-are. Factored second moments v_ij = r_i c_j / mean(r) keep their value on what stays.
+are. Factored second moments v_ij = r_i c_j / mean(r) keep their value on what stays. A parameter that is made anew, in
+other coordinates, begins with no state, like that of a new model.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def cut_states(
     """The states of a parameter after its cut; nothing is changed. Sharded ones are gathered by all processes together.
 
     Raises:
-        ValueError: if an entry is of an unknown kind, or the parameter is made anew.
+        ValueError: if an entry is of an unknown kind, or there was no such parameter before the cut.
     """
     if optimizers and parameter is None:
         raise ValueError(
@@ -102,8 +103,9 @@ def cut_states(
         if state:
             _check_state(name, state, parameter.shape)
             full = {key: whole(entry) if isinstance(entry, Tensor) else entry for key, entry in state.items()}
-            new = {key: _cut_entry(key, entry, full, parameter.shape, cut) for key, entry in full.items()}
-            new |= {key: sharded_like(new[key], entry) for key, entry in state.items() if isinstance(entry, Tensor)}
+            kept = full if cut.index is not None else {}
+            new = {key: _cut_entry(key, entry, full, parameter.shape, cut) for key, entry in kept.items()}
+            new |= {key: sharded_like(new[key], state[key]) for key in kept if isinstance(state[key], Tensor)}
             states.append((optimizer, parameter, new))
     return states
 
@@ -117,7 +119,8 @@ def set_states_(states: Sequence[NewState]) -> None:
 def _check_state(name: str, state: State, shape: torch.Size) -> None:
     for key, entry in state.items():
         if isinstance(entry, Tensor):
-            plain = (type(entry) in (Tensor, nn.Parameter) or is_sharded(entry)) and entry.is_floating_point()
+            number = entry.is_floating_point() or entry.is_complex()
+            plain = (type(entry) in (Tensor, nn.Parameter) or is_sharded(entry)) and number
             if entry.numel() == 1 or (plain and tuple(entry.shape) in _shapes(key, shape)):
                 continue
             found = f"{type(entry).__name__} {list(entry.shape)} {entry.dtype}"

@@ -218,6 +218,7 @@ def make_report(
                 hankel_singular_values=spectrum.tolist(),
                 energy_kept=float(energy / spectrum.sum()) if spectrum.sum() > 0 else 1.0,
                 output_error=0.0 if realization is None else realization.error,
+                error_bound=None if realization is None else realization.error_bound,
                 channels=layer.channels,
                 realization="" if realization is None else realization.kind or realization.name,
                 head_sizes=None if heads is None else list(heads),

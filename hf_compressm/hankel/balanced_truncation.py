@@ -66,7 +66,7 @@ def balanced_truncation(system: DiagonalSystem | StateSpace, r: int) -> tuple[St
     L_Q = gramian_factor(system.observability_gramian(), "observability Gramian Q")
     sigma, Rm, Lm = balance(L_Q, L_P, r)
     reduced = StateSpace(Lm.mH @ system.A @ Rm, Lm.mH @ system.B, system.C @ Rm, system.D)
-    return reduced, _error_bound(sigma, min(r, int(_is_significant(sigma).sum())))
+    return reduced, error_bound(sigma, min(r, int(_is_significant(sigma).sum())))
 
 
 def balance(L_Q: Tensor, L_P: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +85,7 @@ def _is_significant(sigma: Tensor) -> Tensor:
     return sigma > RANK_TOLERANCE * sigma[..., :1]
 
 
-def _error_bound(sigma: Tensor, r: int) -> float:
+def error_bound(sigma: Tensor, r: int) -> float:
     """Return twice the sum of the distinct values among sigma[r:], [n] descending; equal means to rounding."""
     cut = sigma[r:]
     rounding = len(sigma) * torch.finfo(sigma.dtype).eps * sigma[0]

@@ -26,10 +26,11 @@ def hankel_spectra(statistics: Sequence[Statistics]) -> list[Tensor]:
     layers in float64 may be more than a GPU holds.
     """
     spectra: dict[int, Tensor] = {}
-    waiting: dict[tuple[int, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
+    waiting: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
     for index, entry in enumerate(statistics):
-        alike = waiting.setdefault((entry.groups[0].size, entry.tokens.device), [])
-        alike.append((index, *entry.gramians()))
+        P, Q = entry.gramians()
+        alike = waiting.setdefault((P.shape[1:], entry.tokens.device), [])
+        alike.append((index, P, Q))
         if sum(len(P) for _, P, _ in alike) >= TOGETHER:
             spectra |= _spectra(statistics, alike)
             alike.clear()

@@ -4,7 +4,8 @@ from .contracts import Layer, MixerInputs, Realization, ResizeParameter, new_dat
 from .engines import Engine, Sizes, check_engine, engine_remarks, engine_sizes, register_engine
 from .mixer import MixerLayer
 from .parameters import ParameterCut, set_data_
-from .registry import find_layers, plain_model, realization_of, realize, register, register_realization
+from .registry import find_layers, is_plain, plain_model, realization_of, realize, register, register_realization
+from .resizing import make_room_, resize_like_, size_in
 
 __all__ = [
     "Engine",
@@ -19,6 +20,8 @@ __all__ = [
     "engine_remarks",
     "engine_sizes",
     "find_layers",
+    "is_plain",
+    "make_room_",
     "new_data",
     "plain_model",
     "realization_of",
@@ -26,5 +29,7 @@ __all__ = [
     "register",
     "register_engine",
     "register_realization",
+    "resize_like_",
     "set_data_",
+    "size_in",
 ]

@@ -43,13 +43,17 @@ class Layer(Protocol):
     """Its name in tables and messages, such as "Mamba-2"."""
     realizations: ClassVar[dict[str, type[Realization]]]
     """How its state can be made smaller, by the name in `CompreSSMConfig.realization`; "select" is always there."""
+    reads_data: ClassVar[bool]
+    """Whether its system depends on what the mixer reads. If not, `statistics` knows all, and `read` is never called."""
+    in_plain_models: ClassVar[bool]
+    """Whether its model may be a plain module, without a config that sizes are written in: the weights' shapes tell them."""
     keeps_samples_apart: ClassVar[bool]
     """Whether the mixer, told which sample a token belongs to (`seq_idx`), begins each with an empty state."""
     name: str
     """Of the mixer in the model."""
     mixer: Any
     index: int
-    """Of the layer in the model."""
+    """Of the layer in the model. A mixer that does not know it leaves it None, and gets its place among the layers."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
     head_state_sizes: tuple[int, ...] | None
@@ -169,6 +173,11 @@ class Realization(ABC):
         return []
 
     @property
+    def error_bound(self) -> float | None:
+        """The most that the error's gain can be at any frequency, where theory tells."""
+        return None
+
+    @property
     def head_sizes(self) -> list[int] | None:
         """The states of each head, where they may differ in number; `size` is their mean then."""
         return None
@@ -177,6 +186,11 @@ class Realization(ABC):
     def fits(cls, layer: Any) -> bool:
         """Whether a layer of a family that has this realization can have it, too."""
         return True
+
+    @classmethod
+    def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
+        """Whether it is what `realization="auto"` means for layers that can have it, rather than "select"."""
+        return False
 
     @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:

@@ -75,6 +75,11 @@ class Project(Realization):
         return stock_class(layer.mixer) is not None and layer.head_state_sizes is None
 
     @classmethod
+    def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
+        """After training, unless a stock checkpoint or a selection is asked for."""
+        return not in_training and not config.uniform and config.selection == "auto"
+
+    @classmethod
     def sizes(cls, layer: Any, config: CompreSSMConfig) -> list[int]:
         """Multiples of 8, or of what the config names; or the tuned ones."""
         if config.multiple_of == "tuned":

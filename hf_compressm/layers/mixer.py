@@ -30,6 +30,8 @@ class MixerLayer:
     """Parameters and modules that A, B, C, D and the steps come from, beside those that a cut changes."""
     family: ClassVar[str]
     realizations: ClassVar[dict[str, type[Realization]]] = {"select": Select}
+    reads_data: ClassVar[bool] = True
+    in_plain_models: ClassVar[bool] = False
     keeps_samples_apart: ClassVar[bool] = False
     unprojected_state_size: int | None = None
     head_state_sizes: tuple[int, ...] | None = None

@@ -25,7 +25,7 @@ class ParameterCut:
             of the old ones.
         readout_start: the first of the N old slices that R combines.
         values: the new values themselves, where they were fitted. Without `index` the parameter is made anew and has
-            no old slices.
+            no old slices: what an optimizer knows of it is forgotten.
     """
 
     dim: int = 0
@@ -78,7 +78,8 @@ def set_data_(parameter: Tensor, new: Tensor) -> None:
             "with FSDP2. Nothing was changed."
         )
     new = new.detach().to(parameter.dtype).contiguous()
-    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    wide, narrow = (torch.complex128, torch.complex64) if parameter.is_complex() else (torch.float64, torch.float32)
+    other = wide if parameter.dtype != wide else narrow
     parameter.grad = None
     parameter.data = parameter.data.to(other)
     parameter.data = new

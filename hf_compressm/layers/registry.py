@@ -9,6 +9,7 @@ A mixer is known by what it has, not by its name. Two families and these differe
 | `A_log` [heads, head_dim, N], `x_proj_weight` [heads, ...] | zamba | `HeadwiseMambaLayer` |
 | `A_log` [heads], B and C in `in_proj` and `conv1d` | mamba2, zamba2, bamba, granitemoehybrid, nemotron_h | `Mamba2Layer` |
 | the same, with a `mup_vector` on what `in_proj` gives | falcon_h1 | `Mamba2Layer` |
+| methods `lti_system` and `lti_parameters` | models of one's own: LRU, S4D, S5 | `LTILayer` |
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from .by_head import ProjectHeads
 from .contracts import Layer, Realization
 from .engines import check_engine
 from .headwise import HeadwiseMambaLayer
+from .lti import Balance, LTILayer
 from .mamba import MambaLayer
 from .mamba2 import Mamba2Layer
 from .normalised import NormalisedMambaLayer
 
-_FAMILIES: list[Any] = [HeadwiseMambaLayer, NormalisedMambaLayer, MambaLayer, Mamba2Layer]
+_FAMILIES: list[Any] = [HeadwiseMambaLayer, NormalisedMambaLayer, MambaLayer, Mamba2Layer, LTILayer]
 
 
 def register(family: Any) -> Any:
@@ -51,16 +53,17 @@ def register_realization(family: Any, realization: type[Realization]) -> None:
 
 
 register_realization(Mamba2Layer, ProjectHeads)
+register_realization(LTILayer, Balance)
 
 
-def plain_model(model: Any) -> PreTrainedModel:
+def plain_model(model: Any) -> Any:
     """The model inside of `torch.compile`, or itself.
 
     Raises:
-        TypeError: if it is wrapped in anything else, or no model of transformers.
+        TypeError: if it is wrapped in anything else, or neither a model of transformers nor one whose layers need no config.
     """
     model = uncompiled(model)
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) or is_plain(model):
         return model
     if isinstance(model, nn.Module) and hasattr(model, "merge_and_unload"):
         todo = (
@@ -73,6 +76,15 @@ def plain_model(model: Any) -> PreTrainedModel:
         todo = "pass a loaded model"
     kind = model.__name__ if isinstance(model, type) else type(model).__name__
     raise TypeError(f"{kind} is no PreTrainedModel, as the models of transformers are: {todo}.")
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a model has no config of transformers and no need of one: all of its SSM layers tell their sizes by shapes."""
+    modules = [] if not isinstance(model, nn.Module) else list(model.modules())
+    if any(isinstance(module, PreTrainedModel) for module in modules):
+        return False
+    families = [family for module in modules for family in _FAMILIES if not family.misfit(module)]
+    return bool(families) and all(family.in_plain_models for family in families)
 
 
 def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
@@ -92,22 +104,26 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
         misfits = {family: family.misfit(module) for family in _FAMILIES}
         family = next((family for family, remarks in misfits.items() if not remarks), None)
         if family is not None:
-            layers.append(family(name, module))
+            layer = family(name, module)
+            layer.index = len(layers) if layer.index is None else layer.index
+            layers.append(layer)
         elif _looks_like_a_mixer(module):
             _refuse_computed(name, module)
             nearest = MambaLayer if hasattr(module, "x_proj") else Mamba2Layer
             hints[type(module).__name__] = f"as a {nearest.family} mixer it {', '.join(misfits[nearest])}"
     if not layers:
         text = "".join(f" {name} looks like one, but {why}." for name, why in hints.items())
-        raise ValueError(f"{type(model).__name__} has no Mamba or Mamba-2 layer, so there is no state to cut.{text}")
+        raise ValueError(
+            f"{type(model).__name__} has no Mamba, Mamba-2 or LTI layer, so there is no state to cut.{text}"
+        )
     if not shapes_alone:
         _check_weights(model, layers)
     _check_indices(layers)
     return layers
 
 
-def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
-    """What the config's `realization` means for these layers.
+def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_training: bool = False) -> str:
+    """What the config's `realization` means for these layers, when they are cut after or in training.
 
     Raises:
         ValueError: if it is one that they can't have.
@@ -122,14 +138,17 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer]) -> str:
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
-        if config.realization not in ("auto", "project_heads") or config.selection != "auto":
+        named = config.realization not in ("auto", "project_heads") or config.selection != "auto"
+        if in_training or named:
             raise ValueError(
                 f"Each head of layer {by_head[0]} scans a projection of its own, so the model can only be cut by head: with "
                 "realization='project_heads', by compress_. Nothing was changed."
             )
         return "project_heads"
     if config.realization == "auto":
-        return "project" if "project" in have and not config.uniform and config.selection == "auto" else "select"
+        kinds = {name: {layer.realizations[name] for layer in layers} for name in sorted(have)}
+        suited = (n for n, made in kinds.items() if all(one.suits(config, in_training=in_training) for one in made))
+        return next(suited, "select")
     if config.realization not in have:
         reason = (
             "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
@@ -182,7 +201,8 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
                     "without a meta device or disk offload before cutting it; device_map may leave it on the CPU."
                 )
             one_byte = parameter.element_size() < 2  # float8 counts as floating point
-            if not parameter.is_floating_point() or one_byte or hasattr(parameter, "quant_state"):
+            number = parameter.is_floating_point() or parameter.is_complex()
+            if not number or one_byte or hasattr(parameter, "quant_state"):
                 raise ValueError(f"{layer.name}.{name} is quantised ({parameter.dtype}): {quantised}")
             if type(parameter.data) is not Tensor and not is_sharded(parameter):  # such as torchao's
                 raise ValueError(

@@ -57,17 +57,21 @@ def sizes_may_differ(config: PreTrainedConfig) -> bool:
 def text_configs(model_or_config: PreTrainedModel | PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configs that tell the state sizes: a model and the text model inside may each hold a copy.
 
+    None for a plain module, whose sizes are those of its weights.
+
     Raises:
-        ValueError: if a model has no config, such as a module of one's own around one.
+        ValueError: if the model is a module of one's own around one that has a config.
     """
     if isinstance(model_or_config, PreTrainedConfig):
         return [model_or_config.get_text_config()]
+    models = [module for module in model_or_config.modules() if isinstance(module, PreTrainedModel)]
+    if not models:
+        return []
     if not isinstance(getattr(model_or_config, "config", None), PreTrainedConfig):
         raise ValueError(
             f"{type(model_or_config).__name__} has no config of transformers to write state sizes in: give the "
             "PreTrainedModel inside of it. Nothing was changed."
         )
-    models = [module for module in model_or_config.modules() if isinstance(module, PreTrainedModel)]
     text = model_or_config.config.get_text_config()
     configs = [text, *(module.config for module in models if module.config.model_type == text.model_type)]
     return list({id(config): config for config in configs}.values())

@@ -142,6 +142,7 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
     how = {
         "select": "some of the states were kept",
         "project": "the states were projected to fewer ones",
+        "balance": "by balanced truncation",
         "project_heads": "the states of each head were projected to fewer ones, sizes are means over heads",
     }.get(report.realization, report.realization)
     parts = [

@@ -182,7 +182,7 @@ def get_report(source: PreTrainedModel | str | Path, **hub_kwargs: Any) -> Compr
         ValueError: if the model was never cut.
         OSError: if a folder or repository has no record that can be read.
     """
-    if not isinstance(source, PreTrainedModel):
+    if isinstance(source, str | Path):
         return read_record(source, **hub_kwargs)[-1].report
     history = history_of(source)
     if not history:
@@ -192,7 +192,7 @@ def get_report(source: PreTrainedModel | str | Path, **hub_kwargs: Any) -> Compr
 
 def base_model(model: PreTrainedModel) -> str | None:
     """The repository on the Hub that a model was loaded from, or None if it came from elsewhere."""
-    name = str(getattr(model.config, "name_or_path", "") or "")
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -200,8 +200,10 @@ def base_model(model: PreTrainedModel) -> str | None:
     return None if "/" not in name or Path(name).exists() else name
 
 
-def _of_origin(model: PreTrainedModel) -> tuple[Cut, ...]:
+def _of_origin(model: Any) -> tuple[Cut, ...]:
     """The history beside the checkpoint that a model was loaded from, if it is that of layers of these sizes."""
+    if not isinstance(model, PreTrainedModel):
+        return ()
     name, config = str(getattr(model.config, "name_or_path", "") or ""), model.config.get_text_config()
     if Path(name).is_dir():
         there = (Path(name) / RECORD).is_file()

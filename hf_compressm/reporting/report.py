@@ -88,7 +88,8 @@ class CompressionReport:
         from rich.table import Table
 
         table = Table(title=f"State sizes ({self.realization})", caption=self._summary())
-        for column in ("layer", "states", "energy kept", "output error"):
+        bounded = any(layer.error_bound is not None for layer in self.layers)
+        for column in ("layer", "states", "energy kept", "output error", *["error bound"] * bounded):
             table.add_column(column, justify="right")
         for layer in self.layers:
             table.add_row(
@@ -96,6 +97,7 @@ class CompressionReport:
                 _states(layer),
                 f"{layer.energy_kept:.2%}",
                 f"{layer.output_error:.2%}",
+                *["" if layer.error_bound is None else f"{layer.error_bound:.3g}"] * bounded,
             )
         return table
 

@@ -21,8 +21,11 @@ class LayerReport:
     """Share of the layer's output energy that the cut loses, on tokens that nothing was fitted to where the report has any."""
     channels: int
     realization: str = ""
-    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted), "project" or "project_heads";
-    empty if not."""
+    """How the layer was cut: "select", "read-out" (C fitted), "refit" (A, B, C and D fitted), "project", "project_heads"
+    or "balance"; empty if not."""
+    error_bound: float | None = None
+    """The most that the gain of the error can be at any frequency, where theory tells: twice the sum of the Hankel singular values
+    that were cut, of a time-invariant layer by balanced truncation."""
     head_sizes: list[int] | None = None
     """States of each head after the cut, where they may differ; `new_size` is their mean."""
 

@@ -14,23 +14,24 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import CONFIG_NAME, logging
 
 from ..backends import Backend, OneProcess, announce, find_backend
-from ..compat import calling_trainer, checkpoint_parent
+from ..compat import calling_trainer, checkpoint_parent, device_of
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
 from ..cutting.optimizer import as_list, check_optimizers
 from ..cutting.snapshot import undone_on_error
 from ..data.calibration import calibration_batches
 from ..interrupts import uninterrupted
-from ..layers import Layer, find_layers
+from ..layers import Layer, find_layers, is_plain, realization_of
 from ..reporting.figures import plot_history
+from ..reporting.files import write_files_whole
 from ..reporting.history import Attempt
-from ..reporting.record import Cut, history_of, record_cut_
+from ..reporting.record import Cut, history_of, record_cut_, record_files
 from .checkpoints import ReshapeBeforeLoad, ReshapeOnLoad
 from .checks import check_alone, check_evaluation, check_everywhere, find_trainable_layers
 from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
 from .measuring import measure_batches
 from .recording import Batch, BatchRecorder, to_device
-from .resuming import attempts_until, read_attributes, states_after
+from .resuming import attempts_until, read_attributes, states_after, states_left
 from .rollback import Metric
 from .run_report import run_report
 from .schedule import attempt_config, attempt_steps, check_target, training_config
@@ -55,7 +56,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     the smaller model. Every checkpoint carries its sizes, and `resume_from_checkpoint` goes on as if never interrupted.
 
     Args:
-        config: a `CompreSSMConfig`, or its values as a dictionary. `realization` "auto" means "select" in training.
+        config: a `CompreSSMConfig`, or its values as a dictionary. `realization` "auto" means "select" in training,
+            and "balance" for time-invariant layers.
         calibration_data: what to measure on instead of the training batches, as for `compress_`.
         tokenizer: for calibration texts.
 
@@ -63,7 +65,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         history: an `Attempt` for each attempt to cut: its step, the sizes after it, the Hankel singular values, and how far
             the ranking of the states agrees with that of the attempt before.
         initial_sizes: state sizes before the first cut, by layer index.
-        kept: the states of those that are left, by layer index, a list for each group.
+        kept: the states of those that are left, by layer index, a list for each group. States that were mixed of others have
+            numbers of their own, from the first size up.
 
     Raises:
         ValueError: if the config asks for a projection; and when training begins, if anything in the model, optimizer,
@@ -214,6 +217,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._backend.refuse()
         check_alone(self, self.trainer)
         layers = find_trainable_layers(model)
+        self._config = replace(self._config, realization=realization_of(self._config, layers, in_training=True))
         if not self._goes_on(model, layers, state):
             self._begin(model, layers, state)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # what a save puts in its place
@@ -298,7 +302,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the sizes with every checkpoint, and the recorded batches with one between two attempts."""
         folder = os.path.join(checkpoint_parent(self.trainer), f"checkpoint-{state.global_step}")
-        if args.should_save and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        if args.should_save and is_plain(self._model()):
+            write_files_whole(folder, record_files(self._model()))  # its sizes are the shapes of its weights
+        elif args.should_save and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
             self._model().config.save_pretrained(folder)  # FSDP's SHARDED_STATE_DICT is saved without
         if self._remaining and not args.save_only_model:
             self._recorder.save(folder, args.process_index)
@@ -351,7 +357,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _measure(self, model: PreTrainedModel) -> Measurement:
         """On the recorded or given batches of all processes."""
         if self.calibration_data is None:
-            batches = self._recorder.on(model.device)
+            batches = self._recorder.on(device_of(model))
             return measure_batches(model, batches, self._config, self._backend, MEASURED_TOKENS)
         data = self._backend.together(
             "reading the calibration data", lambda: calibration_batches(self.calibration_data, model, self.tokenizer)
@@ -413,10 +419,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.attempts += 1
         self.stopped = undone
         if not undone:
-            self.kept |= {
-                index: [[old[s] for s in new] for old, new in zip(self.kept[index], groups, strict=True)]
-                for index, groups in plan.kept.items()
-            }
+            self.kept |= {index: states_left(self.kept[index], made) for index, made in plan.realizations.items()}
         return attempt
 
     def _report(self, model: PreTrainedModel, layers: list[Layer]) -> None:
@@ -426,5 +429,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         report = None
         if count is not None:
             self.kept = states_after(count, self.kept, self.history)
-            report = run_report(model, layers, self.initial_sizes, self.history[:count])
+            history = self.history[:count]
+            report = run_report(model, layers, self.initial_sizes, history, self._config.realization)
         record_cut_(model, report, self.config, self._earlier)

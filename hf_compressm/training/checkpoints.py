@@ -17,7 +17,7 @@ from ..backends import find_backend
 from ..backends.fsdp2 import FSDP2
 from ..compat import CHECKPOINTED, before_loading_
 from ..cutting.apply import write_sizes_
-from ..layers import Layer, ResizeParameter, find_layers, plain_model, set_data_
+from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, plain_model, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
 
 
@@ -61,8 +61,7 @@ class ReshapeOnLoad:
 
     def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         layer, model = self.layer, self.model()
-        names = layer.shapes(layer.state_size)
-        size = layer.size_of({name: state_dict[prefix + name].shape for name in names if prefix + name in state_dict})
+        size = size_in(layer, state_dict, prefix)
         if size is None or size == layer.state_size or model is None:
             return
         if all(module is not mixer for module in model.modules()):
@@ -121,14 +120,11 @@ def reshape_(
 ) -> None:
     """Give a layer another state size, with zeros until its weights are loaded; the optimizer forgets what it knew. In place."""
     optimizer = getattr(trainer, "optimizer", None)
-    for name, shape in layer.shapes(size).items():
-        parameter = layer.mixer.get_parameter(name)
-        resize_(parameter, torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+    for parameter in make_room_(layer, size, resize_):
         if optimizer is not None:
             optimizer.state.pop(parameter, None)
-    layer.resize(size)
     layers = find_layers(model)
-    if sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
+    if is_plain(model) or sizes_may_differ(model.config) or len({layer.state_size for layer in layers}) == 1:
         write_sizes_(model, layers)  # else the other layers are still to come
         if listener is not None:
             listener.on_sizes_loaded(model)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends import absent, processes
-from ..layers import Layer, find_layers
+from ..layers import Layer, find_layers, is_plain
 
 
 def find_trainable_layers(model: Any) -> list[Layer]:
@@ -24,7 +24,7 @@ def find_trainable_layers(model: Any) -> list[Layer]:
             "compress_pretrained on the base model first, then train the adapter on the slim model."
         )
     layers = find_layers(model)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) and not is_plain(model):
         raise ValueError(
             f"CompreSSMCallback can't cut a {type(model).__name__}: its checkpoints have no config that carries the sizes of "
             "the model inside. Make it a PreTrainedModel (subclass that of the model inside and add to it), or call "

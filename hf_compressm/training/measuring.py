@@ -52,6 +52,8 @@ def measure_batches(
     def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
         if not batches:
             raise ValueError("No training batch passed through the model before the attempt to cut it.")
+        if not any(layer.reads_data for layer in layers):
+            return statistics  # they are complete
         with evaluating(model):
             for args, kwargs in some:
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs

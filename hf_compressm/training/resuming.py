@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..layers import Layer
+from ..layers import Layer, Realization
 from ..reporting.history import Attempt
 
 States = dict[int, list[list[int]]]
@@ -70,7 +70,7 @@ def _wrong(
             return f"{name} has {size} states and not {now}"
         groups = kept[layer.index]
         if len(groups) != layer.groups or any(
-            len(group) != size or not set(group) <= set(range(initial[layer.index])) for group in groups
+            len(set(group)) != size or len(group) != size or min(group) < 0 for group in groups
         ):
             return f"{name} does not keep {size} of {initial[layer.index]} states"
         for attempt in history:
@@ -89,6 +89,18 @@ def attempts_until(sizes: Mapping[int, int], initial: Mapping[int, int], history
         if history[count - 1].sizes == sizes:
             return count
     return 0 if initial == sizes else None
+
+
+def states_left(before: list[list[int]], made: Realization) -> list[list[int]]:
+    """The names of the states of a layer that a cut leaves, a list for each group: new ones where it mixed them.
+
+    Args:
+        before: of those before the cut.
+        made: what the layer has become.
+    """
+    if made.kept:
+        return [[old[s] for s in new] for old, new in zip(before, made.kept, strict=True)]
+    return [list(range(1 + max(old), 1 + max(old) + made.size)) for old in before]
 
 
 def states_after(count: int, kept: States, history: Sequence[Attempt]) -> States:

@@ -14,7 +14,11 @@ from ..reporting.rows import LayerReport
 
 
 def run_report(
-    model: PreTrainedModel, layers: Sequence[Layer], initial_sizes: Mapping[int, int], history: Sequence[Attempt]
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    initial_sizes: Mapping[int, int],
+    history: Sequence[Attempt],
+    name: str = "select",
 ) -> CompressionReport | None:
     """What a run did to a model, for `model.compression_report`; None if it has not cut it.
 
@@ -26,6 +30,7 @@ def run_report(
         layers: of the model.
         initial_sizes: before the first cut, by layer index.
         history: of the callback.
+        name: of the realization.
     """
     if all(layer.state_size == initial_sizes[layer.index] for layer in layers):
         return None
@@ -50,7 +55,7 @@ def run_report(
         )
     after = sum(parameter.numel() for parameter in model.parameters())
     removed = sum(_count(layer, initial_sizes[layer.index]) - _count(layer, layer.state_size) for layer in layers)
-    return CompressionReport(rows, "select", after + removed, after)
+    return CompressionReport(rows, name, after + removed, after)
 
 
 def _count(layer: Layer, size: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import ENGINES, REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
 from ..cutting.sizes import check_targets, sizes_to_choose_from
-from ..layers import Layer, check_engine
+from ..layers import Layer, check_engine, realization_of
 
 
 def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
@@ -49,7 +49,7 @@ def attempt_steps(config: CompreSSMConfig, max_steps: int) -> list[int]:
 
 
 def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
-    """The config as it is meant in training: `select`, since the fused kernel can't project, and its own defaults.
+    """The config as it is meant in training, with its own defaults.
 
     Raises:
         ValueError: if a projection is asked for.
@@ -70,7 +70,6 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
     tolerance = config.tolerance if config.has_target else TOLERANCE
     return replace(
         config,
-        realization="select",
         refit=REFIT_IN_TRAINING if config.refit is None else config.refit,
         multiple_of=config.multiple_of or (None if _lists_sizes(config) else "tuned"),
         tolerance=tolerance,
@@ -93,10 +92,11 @@ def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
         ValueError: if a size is not below that of its layer or not good for it, or a ratio is too small.
     """
     check_engine(config, layers)
-    check_targets(config, layers, "select")
+    name = realization_of(config, layers, in_training=True)
+    check_targets(config, layers, name)
     if config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
-        least = sum(sizes_to_choose_from(config, layer, "select")[0] for layer in layers)
+        least = sum(sizes_to_choose_from(config, layer, name)[0] for layer in layers)
         if total < least:
             raise ValueError(
                 f"ratio={config.ratio} leaves {total} states for {len(layers)} layers, which need at least {least}: raise "
@@ -116,6 +116,7 @@ def attempt_config(
         layers: of the model, as they are now.
     """
     way = (attempt + 1) / config.num_reductions
+    name = realization_of(config, layers, in_training=True)
     if config.state_size is not None:
         sizes = {}
         for layer in layers:
@@ -124,7 +125,7 @@ def attempt_config(
                 continue
             size = round(initial[layer.index] + way * (target - initial[layer.index]))
             if way < 1:
-                size = min(n for n in sizes_to_choose_from(config, layer, "select") if n >= size)
+                size = min(n for n in sizes_to_choose_from(config, layer, name) if n >= size)
             if size < layer.state_size:
                 sizes[layer.index] = size
         return replace(config, state_size=sizes, uniform=False, engine=None) if sizes else None

@@ -1,0 +1,262 @@
+"""Mixers of one's own that say which time-invariant system they are, in plain modules and in models of transformers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, get_report, hankel_singular_values
+from hf_compressm.hankel.lti import ModalSystem
+from hf_compressm.layers import find_layers, is_plain, resize_like_
+from tests.conftest import VOCABULARY
+from tests.layers.lti_mixers import LRU, S4D, S5
+from tests.training.conftest import losses, make_trainer
+
+SIZE = 6
+MIXERS = {"LRU": lambda: LRU(SIZE, 12), "S5": lambda: S5(SIZE, 12), "S4D": lambda: S4D(SIZE, 12)}
+
+
+class Net(nn.Module):
+    """A plain language model."""
+
+    def __init__(self, make=MIXERS["LRU"]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, SIZE)
+        self.mixers = nn.ModuleList(make() for _ in range(2))
+
+    def forward(self, input_ids, labels=None, **_):
+        x = self.embedding(input_ids)
+        for mixer in self.mixers:
+            x = x + torch.tanh(mixer(x))
+        logits = F.linear(x, self.embedding.weight)
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def net(make=MIXERS["LRU"]) -> Net:
+    torch.manual_seed(0)
+    return Net(make)
+
+
+def sizes(model) -> list[int]:
+    return [layer.state_size for layer in find_layers(model)]
+
+
+def recurrent(system: ModalSystem, u):
+    """Re(C x_k) by the recurrence in float64, for u [length, inputs], of systems side by side one for each input."""
+    x, outputs = torch.zeros_like(system.a), []
+    for now in u.double():
+        now = now[:, None] if system.a.ndim > 1 else now
+        x = system.a * x + (system.B @ now[..., None].to(system.B.dtype))[..., 0]
+        outputs.append((system.C @ x[..., None])[..., 0].real.flatten())
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.no_grad()
+def test_a_mixer_becomes_its_truncated_system(kind):
+    """With the error and the bound of its report; and so has a selection."""
+    model, selected = net(MIXERS[kind]), net(MIXERS[kind])
+    (layer, _), before = find_layers(model), hankel_singular_values(model)
+    full, u = layer.system(), torch.randn(60, SIZE)
+    report = compress_(model, CompreSSMConfig(tolerance=0.1))
+    assert all(size < 12 for size in sizes(model))
+    torch.testing.assert_close(
+        layer.mixer(u[None])[0] - getattr(layer.mixer, "D", 0) * u,
+        recurrent(layer.system(), u).float(),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    row, sigma = report.layers[0], torch.tensor(before.layers[0].hankel_singular_values[0])
+    kept = sigma[: row.new_size].sum() / sigma.sum()
+    assert kept - sigma[row.new_size - 1] / sigma.sum() < 0.9 <= kept
+    if kind != "S4D":  # of which the spectrum is a mean
+        # Two real states may go unused.
+        tail = 2 * float(sigma[row.new_size :].sum())
+        assert tail * (1 - 1e-5) <= row.error_bound <= (tail + 2 * sigma[row.new_size - 1]) * (1 + 1e-5)
+    error = full.minus(layer.system())
+    assert error.energy() == pytest.approx(row.output_error * full.energy(), rel=1e-3)
+    assert f"{row.error_bound:.3g}" in str(report)
+    chosen = compress_(selected, CompreSSMConfig(state_size=report.sizes, realization="select")).layers[0]
+    error = full.minus(find_layers(selected)[0].system())
+    assert error.energy() == pytest.approx(chosen.output_error * full.energy(), rel=1e-3)
+
+
+@torch.no_grad()
+def test_states_that_are_not_read_go_and_nothing_changes(token_ids):
+    model = net()
+    for mixer in model.mixers:
+        mixer.C_re[:, ::2] = mixer.C_im[:, ::2] = 0
+    before = model(token_ids).logits
+    report = compress_(model, CompreSSMConfig(tolerance=1e-5))
+    assert sizes(model) == [6, 6]
+    assert max(row.output_error for row in report.layers) < 1e-9
+    torch.testing.assert_close(model(token_ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_ratio_and_what_needs_no_data(caplog):
+    model = net()
+    report = compress_(model, CompreSSMConfig(ratio=0.5), torch.zeros(2, 8, dtype=torch.long))
+    assert report.states_after == 12
+    assert report.realization == "balance"
+    assert get_report(model) == report
+
+
+def fail(method):
+    """A network of which one mixer's method is another."""
+    model = net()
+    name = method.__name__
+    setattr(model.mixers[1], name, method.__get__(model.mixers[1]))
+    return model
+
+
+def test_failures_change_nothing():
+    def lti_parameters(self, a, B, C):
+        return LRU.lti_parameters(self, a, 2 * B, C)
+
+    twice = fail(lti_parameters)
+
+    def lti_parameters(self, a, B, C):
+        return LRU.lti_parameters(self, a, B, C) | {"E": a}
+
+    unknown = fail(lti_parameters)
+
+    def lti_parameters(self, a, B, C):
+        return LRU.lti_parameters(self, a, B, C) | {"nu_log": a.abs() * torch.nan}
+
+    not_finite = fail(lti_parameters)
+
+    def lti_system(self):
+        a, B, C = LRU.lti_system(self)
+        return 2 * a, B, C
+
+    unstable = fail(lti_system)
+
+    def lti_system(self):
+        return LRU.lti_system(self)[:2]
+
+    no_system = fail(lti_system)
+    for model, message in [
+        (twice, "undo each other"),
+        (unknown, "no parameter"),
+        (not_finite, "not finite"),
+        (unstable, r"mixers\.1 can't be measured.*not stable"),
+        (no_system, "gives no system"),
+        (net(), "state_size"),  # for the default, a max_divergence
+    ]:
+        before, optimizer = copy.deepcopy(model.state_dict()), torch.optim.AdamW(model.parameters())
+        with pytest.raises(ValueError, match=message):
+            compress_(model, None if message == "state_size" else {"state_size": 4}, optimizer=optimizer)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_real_eigenvalues_are_selected(token_ids):
+    class Leaky(LRU):
+        def lti_system(self):
+            return tuple(part.real for part in super().lti_system())
+
+    model = net(lambda: Leaky(SIZE, 8))
+    with torch.no_grad():
+        for mixer in model.mixers:
+            mixer.theta_log.fill_(-20)
+    assert compress_(model, CompreSSMConfig(state_size=4)).realization == "select"
+    with pytest.raises(ValueError, match="realization='select'"):
+        compress_(model, CompreSSMConfig(state_size=2, realization="balance"))
+
+
+def test_moments_of_new_states_begin_anew_and_others_stay(token_ids):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step():
+        optimizer.zero_grad()
+        loss = model(token_ids, labels=token_ids).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    first, _, _ = (step() for _ in range(3))
+    mixer = model.mixers[0]
+    kept = {name: optimizer.state[getattr(mixer, name)]["exp_avg"].clone() for name in ("D",)}
+    compress_(model, CompreSSMConfig(tolerance=0.05), optimizer=optimizer)
+    for name in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im"):
+        assert not optimizer.state[getattr(mixer, name)]
+    assert torch.equal(optimizer.state[mixer.D]["exp_avg"], kept["D"])
+    assert [step() for _ in range(10)][-1] < first
+    assert optimizer.state[mixer.B_re]["exp_avg"].shape == mixer.B_re.shape
+    assert (float(optimizer.state[mixer.B_re]["step"]), float(optimizer.state[mixer.D]["step"])) == (10, 13)
+
+
+def test_a_slim_plain_model_is_loaded_again(token_ids):
+    model = net(MIXERS["S5"])
+    compress_(model, CompreSSMConfig(tolerance=0.1))
+    fresh = net(MIXERS["S5"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict(model.state_dict())
+    assert list(resize_like_(fresh, model.state_dict()).values()) == sizes(fresh) == sizes(model)
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.mixers[0].state_size == model.mixers[0].state_size < 12
+    assert torch.equal(fresh(token_ids).logits, model(token_ids).logits)
+    with pytest.raises(ValueError, match="another model"):
+        resize_like_(fresh, {"embedding.weight": torch.zeros(1)})
+
+
+def test_it_shrinks_while_it_trains_and_resumes(tmp_path):
+    config = CompreSSMConfig(tolerance=0.1, start=0, end=4, num_reductions=2)
+    saved = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    model, callback = net(), CompreSSMCallback(config)
+    whole = make_trainer(tmp_path, model, callbacks=[callback], **saved)
+    whole.train()
+    assert all(size < 11 for size in sizes(model))
+    assert callback.history[0].states[0] == [list(range(12))]
+    assert callback.history[1].rank_correlation is None  # of states that are others now
+    assert model.compression_report.realization == "balance"
+    report = get_report(tmp_path / "checkpoint-6")
+    assert list(report.sizes.values()) == sizes(model)
+    resumed = make_trainer(tmp_path, net(), callbacks=[CompreSSMCallback(config)], **saved)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert sizes(resumed.model) == sizes(model)
+    torch.testing.assert_close(losses(resumed)[6], losses(whole)[6], rtol=1e-4, atol=1e-4)
+
+
+class NetConfig(PreTrainedConfig):
+    model_type = "lru_net"
+
+    def __init__(self, state_size: int = 12, **kwargs) -> None:
+        self.state_size, self.num_hidden_layers, self.vocab_size, self.hidden_size = state_size, 2, VOCABULARY, SIZE
+        super().__init__(**kwargs)
+
+
+class PreTrainedNet(PreTrainedModel):
+    config_class = NetConfig
+    base_model_prefix = "net"
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__(config)
+        self.net = Net(lambda: LRU(SIZE, config.state_size))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.net.embedding
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        return self.net(input_ids, labels)
+
+
+def test_a_model_of_transformers_keeps_a_budget_and_is_saved(tmp_path, token_ids):
+    torch.manual_seed(0)
+    model = PreTrainedNet(NetConfig()).eval()
+    assert not is_plain(model)
+    report = compress_(model, CompreSSMConfig(max_divergence=0.5, uniform=True), token_ids)
+    assert 0 < report.divergence.measured <= 0.5
+    assert model.config.state_size == sizes(model)[0] < 12
+    model.save_pretrained(tmp_path)
+    again = PreTrainedNet.from_pretrained(tmp_path)
+    assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+    assert get_report(tmp_path) == report
