@@ -100,10 +100,16 @@ def announce(what: str) -> None:
         process_store().set(f"{_PREFIX}/{what}/{dist.get_rank()}", "")
 
 
-def absent(what: str) -> list[int]:
-    """The processes that have not announced that they take part in something."""
-    world = processes()
-    return [rank for rank in range(world) if world > 1 and not process_store().check([f"{_PREFIX}/{what}/{rank}"])]
+def absent(what: str, patience: float = 0.0) -> list[int]:
+    """The processes that have not announced that they take part in something, nor do within some seconds."""
+    world, end = processes(), time.monotonic() + patience
+    while True:
+        missing = [
+            rank for rank in range(world) if world > 1 and not process_store().check([f"{_PREFIX}/{what}/{rank}"])
+        ]
+        if not missing or time.monotonic() >= end:
+            return missing
+        time.sleep(0.05)
 
 
 _PREFIX = "hf_compressm"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ class Backend(ABC):
     Args:
         trainer: the `Trainer` that trains it, or the `Loop` of one's own, if there is one.
     """
+
+    late: ClassVar[float] = 0.0
+    """Seconds by which another process may be later when training begins; none where wrapping the model waits for all."""
 
     def __init__(self, trainer: Any = None) -> None:
         self.trainer = trainer

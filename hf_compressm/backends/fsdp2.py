@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..compat import asking_the_others, fsdp2_parameters, fsdp2_units, gathered, is_sharded, resize_fsdp2_, uncompiled
+from .agreement import SILENCE
 from .ddp import DDP
 from .loop import Loop
 
@@ -20,8 +21,11 @@ T = TypeVar("T")
 class FSDP2(DDP):
     """Parameters and the optimizer's states are sharded; those of one mixer at a time are gathered for a cut.
 
-    Processes must gather, and run the model, together: a forward pass of one alone would wait for the others.
+    Processes must gather, and run the model, together: a forward pass of one alone would wait for the others. Sharding itself
+    makes none wait.
     """
+
+    late = SILENCE
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:

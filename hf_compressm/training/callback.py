@@ -194,7 +194,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         loop = self._find_trainer()
         self._recorder.stop()  # a run that an error ended did not
         self._backend = find_backend(self.trainer)
-        check_everywhere(self)
+        check_everywhere(self, self._backend.late)
         begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
         layers = self._backend.together(
             begin, lambda: self._ready(args, state, model, optimizer, checkpoint), PATIENCE

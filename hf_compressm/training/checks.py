@@ -73,16 +73,16 @@ def check_alone(callback: Any, trainer: Any) -> None:
         )
 
 
-def check_everywhere(callback: Any) -> None:
+def check_everywhere(callback: Any, patience: float) -> None:
     """Refuse to train where some processes would never come to a cut.
 
-    When training begins, the model was wrapped, which all processes do together, so that each has announced its callback.
+    Each has announced its callback when it made its trainer, which another may do some seconds later than this one.
 
     Raises:
         ValueError: if one has none.
     """
     name = type(callback).__name__
-    without = absent(name)
+    without = absent(name, patience)
     if without:
         raise ValueError(
             f"Process {' and '.join(map(str, without))} of {processes()} has no {name}, and would wait for ever at the first "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
+from torch.distributed import HashStore
 
 from hf_compressm import CompreSSMConfig, measure
-from hf_compressm.backends import Backend, OneProcess, find_backend, register
+from hf_compressm.backends import Backend, OneProcess, agreement, find_backend, register
 from hf_compressm.backends import find as module
 from hf_compressm.backends.refused import DataParallel, Sharded
 from hf_compressm.layers import set_data_
@@ -89,3 +91,14 @@ def test_a_plan_is_not_applied_by_each_process_alone(monkeypatch, token_ids):
     assert sizes(model) == [8, 8]
     plan.apply_(model, backend=OneProcess())  # whoever names a backend knows
     assert sizes(model) == [4, 4]
+
+
+def test_a_process_that_comes_a_little_later_is_waited_for(monkeypatch):
+    store = HashStore()
+    monkeypatch.setattr(agreement, "processes", lambda: 2)
+    monkeypatch.setattr(agreement, "process_store", lambda: store)
+    store.set("hf_compressm/it/0", "")
+    threading.Timer(0.5, lambda: store.set("hf_compressm/it/1", "")).start()
+    assert agreement.absent("it") == [1]
+    assert agreement.absent("it", 30.0) == []
+    assert agreement.absent("nothing", 0.1) == [0, 1]

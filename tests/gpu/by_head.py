@@ -25,7 +25,6 @@ from hf_compressm.cli.speed import (
     Workload,
     _cache,
     _decoding,
-    _largest_batch,
     _or_nan,
     _seconds,
     _state_bytes,
@@ -102,8 +101,7 @@ def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, wor
         full = Mamba2ForCausalLM(config)
     print(
         f"\nhidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_heads} heads of {config.head_dim}, N={config.state_size}; tokens/s\n"
-        f"| | training | prefill | {' | '.join(f'decode {b}' for b in work.decode_batches)} | "
-        "largest batch | decode it | bytes |",
+        f"| | training | prefill | {' | '.join(f'decode {b}' for b in work.decode_batches)} | bytes |",
         flush=True,
     )
     for name, mean in [("full", 0), *((name, mean) for mean in means for name in ("project", "project_heads"))]:
@@ -127,7 +125,6 @@ def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, wor
             for batch in work.decode_batches:
                 graph = device.type == "cuda"
                 cells.append(_or_nan(lambda m=model, b=batch, i=ids, g=graph: _decoding(m, i(b, 1), work, g)))
-            cells += _largest_batch(model, ids, work) if device.type == "cuda" else ()
             (cache,) = _cache(model(ids(1, 1), use_cache=True)).values()
         print(
             f"| {name} {mean or config.state_size} | {' | '.join(f'{cell:,.0f}' for cell in cells)} | {_state_bytes(model, cache):,.0f} |",
@@ -156,7 +153,9 @@ def check(device: torch.device) -> None:
 
     def decoded(run: Callable, model: Mamba2ForCausalLM) -> torch.Tensor:
         cache = _cache(model(ids[:, :280].to(model.device), use_cache=True))
-        steps = [run(ids[:, i : i + 1].to(model.device), use_cache=True, **cache).logits for i in range(280, 300)]
+        steps = [
+            run(ids[:, i : i + 1].to(model.device), use_cache=True, **cache).logits.clone() for i in range(280, 300)
+        ]
         return torch.cat(steps, dim=1).cpu()
 
     whole = plain(ids).logits
