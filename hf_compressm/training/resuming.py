@@ -69,8 +69,9 @@ def _wrong(
         if now != size:
             return f"{name} has {size} states and not {now}"
         groups = kept[layer.index]
+        first = range(initial[layer.index])  # later ones were mixed of others
         if len(groups) != layer.groups or any(
-            len(set(group)) != size or len(group) != size or min(group) < 0 for group in groups
+            len(group) != size or not (set(group) <= set(first) or min(group) >= len(first)) for group in groups
         ):
             return f"{name} does not keep {size} of {initial[layer.index]} states"
         for attempt in history:
