@@ -25,7 +25,7 @@ which is made first or found in `--results`:
 To share seeds and methods out among several processes, give each `--seeds`, `--methods` and `--results FILE.jsonl`;
 `table FILE.jsonl ...` makes one table of them. Seconds tell nothing then: `--timing` trains only so many steps, alone.
 
-Results beside those in README. LRU: hidden 128, 4 layers, N=256, batch 128, 600 steps, cuts at 2 to 20% of them; three seeds:
+Results beside those in tests/gpu/README.md. LRU: hidden 128, 4 layers, N=256, batch 128, 600 steps, cuts at 2 to 20% of them; three seeds:
 
 | method | full | cut:0.05 | cut:0.1 | cut:0.15 | at0.02:32 | at0.4:32 | small:0.05 | small:0.1 | small:0.15 | distilled:0.15 |
 |---|---|---|---|---|---|---|---|---|---|---|
