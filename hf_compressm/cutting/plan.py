@@ -209,14 +209,14 @@ def make_report(
         size = layer.state_size if realization is None else realization.size
         heads = layer.head_state_sizes if realization is None else realization.head_sizes
         kept = heads if layer.head_state_sizes is not None and heads is not None else [size] * len(spectrum)
-        energy = sum(row[:n].sum() for row, n in zip(spectrum, kept, strict=True))
+        lost = sum(row[n:].sum() for row, n in zip(spectrum, kept, strict=True))
         rows.append(
             LayerReport(
                 index=layer.index,
                 old_size=layer.state_size,
                 new_size=size,
                 hankel_singular_values=spectrum.tolist(),
-                energy_kept=float(energy / spectrum.sum()) if spectrum.sum() > 0 else 1.0,
+                energy_kept=float(1 - lost / spectrum.sum()) if spectrum.sum() > 0 else 1.0,
                 output_error=0.0 if realization is None else realization.error,
                 error_bound=None if realization is None else realization.error_bound,
                 channels=layer.channels,
