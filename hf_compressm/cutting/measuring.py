@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,10 +101,7 @@ def measure(
         part for batch in batches for part in in_passes(batch, layers, max(1, most // batch["input_ids"].shape[1]))
     ]
 
-    def empty() -> list[Statistics]:
-        return empty_statistics(layers, config, budgets.STATISTICS)
-
-    def run(statistics: list[Statistics], parts: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
+    def run(statistics: list[Statistics], parts: Sequence[Batch], inputs: Inputs | None) -> list[Statistics]:
         begin = time.monotonic()
         with evaluating(model), quick_scans(layers):
             for number, part in enumerate(followed("measuring", parts if reading else [])):
@@ -121,15 +118,41 @@ def measure(
                         model.base_model(**called_with(part), use_cache=False)
         return statistics
 
-    statistics = empty()
-    backend.share_candidates_(statistics, lambda: run(empty(), parts[:1]))
-    backend.together("measuring", lambda: run(statistics, parts, inputs))
-    backend.sum_(statistics)
-    check_measured(layers, statistics)
+    statistics = measured_together(layers, config, backend, run, parts, inputs)
     tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
     few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
     sample = {name: tensor[:few] for name, tensor in batches[0].items()}
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
+
+
+def measured_together(
+    layers: Sequence[Layer],
+    config: CompreSSMConfig,
+    backend: Backend,
+    run: Callable[[list[Statistics], Sequence[Any], Inputs | None], list[Statistics]],
+    batches: Sequence[Any],
+    inputs: Inputs | None,
+) -> list[Statistics]:
+    """The statistics of all processes' data.
+
+    Args:
+        layers, config, backend: what is measured, and how.
+        run: adds batches of this process to statistics, keeps what mixers read in the inputs, and returns the statistics.
+        batches, inputs: for it.
+
+    Raises:
+        ValueError: as `check_measured`.
+    """
+
+    def empty() -> list[Statistics]:
+        return empty_statistics(layers, config, budgets.STATISTICS)
+
+    statistics = empty()
+    backend.share_candidates_(statistics, lambda: run(empty(), batches[:1], None))
+    backend.together("measuring", lambda: run(statistics, batches, inputs))
+    backend.sum_(statistics)
+    check_measured(layers, statistics)
+    return statistics
 
 
 def _refuse_plain(model: Any) -> None:

@@ -11,11 +11,10 @@ from ..backends import Backend
 from ..config import CompreSSMConfig
 from ..cutting import Measurement
 from ..cutting.inputs import Inputs
-from ..cutting.measuring import check_measured, empty_statistics
+from ..cutting.measuring import measured_together
 from ..cutting.observing import can_weigh_by_loss, observe_by_loss, observing
 from ..data.evaluation import evaluating
 from ..data.packing import heeds_seq_idx, samples_in, warn_of_borders
-from ..hankel import budgets
 from ..hankel.statistics import Statistics
 from ..layers import find_layers
 from .recording import Batch
@@ -49,7 +48,7 @@ def measure_batches(
     layers = find_layers(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
-    def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None = None) -> list[Statistics]:
+    def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None) -> list[Statistics]:
         if not batches:
             raise ValueError("No training batch passed through the model before the attempt to cut it.")
         if not any(layer.reads_data for layer in layers):
@@ -67,19 +66,12 @@ def measure_batches(
         backend.settle_()
         return statistics
 
-    def empty() -> list[Statistics]:
-        return empty_statistics(layers, config, budgets.STATISTICS)
-
     if any("input_ids" in kwargs and samples_in(kwargs) is not None for _, kwargs in batches):
         heeds = heeds_seq_idx(model, layers)
         if not heeds or any(kwargs.get("seq_idx") is None for _, kwargs in batches):
             warn_of_borders(model, heeds)
-    statistics = empty()
-    backend.share_candidates_(statistics, lambda: run(empty(), batches[:1]))
     inputs = Inputs() if config.refits else None
-    backend.together("measuring", lambda: run(statistics, batches, inputs))
-    backend.sum_(statistics)
-    check_measured(layers, statistics)
+    statistics = measured_together(layers, config, backend, run, batches, inputs)
     return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate", inputs)
 
 
