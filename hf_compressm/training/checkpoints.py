@@ -92,26 +92,24 @@ class ReshapeBeforeLoad:
             return
         backend, model = find_backend(trainer), plain_model(trainer.model)
         backend.settle_()
-        shapes = fsdp_checkpoint_shapes(folder)
+        tensors = fsdp_checkpoint_on_meta(folder)
         for layer in find_layers(model):
-            prefix = layer.name.replace(CHECKPOINTED, "")
-            names = layer.shapes(layer.state_size)
-            size = layer.size_of({name: shapes[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in shapes})
+            size = size_in(layer, tensors, layer.name.replace(CHECKPOINTED, "") + ".")
             if size is not None and size != layer.state_size:
                 reshape_(trainer, model, layer, size, self.listener(), backend.resize_parameter_)
 
 
-def fsdp_checkpoint_shapes(folder: str) -> dict[str, torch.Size]:
-    """The shapes of the model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED; no values are read."""
+def fsdp_checkpoint_on_meta(folder: str) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED, without their values."""
     full, sharded = os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"), os.path.join(folder, f"{FSDP_MODEL_NAME}_0")
     if os.path.isfile(full):
-        tensors = torch.load(full, map_location="meta", mmap=True, weights_only=True)
-        return {name: tensor.shape for name, tensor in tensors.items()}
+        return torch.load(full, map_location="meta", mmap=True, weights_only=True)
     if os.path.isdir(sharded):
         from torch.distributed.checkpoint import FileSystemReader
 
         entries = FileSystemReader(sharded).read_metadata().state_dict_metadata
-        return {name.removeprefix("model."): entry.size for name, entry in entries.items() if hasattr(entry, "size")}
+        sizes = {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
+        return {name.removeprefix("model."): torch.empty(size, device="meta") for name, size in sizes.items()}
     return {}
 
 
