@@ -102,10 +102,10 @@ def cut_states(
         state = optimizer.state.get(parameter)
         if state:
             _check_state(name, state, parameter.shape)
-            full = {key: whole(entry) if isinstance(entry, Tensor) else entry for key, entry in state.items()}
-            kept = full if cut.index is not None else {}
-            new = {key: _cut_entry(key, entry, full, parameter.shape, cut) for key, entry in kept.items()}
-            new |= {key: sharded_like(new[key], state[key]) for key in kept if isinstance(state[key], Tensor)}
+            kept = state if cut.index is not None else {}
+            full = {key: whole(entry) for key, entry in kept.items()}
+            new = {key: _cut_entry(key, entry, full, parameter.shape, cut) for key, entry in full.items()}
+            new = {key: sharded_like(entry, kept[key]) for key, entry in new.items()}
             states.append((optimizer, parameter, new))
     return states
 
