@@ -146,8 +146,9 @@ def compress_(
         TypeError: if the calibration data is of an unknown kind.
         RuntimeError: if another process failed, ended, or did not call this.
     """
-    backend = find_backend(Loop(model))
-    config, model = backend.together("compress_", lambda: _checked(model, config, optimizer, backend))
+    loop = Loop(model)
+    backend = find_backend(loop)
+    config, model = backend.together("compress_", lambda: _checked(loop.model, config, optimizer, backend))
     if backend.processes > 1:
         backend.agree("compress_", _facts(config, model, optimizer))
     if not config.heal:
@@ -163,8 +164,8 @@ def compress_(
 def _checked(
     model: Any, config: ConfigLike, optimizer: Any, backend: Backend
 ) -> tuple[CompreSSMConfig, PreTrainedModel]:
-    """The config, and the model inside of its wrappers, once nothing is known that speaks against a cut."""
-    config, model = CompreSSMConfig.of(config).after_training(), plain_model(Loop(model).model)
+    """The config and the plain model, once nothing is known that speaks against a cut."""
+    config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     backend.refuse()
     layers = find_layers(model)
     check_targets(config, layers, realization_of(config, layers))

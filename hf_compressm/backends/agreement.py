@@ -102,11 +102,11 @@ def announce(what: str) -> None:
 
 def absent(what: str, patience: float = 0.0) -> list[int]:
     """The processes that have not announced that they take part in something, nor do within some seconds."""
-    world, end = processes(), time.monotonic() + patience
+    if processes() == 1:
+        return []
+    end = time.monotonic() + patience
     while True:
-        missing = [
-            rank for rank in range(world) if world > 1 and not process_store().check([f"{_PREFIX}/{what}/{rank}"])
-        ]
+        missing = [rank for rank in range(processes()) if not process_store().check([f"{_PREFIX}/{what}/{rank}"])]
         if not missing or time.monotonic() >= end:
             return missing
         time.sleep(0.05)
