@@ -47,10 +47,10 @@ def config_files(model: PreTrainedModel) -> dict[str, bytes]:
 
     Nothing for a model that was never cut or has layers of different sizes, or if the source is gone or of another layout.
     """
-    path = _config_of_stock(model)
-    if path is None:
+    found = _config_of_stock(model)
+    if found is None:
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
+    path, config = found
     before, after = _values(type(model.config).from_json_file(path)), _values(model.config)
     after |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     _edit(config, before, after, model.config.attribute_map)
@@ -77,10 +77,11 @@ def source_layout(model: PreTrainedModel) -> Layout:
     are written in it again, if the model still has the dtype that the source's config names. None is written in fewer bits
     than the model has.
     """
-    path = _config_of_stock(model)
-    if path is None:
+    found = _config_of_stock(model)
+    if found is None:
         return Layout({}, {})
-    index, config = path.parent / SAFE_WEIGHTS_INDEX_NAME, json.loads(path.read_text(encoding="utf-8"))
+    path, config = found
+    index = path.parent / SAFE_WEIGHTS_INDEX_NAME
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
     dtypes: dict[str, torch.dtype | None] = {}
     for file in sorted(set(files.values()) or {SAFE_WEIGHTS_NAME}):
@@ -116,20 +117,20 @@ def write_companions(model: PreTrainedModel, folder: str | Path, tokenizer: Any 
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def _config_of_stock(model: PreTrainedModel) -> Path | None:
+def _config_of_stock(model: PreTrainedModel) -> tuple[Path, dict[str, Any]] | None:
     return None if is_slimmed(model.config) or not history_of(model) else _original_config(model)
 
 
-def _original_config(model: PreTrainedModel) -> Path | None:
-    """The config.json that a model came from; None if it is gone or of another layout."""
+def _original_config(model: PreTrainedModel) -> tuple[Path, dict[str, Any]] | None:
+    """The config.json that a model came from, and what it says; None if it is gone or of another layout."""
     repository, path = base_model(model), Path(str(getattr(model.config, "name_or_path", "") or "")) / CONFIG_NAME
     try:
         if repository is not None:  # from the cache, as a rule
             path = Path(hf_hub_download(repository, CONFIG_NAME, revision=commit_hash(model.config)))
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return path if model_type == model.config.model_type else None
+    return (path, config) if config.get("model_type") == model.config.model_type else None
 
 
 def _folder(model: PreTrainedModel) -> Path | None:
