@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backends import Backend, Loop, find_backend, processes
+from .backends import Backend, Loop, find_backend, join, processes
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import Plan, measure
 from .cutting.apply import replaced_parameters
@@ -126,7 +126,9 @@ def compress_(
     adds one to each mixer.
 
     In a loop of several processes, call it on all of them between two steps: the statistics of each process's data are summed,
-    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other.
+    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other. With `heal`,
+    which also joins the processes that torchrun or `accelerate launch` started, all measure the data of all of them together
+    and share it out to learn from, each on its device; the healed weights are the same on all.
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
@@ -141,12 +143,14 @@ def compress_(
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
             calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
-            weights; and with `heal`, if the model has no head, is in float16 or in part offloaded, there is a single sequence
-            of text, or there are several processes.
+            weights; and with `heal`, if the model has no head, is in float16, in part offloaded, sharded, or on the GPU of
+            another process, or there is a single sequence of text.
         TypeError: if the calibration data is of an unknown kind.
         RuntimeError: if another process failed, ended, or did not call this.
     """
     loop = Loop(model)
+    if CompreSSMConfig.of(config).heal:
+        join(on_gpu=any(parameter.is_cuda for parameter in loop.model.parameters()))
     backend = find_backend(loop)
     config, model = backend.together("compress_", lambda: _checked(loop.model, config, optimizer, backend))
     if backend.processes > 1:
@@ -155,10 +159,15 @@ def compress_(
         measurement = measure(model, calibration_data, config, tokenizer=tokenizer, backend=backend)
         plan = backend.decide(lambda: measurement.plan(config).cpu())
         return _cut_(model, plan, optimizer, backend)
-    text = HealingText(calibration_data, model, tokenizer, config.heal)
-    measurement = measure(model, text.measured, config)
-    plan = measurement.plan(replace(config, heal=0))
-    return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
+    text = backend.together(
+        "reading the text to heal on", lambda: HealingText(calibration_data, model, tokenizer, config.heal)
+    )
+    text.pool_(backend.gather)
+    measurement = backend.together("measuring", lambda: measure(model, text.measured, config))
+    plan = backend.decide(lambda: measurement.plan(replace(config, heal=0)).cpu())
+    return cut_and_heal_(
+        model, plan, lambda: _cut_(model, plan, optimizer, backend), text, measurement.held_out, config, backend
+    )
 
 
 def _checked(

@@ -11,6 +11,7 @@ once and by way of twice the states, healed on the same tokens in all. Mamba's s
 
 import argparse
 import copy
+import functools
 import itertools
 import sysconfig
 import time
@@ -26,12 +27,16 @@ from transformers.models.mamba import modeling_mamba
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMConfig, Measurement, compress_, measure
+from hf_compressm.backends import OneProcess
 from hf_compressm.cutting.divergence import Divergence
-from hf_compressm.data.evaluation import evaluate
+from hf_compressm.cutting.trials import mixers_for_a_while
+from hf_compressm.data.evaluation import evaluate, evaluating
 from hf_compressm.data.healing import HealingText
 from hf_compressm.data.texts import EVALUATION, LENGTH, windows
 from hf_compressm.healing import cut_and_heal_, heal, rate
 from hf_compressm.healing.callbacks import KeepBest
+from hf_compressm.healing.full import FullModel
+from hf_compressm.healing.trainer import HealingTrainer
 
 CUTS: dict[str, dict[str, dict[str, Any]]] = {
     "mamba": {
@@ -120,6 +125,25 @@ def print_curve() -> None:
     KeepBest.on_evaluate = on_evaluate
 
 
+def compare_hidden_states(weight: float) -> None:
+    """Add to the loss so many times the share of the hidden states' energy that differs, the mean over the layers."""
+    stock = HealingTrainer.compute_loss
+
+    def predictions(self: FullModel, batch: Any) -> Tensor:
+        with torch.no_grad(), mixers_for_a_while(self.model, self.mixers), evaluating(self.model):
+            output = self.model(**(batch | {"output_hidden_states": True}), use_cache=False)
+        self.hidden = output.hidden_states
+        return output.logits.float().log_softmax(-1)
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss, output = stock(self, model, inputs | {"output_hidden_states": True}, return_outputs=True)
+        pairs = zip(output.hidden_states, self.full.hidden, strict=True)
+        shares = [(one - other).square().sum() / other.square().sum() for one, other in pairs]
+        return loss + weight * torch.stack(shares[1:]).mean()
+
+    FullModel.__call__, HealingTrainer.compute_loss = predictions, compute_loss
+
+
 def patch_scan() -> None:
     """Mamba's scan by Triton, forward and backward, where it would be a loop over tokens."""
     from train_reference_models import CHUNK, Scan
@@ -155,6 +179,7 @@ def main() -> None:
     )
     parser.add_argument("--step", type=int, nargs="+", default=[heal.STEP_TOKENS], help="tokens of a step")
     parser.add_argument("--text", nargs="+", default=["corpus"], help="corpus, shipped, samples")
+    parser.add_argument("--hidden", type=float, default=0.0, help="weight of the hidden states' error in the loss")
     parser.add_argument("--without-masters", action="store_true", help="let AdamW move bfloat16 weights themselves")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--curve", action="store_true", help="print each evaluation of the healing")
@@ -165,6 +190,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     if args.without_masters:
         heal.MasterAdamW = torch.optim.AdamW
+    if args.hidden:
+        compare_hidden_states(args.hidden)
     if args.curve:
         print_curve()
     if args.device == "cuda":
@@ -243,7 +270,10 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
                     config = CompreSSMConfig(**options, heal=int(tokens), heal_parameters=what)
                     data = corpus if kind == "corpus" else None
                     text = HealingText(data, model, None if kind == "samples" else tokenizer, config.heal)
-                    row = cut_and_heal_(model, plan, text, measured[key].held_out, config).healing
+                    cut = functools.partial(plan.apply_, model)
+                    row = cut_and_heal_(
+                        model, plan, cut, text, measured[key].held_out, config, OneProcess()
+                    ).healing
                     assert row is not None
                     seconds, held_out = row.seconds, f"{row.before:.4f} -> {row.after:.4f}"
                     healed = f"{row.tokens / 1e6:.1f}M, {what}, noise {rate.NOISE}, step {heal.STEP_TOKENS}, {kind}, {dtype}"
