@@ -213,7 +213,8 @@ class _Meeting:
         self.store.add(f"{self.key}/arrived", 1)
 
     def _arrived(self) -> int:
-        return self.store.add(f"{self.key}/arrived", 0)
+        arrived: int = self.store.add(f"{self.key}/arrived", 0)
+        return arrived
 
     def _post_failure(self, kind: str, message: str) -> None:
         self.store.set(f"{self.key}/failure", json.dumps([kind, message]))

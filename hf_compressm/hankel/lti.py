@@ -261,12 +261,13 @@ class LTIStatistics(Statistics):
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The mean over the systems, [1, n], where a complex state counts what two real ones carry."""
-        return sigma.unflatten(-1, (-1, 2)).sum(-1).mean(0, keepdim=True)
+        mean: Tensor = sigma.unflatten(-1, (-1, 2)).sum(-1).mean(0, keepdim=True)
+        return mean
 
     def modal_gain(self) -> Tensor:
         """The largest gain of each state alone, |b| |c| / (1 - |a|), [1, n]."""
         system = self.system
-        gain = system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.a.abs())
+        gain: Tensor = system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.a.abs())
         return gain.sum(0, keepdim=True)
 
     def state_power(self) -> Tensor:

@@ -103,7 +103,8 @@ def fsdp_checkpoint_on_meta(folder: str) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED, without their values."""
     full, sharded = os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"), os.path.join(folder, f"{FSDP_MODEL_NAME}_0")
     if os.path.isfile(full):
-        return torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        weights: dict[str, Tensor] = torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        return weights
     if os.path.isdir(sharded):
         from torch.distributed.checkpoint import FileSystemReader
 
