@@ -66,12 +66,14 @@ class ModalSystem:
 
     @property
     def size(self) -> int:
-        """n."""
+        """The state size, n."""
         return self.a.shape[-1]
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """P and S, the means of x x^H and x x^T for white noise of unit power; and Q and U, such that what a state x adds to the
-        energy of all later outputs is (x^H Q x + Re x^T U x) / 2. [..., n, n] complex128 each.
+        """P, S, Q and U, [..., n, n] complex128 each.
+
+        P and S are the means of x x^H and x x^T for white noise of unit power; Q and U are such that what a state x adds to
+        the energy of all later outputs is (x^H Q x + Re x^T U x) / 2.
 
         Raises:
             ValueError: some |a| is not below 1.
@@ -149,7 +151,7 @@ class Truncated:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return self.a.shape[-1]
 
 

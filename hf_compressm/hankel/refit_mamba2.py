@@ -46,8 +46,11 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Rows:
-    """What makes B and C of a layer's input, the rows of B first: `weight` [2, groups, states, hidden], `taps` [2, groups,
-    states, kernel], and the biases [2, groups, states] of the projection and the convolution, where there are any."""
+    """What makes B and C of a layer's input, the rows of B first.
+
+    `weight` [2, groups, states, hidden], `taps` [2, groups, states, kernel], and the biases [2, groups, states] of the
+    projection and the convolution, where there are any.
+    """
 
     weight: Tensor
     taps: Tensor
@@ -100,7 +103,7 @@ class RowsRefit:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return len(self.kept)
 
 

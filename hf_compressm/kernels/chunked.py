@@ -50,7 +50,7 @@ class ChunkedScan:
         self.stored = self.inputs * self.to_end[..., None]
 
     def __call__(self, B: Tensor, C: Tensor) -> Tensor:
-        """y [batch, length, heads, head_dim] of B and C [batch, length, groups, N]."""
+        """The output y [batch, length, heads, head_dim] of B and C [batch, length, groups, N]."""
         B, C = (self._chunks(M).transpose(2, 3) for M in (B, C))  # [batch, chunks, group, token, N]
         inside = ((C @ B.mT)[:, :, :, None] * self.within) @ self.inputs
         states = B.mT[:, :, :, None] @ self.stored  # [batch, chunks, group, head, N, head_dim]

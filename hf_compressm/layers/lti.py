@@ -195,7 +195,7 @@ class LTILayer(MixerLayer):
 
     @property
     def state_size(self) -> int:
-        """n."""
+        """The state size, n."""
         with torch.no_grad():
             return int(self.mixer.lti_system()[0].shape[-1])
 

@@ -213,8 +213,10 @@ class Mamba2Layer(MixerLayer):
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
     ) -> Mamba2System:
-        """The mixer's selective system on its input [batch, length, hidden]; if it is projected by head, with B and C of
-        each head, filled up with zeros to the size of the largest."""
+        """The mixer's selective system on its input [batch, length, hidden].
+
+        If it is projected by head, with B and C of each head, filled up with zeros to the size of the largest.
+        """
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
         scale = getattr(mixer, "ssm_in_multiplier", 1.0)
@@ -281,8 +283,10 @@ class Mamba2Layer(MixerLayer):
         }
 
     def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
-        """Fit the kept rows and channels to the scan's output on its inputs; None for a projected layer, and if none is
-        better than it was."""
+        """Fit the kept rows and channels to the scan's output on its inputs.
+
+        None for a projected layer, and if none is better than it was.
+        """
         return None if self.unprojected_state_size is not None else fit_rows(self, inputs, selections, rounds)
 
     def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:

@@ -120,6 +120,7 @@ def parted(inputs: MixerInputs, tokens: int, device: torch.device) -> tuple[Mixe
     Args:
         inputs: of a mixer.
         tokens: that are taken at most, of the first sequences; one sequence at least.
+        device: where they are to be.
     """
     rows: MixerInputs = []
     taken = 0

@@ -533,6 +533,7 @@ def step_of_heads(
     """`step_of_heads_reference` in one launch, without gradients.
 
     Args:
+        state, x, dt, A, B, C, D, dt_bias: as there.
         column_start: where each head's states begin, and their end, [heads + 1].
     """
     batch, heads, head_dim = x.shape
@@ -634,9 +635,8 @@ def project_(mixer: Any, BC_projection: torch.Tensor) -> None:
 def project_heads_(mixer: Any, head_state_sizes: Sequence[int], BC_projection: torch.Tensor) -> None:
     """Make a Mamba-2 mixer, stock or projected, scan states that B and C are projected to for each head. In place.
 
-    As `project_`, but for these:
-
     Args:
+        mixer: as for `project_`.
         head_state_sizes: states of each head, 0 to N; together a multiple of the number of heads.
         BC_projection: [2, N, their sum], the heads' maps of B behind one another, then those of C.
 

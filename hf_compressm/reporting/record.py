@@ -74,7 +74,9 @@ def record_cut_(
     """Make a report that of a model, and append the cut to its history if it cut anything. In place.
 
     Args:
+        model: that was cut.
         report: None if nothing was cut.
+        config: of the cut.
         earlier: the history to append to, as `history_of` gave it before the cut.
     """
     history = earlier
