@@ -60,27 +60,27 @@ def check_can_heal(model: Any, config: CompreSSMConfig) -> None:
         why = "some weights are offloaded: load the whole model on GPUs or on the CPU"
     elif any(is_sharded(parameter) for parameter in model.parameters()):
         why = "it is sharded: heal it before (compress_pretrained on as many processes), then shard the slim one"
-    elif processes() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        why = _what_keeps_apart(device_of(model))
     else:
-        why = None
-    if why is not None:
+        why = _what_keeps_apart(device_of(model))
+    if why:
         raise ValueError(f"This model can't be healed here: {why}, or drop heal={config.heal}. Nothing was changed.")
 
 
-def _what_keeps_apart(device: torch.device) -> str | None:
-    """Why this process can't heal a model on a device together with others, if it can't."""
+def _what_keeps_apart(device: torch.device) -> str:
+    """Why this process can't heal a model on a device together with the others that there are; nothing if it can."""
     if processes() == 1:
-        return (
-            f"this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and does not know the others: start them with "
-            "torchrun or accelerate launch, or unset it"
+        several = os.environ.get("WORLD_SIZE", "1")
+        why = (
+            f"this is one of {several} processes (WORLD_SIZE), and does not know the others: start them with torchrun or "
+            "accelerate launch, or unset it"
         )
+        return why if int(several) > 1 else ""
     here = int(os.environ.get("LOCAL_RANK", device.index or 0))
     if device.type == "cuda" and device.index != here:
         return f"it is on {device}, and this is process {here} of its machine: load it with device_map={{'': {here}}}"
     if device.type == "cpu" and dist.get_backend() == "nccl":
         return f"it is on the CPU, and the processes talk by NCCL: load it with device_map={{'': {here}}}"
-    return None
+    return ""
 
 
 def cut_and_heal_(

@@ -72,8 +72,6 @@ def _place(model: Any) -> dict[str, str]:
     """What tells a Trainer that this process is one of several, and which; nothing where it is alone."""
     if processes() == 1:
         return {}
-    rank, local = dist.get_rank(), device_of(model).index
-    if local is None:
-        local = int(os.environ.get("LOCAL_RANK", rank))
-    found = {"RANK": rank, "WORLD_SIZE": processes(), "LOCAL_RANK": local}
-    return {name: str(value) for name, value in found.items()}
+    rank, device = dist.get_rank(), device_of(model)
+    local = device.index if device.type == "cuda" else os.environ.get("LOCAL_RANK", rank)
+    return {name: str(value) for name, value in (("RANK", rank), ("WORLD_SIZE", processes()), ("LOCAL_RANK", local))}

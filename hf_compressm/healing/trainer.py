@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..backends import Backend
@@ -64,13 +64,12 @@ class HealingTrainer(Trainer):
         super().__init__(model, data_collator=collate, eval_dataset=divergence.parts, **kwargs)
         self.remove_callback(PrinterCallback)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """Of this process's share."""
         if self.shared:
             return super().get_train_dataloader()
-        return DataLoader(
-            self.train_dataset, batch_size=self.args.per_device_train_batch_size, collate_fn=self.data_collator
-        )
+        mine = cast("IterableDataset[Any]", self.train_dataset)
+        return DataLoader(mine, batch_size=self.args.per_device_train_batch_size, collate_fn=self.data_collator)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

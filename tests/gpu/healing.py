@@ -271,9 +271,7 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
                     data = corpus if kind == "corpus" else None
                     text = HealingText(data, model, None if kind == "samples" else tokenizer, config.heal)
                     cut = functools.partial(plan.apply_, model)
-                    row = cut_and_heal_(
-                        model, plan, cut, text, measured[key].held_out, config, OneProcess()
-                    ).healing
+                    row = cut_and_heal_(model, plan, cut, text, measured[key].held_out, config, OneProcess()).healing
                     assert row is not None
                     seconds, held_out = row.seconds, f"{row.before:.4f} -> {row.after:.4f}"
                     healed = f"{row.tokens / 1e6:.1f}M, {what}, noise {rate.NOISE}, step {heal.STEP_TOKENS}, {kind}, {dtype}"

@@ -92,7 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--model", default="mamba2-small")
-    parser.add_argument("--folder", type=Path, default=Path("hf_compressm/reference/mamba2-small"), help="for its tokenizer")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("hf_compressm/reference/mamba2-small"), help="for its tokenizer"
+    )
     parser.add_argument("--ratio", type=float, default=1 / 8)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=16)
@@ -111,10 +113,14 @@ def main() -> None:
     unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.windows)
     recipe = RECIPES[args.model]
     small = dataclasses.replace(
-        recipe, architecture=recipe.architecture | {"state_size": round(args.ratio * recipe.architecture["state_size"])}
+        recipe,
+        architecture=recipe.architecture | {"state_size": round(args.ratio * recipe.architecture["state_size"])},
     )
     begin = time.time()
-    print("| seed | run | after the cut | at the end | training loss | sizes | s |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| seed | run | after the cut | at the end | training loss | sizes | s |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
 
     def said(found: Evaluation) -> str:
         return f"{found.perplexity:.3f}, {found.recall:.3f}"

@@ -194,7 +194,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+")
     parser.add_argument("--only", default="", help="rows whose name holds one of these, apart by commas")
-    parser.add_argument("--known", nargs="+", default=["shipped:64"], help="such as corpus:256, shipped:64+samples:192")
+    parser.add_argument(
+        "--known", nargs="+", default=["shipped:64"], help="such as corpus:256, shipped:64+samples:192"
+    )
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--groups", type=int, default=[], nargs="*")

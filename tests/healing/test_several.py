@@ -65,12 +65,12 @@ def test_two_processes_heal_as_one(tmp_path):
 
 def test_processes_that_can_not_heal_together(mamba, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing that tells of the others
-    with pytest.raises(ValueError, match="one of 2 processes .* does not know the others: start them with torchrun"):
+    with pytest.raises(ValueError, match="does not know the others: start them with torchrun"):
         compress_(mamba, LOOP, IDS)
     monkeypatch.setattr(heal, "processes", lambda: 2)
     monkeypatch.setattr(heal.dist, "get_backend", lambda: "nccl")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "on the CPU" in heal._what_keeps_apart(torch.device("cpu"))
     assert "device_map={'': 1}" in heal._what_keeps_apart(torch.device("cuda", 0))
-    assert heal._what_keeps_apart(torch.device("cuda", 1)) is None
+    assert not heal._what_keeps_apart(torch.device("cuda", 1))
     assert mamba.config.state_size == tiny_mamba().config.state_size
