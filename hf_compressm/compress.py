@@ -47,6 +47,9 @@ def compress_pretrained(
 ) -> PreTrainedModel:
     """Make a slim model of a checkpoint or a model.
 
+    Healing takes all processes that torchrun or `accelerate launch` started, each of which calls this with the same arguments, on a
+    GPU of its own (`device_map={"": local_rank}`). They get the same model: save it in one.
+
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
@@ -73,7 +76,7 @@ def compress_pretrained(
     config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
-        if processes() > 1:
+        if max(processes(), int(os.environ.get("WORLD_SIZE", "1"))) > 1:
             raise ValueError(
                 "Several processes would push the same model: drop push_to_hub, and push it from one of them."
             )
