@@ -32,6 +32,7 @@ RUNS = {
     "cut late, fit, moments of B and C reset": (0.75, 3, True),
 }
 """The share of the steps before the cut, rounds of the fit, and whether the optimizer forgets."""
+SMALL, WHOLE = "small from the start", "not cut"
 KNOWN = 64
 """Sequences of the last batches that a cut is measured on."""
 
@@ -100,13 +101,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS)[:4])
+    parser.add_argument("--runs", nargs="+", choices=[SMALL, WHOLE, *RUNS], default=[SMALL, WHOLE, *list(RUNS)[:4]])
+    parser.add_argument(
+        "--compile", action="store_true", help="pays where nothing is cut: it compiles anew for each size"
+    )
     parser.add_argument("--windows", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    train_reference_models.run = lambda function: function  # compiling anew for each size takes longer than it saves
+    if not args.compile:
+        train_reference_models.run = lambda function: function
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     stream = torch.load(args.corpus).flatten()
     ids = stream[: (len(stream) - 1) // 512 * 512 + 1].unfold(0, 513, 512)
@@ -132,29 +137,30 @@ def main() -> None:
 
     for seed in args.seeds:
         training = Training(args, seed, ids)
-        torch.manual_seed(seed)
-        model = build_model(small, tokenizer.eos_token_id).to(args.device)
-        loss = training.run(model, make_optimizer(model, args.lr), range(args.steps))
-        report(seed, "small from the start", "", model, loss)
+        if SMALL in args.runs:
+            torch.manual_seed(seed)
+            model = build_model(small, tokenizer.eos_token_id).to(args.device)
+            loss = training.run(model, make_optimizer(model, args.lr), range(args.steps))
+            report(seed, SMALL, "", model, loss)
+        cuts = [name for name in args.runs if name in RUNS]
+        if [SMALL] == args.runs:
+            continue
         torch.manual_seed(seed)
         model = build_model(recipe, tokenizer.eos_token_id).to(args.device)
-        optimizer, done = make_optimizer(model, args.lr), 0
-        shares = sorted({RUNS[name][0] for name in args.runs})
-        branches = []
-        for share in shares:
+        optimizer, done, starts = make_optimizer(model, args.lr), 0, {}
+        for share in sorted({RUNS[name][0] for name in cuts}):
             step = round(share * args.steps)
             training.run(model, optimizer, range(done, step))
-            done = step
-            branches.append((step, copied(model, optimizer, args.lr)))
-        loss = training.run(model, optimizer, range(done, args.steps))
-        report(seed, "not cut", "", model, loss)
-        starts = dict(zip(shares, branches, strict=True))
-        for name in args.runs:
+            done, starts[share] = step, copied(model, optimizer, args.lr)
+        if WHOLE in args.runs:
+            loss = training.run(model, optimizer, range(done, args.steps))
+            report(seed, WHOLE, "", model, loss)
+        for name in cuts:
             if time.time() - begin > args.limit:
                 return
             share, rounds, reset = RUNS[name]
-            step, (whole, its) = starts[share]
-            one, mine = copied(whole, its, args.lr)
+            step = round(share * args.steps)
+            one, mine = copied(*starts[share], args.lr)
             cut_(one, mine, training, step, args.ratio, rounds, reset)
             after = said(evaluate(one, unseen))
             loss = training.run(one, mine, range(step, args.steps))

@@ -6,7 +6,7 @@ package ships. Columns: sequences of 512 tokens that it was calibrated on (`--kn
 whose bigram occurred earlier in the window, seconds to plan with the fits, and how many layers the fit changed.
 
 `--groups 4` makes a model of so many groups of one with one group: B and C are copied to each, and the model, whose gated norm
-is another one then, is trained on `--tokens FILE.npy` (ids of the model's tokenizer, [n, L]) for `--steps` steps first.
+is another one then, is trained on `--corpus` for `--steps` steps first, and kept in `--save` for `healing.py`.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--groups", type=int, default=[], nargs="*")
-    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--save", type=Path, help="a folder for the models of several groups")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no row is begun")
@@ -216,8 +215,11 @@ def main() -> None:
             model, until = full, begin + args.limit * (number + 1) / max(1, len(args.groups))
             if groups > 1:
                 model = of_groups(full, groups)
-                ids = torch.from_numpy(np.load(args.tokens).astype("int64"))[:, : args.length]
+                ids = torch.load(args.corpus)[:, : args.length]
                 train(model, ids, args.steps, begin + args.limit * (number + 0.45) / len(args.groups))
+                if args.save is not None:
+                    model.save_pretrained(args.save / f"{folder.name}-{groups}-groups")
+                    tokenizer.save_pretrained(args.save / f"{folder.name}-{groups}-groups")
             texts = {kinds: known_text(kinds, args, model, tokenizer) for kinds in args.known}
             table(folder.name, model, texts, unseen, lambda name: any(part in name for part in only), until)
 
