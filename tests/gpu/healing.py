@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="a file to keep the tokens to heal on in")
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
     parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name begins with one of these")
+    parser.add_argument("--refit", type=int, help="rounds of the fit, if not those of the default")
     parser.add_argument("--parameters", nargs="+", default=["cut"], help="cut, all")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument(
@@ -246,6 +247,7 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
     for name, options in CUTS[full.config.model_type].items():
         if not any(name.startswith(part) for part in args.only):
             continue
+        options = options | ({} if args.refit is None else {"refit": args.refit})
         weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
         if options.get("state_size", 1) < 1:
             options = options | {"state_size": int(options["state_size"] * full.config.state_size)}

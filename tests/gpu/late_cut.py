@@ -143,7 +143,7 @@ def main() -> None:
             loss = training.run(model, make_optimizer(model, args.lr), range(args.steps))
             report(seed, SMALL, "", model, loss)
         cuts = [name for name in args.runs if name in RUNS]
-        if [SMALL] == args.runs:
+        if args.runs == [SMALL]:
             continue
         torch.manual_seed(seed)
         model = build_model(recipe, tokenizer.eos_token_id).to(args.device)
