@@ -13,8 +13,10 @@ import argparse
 import copy
 import functools
 import itertools
+import os
 import sysconfig
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mamba import modeling_mamba
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig, Measurement, compress_, measure
+from hf_compressm import CompreSSMConfig, Measurement, compress_, compress_pretrained, measure
 from hf_compressm.backends import OneProcess
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.cutting.trials import mixers_for_a_while
@@ -184,6 +186,9 @@ def main() -> None:
     parser.add_argument("--without-masters", action="store_true", help="let AdamW move bfloat16 weights themselves")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--curve", action="store_true", help="print each evaluation of the healing")
+    parser.add_argument(
+        "--together", action="store_true", help="a quarter by layer, in all processes that torchrun started"
+    )
     parser.add_argument("--steps", nargs="*", choices=list(STEPS), help="compare these cuts in one step and in two")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -202,7 +207,9 @@ def main() -> None:
     corpus = read_corpus(args, int(max(args.tokens)), tokenizer)
     print(f"corpus of {corpus.numel():,} tokens after {time.perf_counter() - begin:.0f} s", flush=True)
     for folder in args.folder:
-        if args.steps:
+        if args.together:
+            heal_together(folder, args, tokenizer, corpus)
+        elif args.steps:
             cut_in_steps(folder, args, tokenizer, corpus)
         else:
             heal_every_cut(folder, args, tokenizer, corpus)
@@ -230,6 +237,27 @@ def cut_in_steps(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus:
                 f"{found.recall / base.recall - 1:+.2%} | {seconds:.0f} |",
                 flush=True,
             )
+
+
+def heal_together(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
+    """Print a row for each number of tokens: what all processes of torchrun come to, each with a GPU of its own."""
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    where = f"cuda:{local}" if args.device == "cuda" else args.device
+    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
+    base = evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(where), unseen)
+    for tokens in args.tokens:
+        config = CompreSSMConfig(ratio=0.25, heal=int(tokens), calibration_seconds=1e9)
+        begin = time.perf_counter()
+        model = compress_pretrained(folder, config, calibration_data=corpus, device_map={"": where})
+        row, found = model.compression_report.healing, evaluate(model, unseen)
+        weights = sha256(b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in model.parameters()))
+        print(
+            f"| process {rank} of {os.environ.get('WORLD_SIZE', '1')} on {where} | {row.tokens / 1e6:.2f}M | "
+            f"{row.before:.4f} -> {row.after:.4f} | {found.perplexity / base.perplexity - 1:+.2%} | "
+            f"{found.recall / base.recall - 1:+.2%} | {row.seconds:.1f} of {time.perf_counter() - begin:.1f} s | "
+            f"{weights.hexdigest()[:8]} |",
+            flush=True,
+        )
 
 
 def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
