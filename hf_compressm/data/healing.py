@@ -78,8 +78,10 @@ class HealingText:
         Args:
             gather: the items of all processes, from those of each.
         """
-        mine = sha256(b"".join(map(_key, self._rows))).hexdigest()
-        if len(set(gather([mine]))) > 1:
+        mine = sha256()
+        for row in self._rows:
+            mine.update(_key(row))
+        if len(set(gather([mine.digest()]))) > 1:
             self._rows, self.shared = gather(self._rows), self._stream is None
 
     @property
