@@ -147,13 +147,13 @@ def compress_(
         ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
             calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
             weights; and with `heal`, if the model has no head, is in float16, in part offloaded, sharded, or on the GPU of
-            another process, or there is a single sequence of text.
+            another process, or nothing of the text is left to learn from.
         TypeError: if the calibration data is of an unknown kind.
         RuntimeError: if another process failed, ended, or did not call this.
     """
     loop = Loop(model)
     if CompreSSMConfig.of(config).heal:
-        join(on_gpu=any(parameter.is_cuda for parameter in loop.model.parameters()))
+        join(loop.model)
     backend = find_backend(loop)
     config, model = backend.together("compress_", lambda: _checked(loop.model, config, optimizer, backend))
     if backend.processes > 1:

@@ -37,17 +37,17 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def join(on_gpu: bool) -> None:
+def join(model: Any) -> None:
     """Have the processes that a launcher started find each other, where nothing has yet: by Accelerate, as a `Trainer` does.
 
     Args:
-        on_gpu: each has a GPU of its own, which becomes its current one.
+        model: that this one has. If it is on a GPU, each has one of its own, which becomes its current one.
     """
     launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if launched and processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=not on_gpu)
+        PartialState(cpu=not any(parameter.is_cuda for parameter in model.parameters()))
 
 
 def together(what: str, part: Callable[[], T], silence: float | None = None) -> T:

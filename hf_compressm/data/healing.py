@@ -36,6 +36,7 @@ class HealingText:
 
     Attributes:
         shared: whether all processes read this text and share it out, or each has a stream of its own.
+        rows: to learn from, once some are held out: a dataset of sequences [1, length].
 
     Raises:
         ValueError: if there are less than two sequences.
@@ -44,6 +45,7 @@ class HealingText:
     def __init__(self, data: Any, model: PreTrainedModel, tokenizer: Any, tokens: int) -> None:
         self._most = most = sequences_for(model)
         self.shared = True
+        self.rows: list[Batch] | IterableDataset[Batch] = []
         self._stream: Callable[[], Iterator[Batch]] | None = None
         if data is None and tokenizer is not None:
             data = every_window(CALIBRATION.read_text(encoding="utf-8"), tokenizer)
@@ -101,12 +103,19 @@ class HealingText:
         """The length of the longest sequence."""
         return max(row["input_ids"].shape[1] for row in self._rows)
 
-    def without(self, held_out: Iterable[Mapping[str, Tensor]]) -> Sequence[Batch] | IterableDataset[Batch]:
-        """The sequences to learn from, a dataset of rows [1, length]: all that are not held out."""
+    def hold_out_(self, held_out: Iterable[Mapping[str, Tensor]]) -> None:
+        """Learn from all sequences but these. In place.
+
+        Raises:
+            ValueError: if there are no others.
+        """
         held = {_key(row) for row in _rows(held_out)}
-        if self._stream is not None:
-            return _Stream(self._stream, held)
-        return [row for row in self._rows if _key(row) not in held]
+        others = [row for row in self._rows if _key(row) not in held]
+        if not others:
+            raise ValueError(
+                "Healing learns from text that is not held out, and all sequences are the same: give others. Nothing was changed."
+            )
+        self.rows = others if self._stream is None else _Stream(self._stream, held)
 
 
 class _Stream(IterableDataset[Batch]):

@@ -113,6 +113,7 @@ def cut_and_heal_(
     """
     if not plan.realizations:
         return cut()
+    text.hold_out_(held_out)
     layers = [layer for layer in find_layers(model) if layer.index in plan.realizations]
     changed = {
         layer.name: {*layer.system_parameters(), *plan.realizations[layer.index].parameter_cuts(layer)}
@@ -181,11 +182,11 @@ def _train_(
     from .trainer import HealingArguments, HealingTrainer  # a Trainer takes seconds to import
 
     device = device_of(model)
-    rows = text.without(divergence.parts)
+    rows = text.rows
     vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     sequences = max(1, round(STEP_TOKENS / text.tokens_per_sequence))
     if isinstance(rows, list):
-        rows *= math.ceil(backend.processes / len(rows))  # one for each at least
+        rows = rows * math.ceil(backend.processes / len(rows))  # one for each at least
         sequences = min(sequences, len(rows))
     each = max(1, sequences // backend.processes)
     parts = math.ceil(each / max(1, CLASSES // (vocabulary * text.longest)))

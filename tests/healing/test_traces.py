@@ -180,6 +180,8 @@ def test_models_that_are_refused(make, match):
 def test_settings_that_are_refused(mamba, monkeypatch):
     with pytest.raises(ValueError, match="at least two"):
         compress_(mamba, HEAL, IDS[:1])
+    with pytest.raises(ValueError, match="all sequences are the same"):
+        compress_(mamba, HEAL, IDS[:1].repeat(4, 1))
     with pytest.raises(ValueError, match="is not healed"):
         measure(mamba, IDS, HEAL).plan(HEAL)
     with pytest.raises(ValueError, match="training heals"):
