@@ -19,7 +19,7 @@ from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.healing import heal
 from hf_compressm.healing.trainer import HealingTrainer
 from tests.backends.loops_run import digest, rank_and_world, step
-from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 
 # Of three tokens only, so that some hundreds of them tell much about the others.
 IDS = torch.randint(0, 3, (48, 24), generator=torch.Generator().manual_seed(1))
@@ -49,8 +49,9 @@ def healed(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def pretrained(folder: Path) -> dict[str, Any]:
-    """Each process loads the checkpoint and has the same text."""
-    return healed(folder, PRETRAINED, calibration_data=IDS)
+    """Each process loads the checkpoint and has the same text. A step is of parts of two sequences."""
+    with patch.object(heal, "CLASSES", 2 * 24 * VOCABULARY):
+        return healed(folder, PRETRAINED, calibration_data=IDS)
 
 
 def loop(kind: str) -> dict[str, Any]:

@@ -23,10 +23,10 @@ def rows(read: list[list[int]]) -> set[tuple[int, ...]]:
     return {tuple(row) for row in read}
 
 
-def steps(*read: list[list[int]]) -> list[list[int]]:
-    """What was learnt from, step by step of eight sequences, those of all processes together."""
+def steps(*read: list[list[int]]) -> list[list[list[int]]]:
+    """What was learnt from in each step, eight sequences of all processes together."""
     share = 8 // len(read)
-    return [row for at in range(0, len(read[0]), share) for each in read for row in each[at : at + share]]
+    return [sorted(row for each in read for row in each[at : at + share]) for at in range(0, len(read[0]), share)]
 
 
 @pytest.mark.distributed
