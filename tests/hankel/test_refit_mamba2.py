@@ -92,11 +92,15 @@ def test_the_scan_in_chunks_and_its_gradients_are_those_of_a_loop(length):
 
 def test_the_scan_in_chunks_does_not_overflow_where_decays_vanish():
     system = reading(rows()).system
-    fast = ChunkedScan(system.x.float(), system.delta.float(), -1e4 * torch.ones(HEADS), GROUPS)
+    delta = system.delta.float().requires_grad_()
+    fast = ChunkedScan(system.x.float(), delta, -1e4 * torch.ones(HEADS), GROUPS, chunk=4)
     own = (
         system.delta[..., None] * system.x * (system.B * system.C).sum(-1).repeat_interleave(2, 2)[..., None]
     ).float()
-    torch.testing.assert_close(fast(system.B.float(), system.C.float()), own, rtol=1e-3, atol=1e-5)
+    y = fast(system.B.float(), system.C.float())
+    torch.testing.assert_close(y, own, rtol=1e-3, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(delta.grad, (own / delta.detach()[..., None]).sum(-1), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])
