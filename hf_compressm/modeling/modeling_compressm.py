@@ -285,6 +285,7 @@ class HeadwiseProjectedMixer(ProjectedMixer):
     Built by `project_heads_`, or by `from_pretrained` and `from_config` for layers whose config says so.
     """
 
+    scan_chunk_size = 64
     head_state_sizes: tuple[int, ...]
     head_order: torch.Tensor
     column_head: torch.Tensor
@@ -332,30 +333,30 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         return update(state, hidden_states, dt, A, B, C, self.D, self.dt_bias, columns)
 
     def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
-        B, C = (self._fill_up(side, 2) for side in self.map_B_C(B_C))
         order, counts = self.head_order, [count for _, count in self.buckets]
         columns = [width * count for width, count in self.buckets]
         states = [None] * len(counts) if state is None else self._fill_up(state, 1).split(columns, dim=1)
+        maps = self._fill_up(self.BC_projection.to(B_C.dtype), 2).split(columns, dim=2)
         outputs, final_states = [], []
-        for (width, count), x, step, a, b, c, skip, bias, before in zip(
+        for (width, count), x, step, a, part, skip, bias, before in zip(
             self.buckets,
             hidden_states.index_select(2, order).split(counts, dim=2),
             dt.index_select(2, order).split(counts, dim=2),
             A.index_select(0, order).split(counts),
-            B.split(columns, dim=2),
-            C.split(columns, dim=2),
+            maps,
             self.D.index_select(0, order).split(counts),
             self.dt_bias.index_select(0, order).split(counts),
             states,
             strict=True,
         ):
+            B, C = self._map(B_C, part, [width * n for n in self._heads_of(width)])
             output = modeling_mamba2.mamba2_chunk_scan(
                 x,
                 step,
                 a,
-                b.unflatten(2, (count, width)),
-                c.unflatten(2, (count, width)),
-                chunk_size=self.chunk_size,
+                B.unflatten(2, (count, width)),
+                C.unflatten(2, (count, width)),
+                chunk_size=min(self.chunk_size, self.scan_chunk_size),
                 D=skip,
                 z=None,
                 return_final_states=return_final_states,
@@ -377,13 +378,23 @@ class HeadwiseProjectedMixer(ProjectedMixer):
 
     def map_B_C(self, B_C):  # noqa: N802
         """The heads' B and C, [batch, length, S] each, of [batch, length, 2 groups, N]."""
-        per_group, maps = self.num_heads // self.n_groups, self.BC_projection.to(B_C.dtype)
+        per_group = self.num_heads // self.n_groups
         columns = [
             sum(self.head_state_sizes[start : start + per_group]) for start in range(0, self.num_heads, per_group)
         ]
+        return self._map(B_C, self.BC_projection.to(B_C.dtype), columns)
+
+    def _map(self, B_C, maps, columns):
+        """B and C by maps [2, N, columns], of which each group has so many."""
         rows = B_C.flatten(0, 1).unflatten(1, (2, self.n_groups)).unbind(2)
         mapped = [x.transpose(0, 1) @ part for x, part in zip(rows, maps.split(columns, dim=2), strict=True)]
-        return torch.cat(mapped, dim=2).unflatten(1, B_C.shape[:2]).unbind(0)
+        joined = mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=2)
+        return joined.unflatten(1, B_C.shape[:2]).unbind(0)
+
+    def _heads_of(self, width):
+        """How many heads of each group the scan takes in that width."""
+        per_group = self.num_heads // self.n_groups
+        return [self.widths[start : start + per_group].count(width) for start in range(0, self.num_heads, per_group)]
 
     def _fill_up(self, x, dim):
         """Columns of the heads, to those that the scan takes, with zeros for what is not there."""
