@@ -12,7 +12,7 @@ from ..backends import Backend
 from ..compat import follow_class_, keep_offloaded_, weights_at_hand
 from ..layers import Layer, Realization, new_data
 from ..modeling.state_sizes import set_state_sizes, text_configs
-from .optimizer import NewState, check_optimizers, cut_states, set_states_
+from .optimizer import NewState, check_optimizers, cut_states, hold_new_, set_states_
 
 
 @torch.no_grad()
@@ -52,6 +52,7 @@ def cut_(
         with weights_at_hand(layer.mixer):
             new = new_data(layer, realization.parameter_cuts(layer))
             realization.apply_(layer, new, backend.resize_parameter_)
+            hold_new_(optimizers, model, layer.mixer)
             follow_class_(layer.mixer)
             for name in new:
                 owner, _, own_name = name.rpartition(".")

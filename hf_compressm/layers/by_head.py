@@ -14,7 +14,7 @@ from ..hankel.ranks import allowed_sizes
 from ..hankel.realization import Projection
 from ..modeling.modeling_compressm import project_heads_, stock_class
 from .contracts import Realization, ResizeParameter
-from .mamba2 import PROJECTION
+from .mamba2 import PROJECTION, keeping_maps
 from .parameters import ParameterCut, set_data_
 
 
@@ -89,7 +89,8 @@ class ProjectHeads(Realization):
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
         """Make the mixer one that projects by head. In place."""
-        project_heads_(layer.mixer, self.head_sizes, **new)
+        with keeping_maps(layer.mixer, resize_):
+            project_heads_(layer.mixer, self.head_sizes, **new)
 
 
 def _maps_of_heads(layer: Any) -> list[list[Tensor]]:

@@ -58,6 +58,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2
 
 MODULE_NAME = "modeling_compressm"
+HEAD_BUFFERS = ("head_order", "column_head", "column_start", "column_place")
 
 
 @dataclass(frozen=True)
@@ -612,7 +613,16 @@ def _set_projection_(mixer: Any, N: int, r: int, BC_projection: torch.Tensor) ->
     mixer.ssm_state_size = r
     like = mixer.conv1d.weight
     values = torch.empty(BC_projection.shape, dtype=like.dtype, device=like.device).copy_(BC_projection.detach())
-    mixer.BC_projection = nn.Parameter(values)
+    mixer.BC_projection = nn.Parameter(values, requires_grad=like.requires_grad)
+
+
+def unproject_(mixer: Any) -> None:
+    """Make a projected Mamba-2 mixer the stock one that scans all of B and C again. In place; its maps are dropped."""
+    mixer.ssm_state_size = mixer.unprojected_state_size
+    for name in ("BC_projection", "unprojected_state_size", "head_state_sizes", "widths", *HEAD_BUFFERS):
+        if hasattr(mixer, name):
+            delattr(mixer, name)
+    mixer.__class__ = stock_class(mixer)
 
 
 class _Stock:
