@@ -84,7 +84,8 @@ def build(config: Any, device: torch.device, size: int | None = None, realizatio
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)  # a cut changes its own
     if size is not None:
         cut_to_first_states_(model, size, realization)
-    return model.to(device)
+    built: PreTrainedModel = model.to(device)
+    return built
 
 
 def load_config(name: str) -> Any:
@@ -187,7 +188,7 @@ def _state_bytes(model: nn.Module, cache: Cache) -> float:
 def _decoding(model: nn.Module, ids: torch.Tensor, work: Workload, graph: bool = False) -> float:
     cache = _cache(model(ids[:1], use_cache=True))
     for states in cache.values():  # the first token of all of them at once would take more memory than decoding does
-        states.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        states.reorder_cache(cast(torch.LongTensor, torch.zeros(len(ids), dtype=torch.long, device=ids.device)))
 
     def step() -> None:
         model(ids, use_cache=True, **cache)

@@ -54,8 +54,6 @@ def take_forms_(model: Any, folder: str, optimizer: Any = None) -> bool:
 
 def _take_form_(layer: Layer, form: Form, model: Any, optimizers: list[torch.optim.Optimizer]) -> None:
     mixer, (size, N, heads) = layer.mixer, form
-    for optimizer in optimizers:
-        optimizer.state.pop(getattr(mixer, "BC_projection", None), None)
     if N is None:
         let_go_(optimizers, mixer.BC_projection)
         unproject_(mixer)
@@ -65,4 +63,6 @@ def _take_form_(layer: Layer, form: Form, model: Any, optimizers: list[torch.opt
             project_(mixer, torch.zeros(2 * mixer.n_groups, N, size))
         else:
             project_heads_(mixer, heads, torch.zeros(2, N, sum(heads)))
+    for optimizer in optimizers:
+        optimizer.state.pop(mixer.BC_projection, None)
     hold_new_(optimizers, model, mixer)

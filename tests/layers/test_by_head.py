@@ -14,7 +14,6 @@ from hf_compressm.layers import find_layers, new_data
 from hf_compressm.modeling.state_sizes import get_head_state_sizes, get_state_sizes
 from hf_compressm.reporting.record import get_report
 from hf_compressm.reporting.report import CompressionReport
-from hf_compressm.training.schedule import training_config
 from tests.conftest import VOCABULARY, cache_of, tiny_mamba, tiny_mamba2
 
 BY_HEAD = {"realization": "project_heads"}
@@ -202,11 +201,6 @@ def test_it_is_cut_by_head_alone(token_ids):
 def test_what_has_no_projection_by_head_is_refused(token_ids, make, options, message):
     with pytest.raises(ValueError, match=message):
         compress_(make(), CompreSSMConfig(state_size=4, **BY_HEAD, **options), token_ids)
-
-
-def test_not_while_training():
-    with pytest.raises(ValueError, match="'project_heads' is not for training"):
-        training_config(CompreSSMConfig(**BY_HEAD))
 
 
 def test_first_states(token_ids):
