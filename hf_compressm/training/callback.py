@@ -69,8 +69,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             numbers of their own, from the first size up.
 
     Raises:
-        ValueError: if the config asks for a projection; and when training begins, if anything in the model, optimizer,
-            schedule or launcher can't be cut.
+        ValueError: if the config asks for what is for a trained model; and when training begins, if anything in the model,
+            optimizer, schedule or launcher can't be cut.
 
     Pass it to the `Trainer`'s constructor; after `trainer.add_callback`, call `attach(trainer)` before `train`.
 
@@ -103,8 +103,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
     refit=3`.
 
-    Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
-    `realization="project"` after the training. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
+    Mamba-2 is cut by selection, since the fused training kernel can't take a projection. `realization="project"` and
+    "project_heads" are taken if they are asked for, in one process and under DDP: `in_proj` and the convolution keep their rows,
+    and the maps are new parameters, which join the optimizer in the group of the mixer's matrices, without a state. At a later
+    cut they are given other values and begin without a state again. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
     reached in equal steps, over sizes that the kernels take. A second `train()` with a `state_size` that is reached already
     is an error: remove the callback first.
     """
