@@ -40,6 +40,8 @@ def take_forms_(model: Any, folder: str, optimizer: Any = None) -> bool:
         zip(get_state_sizes(config), get_unprojected_state_sizes(config), get_head_state_sizes(config), strict=True)
     )
     layers, changed = find_layers(model), False
+    if max(layer.index for layer in layers) >= len(there):
+        return False  # it is another model's, which loading it says
     for layer in layers:
         size, N, heads = there[layer.index]
         form: Form = size, N, None if heads is None else tuple(heads)
