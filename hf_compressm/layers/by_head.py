@@ -52,7 +52,10 @@ class ProjectHeads(Realization):
     ) -> list[Mapping[int, Realization]]:
         """For each layer the projections of every mean size."""
         return [
-            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups], entry.head_sizes), layer)
+            _Path(
+                HeadPaths(entry.P_of_heads, [group.output for group in entry.groups], entry.head_sizes, layer.groups),
+                layer,
+            )
             for layer, entry in zip(layers, statistics, strict=True)
         ]
 
