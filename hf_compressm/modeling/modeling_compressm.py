@@ -401,7 +401,7 @@ class HeadwiseProjectedMixer(ProjectedMixer):
                 a,
                 B.unflatten(2, (count, width)),
                 C.unflatten(2, (count, width)),
-                chunk_size=min(self.chunk_size, self.scan_chunk_size),
+                chunk_size=self._chunk_size(x.shape[1], count),
                 D=skip,
                 z=None,
                 return_final_states=return_final_states,
@@ -436,6 +436,16 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         joined = mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=2)
         sides: tuple[torch.Tensor, ...] = joined.unflatten(1, B_C.shape[:2]).unbind(0)
         return sides
+
+    def _chunk_size(self, length: int, heads: int) -> int:
+        """Short chunks, in each of which B and C of every head are multiplied, where the stock scan has one pair for a group.
+
+        Of very long sequences longer ones, since a kernel's grid counts heads times chunks up to 2^16.
+        """
+        chunk = min(self.chunk_size, self.scan_chunk_size)
+        while chunk < self.chunk_size and -(-length // chunk) * heads >= 2**16:
+            chunk *= 2
+        return min(chunk, self.chunk_size)
 
     def _heads_of(self, width: int) -> list[int]:
         """How many heads of each group the scan takes in that width."""

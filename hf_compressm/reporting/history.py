@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -31,8 +31,8 @@ class Attempt:
     contributions: Mapping[int, list[list[float]]]
     states: Mapping[int, list[list[int]]]
     output_error: Mapping[int, float]
-    energy_kept: Mapping[int, float] = field(default_factory=dict)
-    parameters: int = 0
+    energy_kept: Mapping[int, float]
+    parameters: int
     rank_correlation: float | None = None
     undone: bool = False
 

@@ -60,7 +60,7 @@ def _wrong(
     tables = [initial, kept]
     for attempt in history:
         tables += [attempt.sizes, attempt.hankel_singular_values, attempt.contributions, attempt.states]
-        tables += [attempt.output_error]
+        tables += [attempt.output_error, attempt.energy_kept]
     if any(table.keys() != sizes.keys() for table in tables):
         return f"not all of it is about layers {sorted(sizes)}"
     for layer in layers:
@@ -82,7 +82,7 @@ def _wrong(
             if not before == spectra == contributions or len(before) != 1:
                 return f"{name} had several sizes at step {attempt.step}"
             sum(map(sum, attempt.hankel_singular_values[layer.index]), attempt.output_error[layer.index])  # numbers
-            attempt.energy_kept.get(layer.index, 1.0) + attempt.parameters
+            attempt.energy_kept[layer.index] + attempt.parameters
     return None
 
 

@@ -38,7 +38,7 @@ def run_report(
         energy, output, before = 1.0, 1.0, initial_sizes[layer.index]
         for attempt in history:
             if attempt.sizes[layer.index] < before:
-                energy *= attempt.energy_kept.get(layer.index, 1.0)
+                energy *= attempt.energy_kept[layer.index]
                 output *= 1 - attempt.output_error[layer.index]
             before = attempt.sizes[layer.index]
         rows.append(
@@ -54,4 +54,4 @@ def run_report(
             )
         )
     after = sum(parameter.numel() for parameter in model.parameters())
-    return CompressionReport(rows, name, history[0].parameters or after, after)
+    return CompressionReport(rows, name, history[0].parameters, after)
