@@ -442,10 +442,11 @@ class HeadwiseProjectedMixer(ProjectedMixer):
 
         Of very long sequences longer ones, since a kernel's grid counts heads times chunks up to 2^16.
         """
-        chunk = min(self.chunk_size, self.scan_chunk_size)
-        while chunk < self.chunk_size and -(-length // chunk) * heads >= 2**16:
+        most: int = self.chunk_size
+        chunk = min(most, self.scan_chunk_size)
+        while chunk < most and -(-length // chunk) * heads >= 2**16:
             chunk *= 2
-        return min(chunk, self.chunk_size)
+        return min(chunk, most)
 
     def _heads_of(self, width: int) -> list[int]:
         """How many heads of each group the scan takes in that width."""

@@ -119,6 +119,7 @@ def test_the_report_and_the_record_are_about_the_best_model_that_was_loaded(tmp_
         max_steps=5,
         save_strategy="steps",
         save_steps=1,
+        save_total_limit=2,
         eval_strategy="steps",
         eval_steps=1,
         eval_dataset=dataset(2),
@@ -133,8 +134,9 @@ def test_the_report_and_the_record_are_about_the_best_model_that_was_loaded(tmp_
     assert [len(groups[0]) for groups in callback.kept.values()] == [
         max(layer.head_state_sizes or [layer.state_size]) for layer in find_layers(model)
     ]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{best_step}")
+    assert all(torch.equal(best.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict().get("per_layer_config") == best.config.to_dict().get("per_layer_config")
     if best_step == 1:
         assert [(name, parameter.shape) for name, parameter in model.named_parameters()] == before
         assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)

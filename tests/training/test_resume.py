@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from tests.conftest import tiny_mamba, tiny_mamba2
-from tests.training.conftest import dataset, losses, make_trainer, sizes
+from tests.training.conftest import losses, make_trainer, sizes
 
 CONFIG = {
     "mamba": {"ratio": 0.5},
@@ -77,34 +77,6 @@ def test_a_resume_without_the_recorded_batches_warns_and_goes_on(whole, tmp_path
     resumed = make_trainer(tmp_path, model, config(kind), **(SETTINGS | {"save_strategy": "no"}))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert sum(sizes(model)) == sum(sizes(trainer.model))
-
-
-@pytest.mark.parametrize("best_step", [2, 4])
-def test_the_best_model_is_loaded_whatever_its_sizes(tmp_path, best_step):
-    model = tiny_mamba()
-    scores = iter([1.0 if step == best_step else 0.0 for step in range(2, 9, 2)])
-    trainer = make_trainer(
-        tmp_path,
-        model,
-        config("mamba"),
-        max_steps=8,
-        save_strategy="steps",
-        save_steps=2,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        eval_dataset=dataset(4),
-        compute_metrics=lambda _: {"score": next(scores)},
-        metric_for_best_model="score",
-        load_best_model_at_end=True,
-    )
-    trainer.train()
-    best = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best_step}")
-    assert sizes(model) == sizes(best)
-    assert sum(sizes(model)) == {2: 16, 4: 12}[best_step]
-    assert model.config.to_dict().get("per_layer_config") == best.config.to_dict().get("per_layer_config")
-    ids = dataset(2)[0]["input_ids"][None]
-    assert torch.equal(model.eval()(ids).logits, best.eval()(ids).logits)
 
 
 def test_model_init_makes_models_that_resume_too(tmp_path):
