@@ -58,6 +58,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2
 
 MODULE_NAME = "modeling_compressm"
+FEW_PROGRAMS = 1024
 HEAD_BUFFERS = ("head_order", "column_head", "column_start", "column_place")
 
 
@@ -379,13 +380,14 @@ class HeadwiseProjectedMixer(ProjectedMixer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the projected mixer, of [batch, S, head_dim] states, in one launch for each width."""
         order, counts = self.head_order, [count for _, count in self.buckets]
+        alone = len(counts) == 1  # in their own order
         columns = [width * count for width, count in self.buckets]
         states = [None] * len(counts) if state is None else self._fill_up(state, 1).split(columns, dim=1)
         maps = self._fill_up(self.BC_projection.to(B_C.dtype), 2).split(columns, dim=2)
         outputs, final_states = [], []
         for (width, count), x, step, a, part, skip, bias, before in zip(
             self.buckets,
-            hidden_states.index_select(2, order).split(counts, dim=2),
+            [hidden_states] if alone else _TakeApart.apply(hidden_states, order, counts),  # type: ignore[no-untyped-call]
             dt.index_select(2, order).split(counts, dim=2),
             A.index_select(0, order).split(counts),
             maps,
@@ -415,8 +417,7 @@ class HeadwiseProjectedMixer(ProjectedMixer):
                 output, final_state = output
                 final_states.append(final_state.transpose(2, 3).flatten(1, 2))
             outputs.append(output)
-        output = torch.cat(outputs, dim=2)
-        output = torch.empty_like(output).index_copy(2, order, output)
+        output = outputs[0] if alone else _PutTogether.apply(order, counts, *outputs)  # type: ignore[no-untyped-call]
         if not return_final_states:
             return output, None
         return output, torch.cat(final_states, dim=1).index_select(1, self.column_place)
@@ -458,6 +459,48 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         shape = list(x.shape)
         shape[dim] = sum(self.widths)
         return x.new_zeros(shape).index_copy(dim, self.column_place, x)
+
+
+def take_apart(x: torch.Tensor, order: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
+    """The heads of [batch, length, heads, head_dim] in that order, so many together."""
+    return tuple(x.index_select(2, part) for part in order.split(counts))
+
+
+def put_together(parts: Sequence[torch.Tensor], order: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The heads that `take_apart` took apart."""
+    shape = list(parts[0].shape)
+    shape[2] = len(order)
+    x = parts[0].new_empty(shape)
+    for part, places in zip(parts, order.split(counts), strict=True):
+        x.index_copy_(2, places, part)
+    return x
+
+
+# Each is the other's gradient, since no head is there twice; torch's own of a selection adds all of them up.
+class _TakeApart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(order)
+        ctx.counts = counts
+        return take_apart(x, order, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return put_together(grads, order, ctx.counts), None, None
+
+
+class _PutTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, order: torch.Tensor, counts: list[int], *parts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.counts = counts
+        return put_together(parts, order, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return None, None, *take_apart(grad, order, ctx.counts)
 
 
 @functools.cache
@@ -561,10 +604,12 @@ def step_of_heads(
     """
     batch, heads, head_dim = x.shape
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # Few programs wait for memory, and take many rows of it at once; of many, those of small heads would have idle rows.
+    rows = 64 if batch * heads <= FEW_PROGRAMS else 16
     _step_kernel[(heads, batch)](
         state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
         state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
-        ROWS=16, DIM=max(16, 1 << (head_dim - 1).bit_length()),
+        ROWS=rows, DIM=max(16, 1 << (head_dim - 1).bit_length()),
     )  # fmt: skip
     return output
 
