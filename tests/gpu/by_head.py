@@ -96,7 +96,9 @@ def by_head_(model: Mamba2ForCausalLM, mean: int) -> None:
         project_heads_(layer.mixer, sizes, torch.randn(2, N, sum(sizes), device=model.device) / N**0.5)
 
 
-def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, work: Workload) -> None:
+def timing(
+    config: Mamba2Config, means: Sequence[int], device: torch.device, work: Workload, largest: bool = True
+) -> None:
     """The table of one shape, each number as soon as it is known: first what needs no tuning of kernels."""
     with device:
         full = Mamba2ForCausalLM(config)
@@ -133,7 +135,7 @@ def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, wor
             seconds = _seconds(lambda m=model: m(prompt, use_cache=True), device, work.repeats)
             put(name, "prefill", prompt.numel() / seconds)
         for name, model in slim.items():
-            if graph:
+            if graph and largest:
                 batch, speed = _largest_batch(model, ids, work)
                 put(name, "largest batch", batch)
                 put(name, "decode it", speed)
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=16, help="of training and prefill")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--no-largest", action="store_true", help="leave out the largest batch that fits")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.check:
@@ -222,7 +225,7 @@ def main() -> None:
             n_groups=1,
         )
         work = Workload(args.length, args.batch, args.batch, tuple(args.decode), repeats=5)
-        timing(config, args.mean, torch.device(args.device), work)
+        timing(config, args.mean, torch.device(args.device), work, not args.no_largest)
 
 
 if __name__ == "__main__":
