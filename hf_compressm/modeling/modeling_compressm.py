@@ -59,6 +59,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 MODULE_NAME = "modeling_compressm"
 FEW_PROGRAMS = 1024
+SHORT_CHUNK = 64
 HEAD_BUFFERS = ("head_order", "column_head", "column_start", "column_place")
 
 
@@ -276,7 +277,7 @@ class ProjectedMixer(_Module):  # type: ignore[misc]
             A,
             B,
             C,
-            chunk_size=self.chunk_size,
+            chunk_size=self._chunk_size(hidden_states, self.n_groups),
             D=self.D,
             z=None,
             return_final_states=return_final_states,
@@ -287,6 +288,14 @@ class ProjectedMixer(_Module):  # type: ignore[misc]
             **kwargs,
         )
         return output if return_final_states else (output, None)
+
+    def _chunk_size(self, x: torch.Tensor, pairs: int) -> int:
+        """How many tokens are scanned at once, in which each of so many pairs of B and C is multiplied.
+
+        The stock number is for kernels on a GPU; the scan in plain torch repeats the pairs for every head.
+        """
+        most: int = self.chunk_size
+        return most if x.is_cuda else min(most, SHORT_CHUNK)
 
     def map_B_C(self, B_C: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N802
         """The projected B and C, [batch, length, groups, r] each, of [batch, length, 2 groups, N]."""
@@ -312,7 +321,6 @@ class HeadwiseProjectedMixer(ProjectedMixer):
     Built by `project_heads_`, or by `from_pretrained` and `from_config` for layers whose config says so.
     """
 
-    scan_chunk_size = 64
     head_state_sizes: tuple[int, ...]
     head_order: torch.Tensor
     column_head: torch.Tensor
@@ -403,7 +411,7 @@ class HeadwiseProjectedMixer(ProjectedMixer):
                 a,
                 B.unflatten(2, (count, width)),
                 C.unflatten(2, (count, width)),
-                chunk_size=self._chunk_size(x.shape[1], count),
+                chunk_size=self._chunk_size(x, count),
                 D=skip,
                 z=None,
                 return_final_states=return_final_states,
@@ -438,14 +446,14 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         sides: tuple[torch.Tensor, ...] = joined.unflatten(1, B_C.shape[:2]).unbind(0)
         return sides
 
-    def _chunk_size(self, length: int, heads: int) -> int:
-        """Short chunks, in each of which B and C of every head are multiplied, where the stock scan has one pair for a group.
+    def _chunk_size(self, x: torch.Tensor, pairs: int) -> int:
+        """Short ones, since there are as many pairs as heads.
 
-        Of very long sequences longer ones, since a kernel's grid counts heads times chunks up to 2^16.
+        Of very long sequences longer ones, since a kernel's grid counts pairs times chunks up to 2^16.
         """
         most: int = self.chunk_size
-        chunk = min(most, self.scan_chunk_size)
-        while chunk < most and -(-length // chunk) * heads >= 2**16:
+        chunk = min(most, SHORT_CHUNK)
+        while chunk < most and -(-x.shape[1] // chunk) * pairs >= 2**16:
             chunk *= 2
         return min(chunk, most)
 
