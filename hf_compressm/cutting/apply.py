@@ -52,11 +52,11 @@ def cut_(
         with weights_at_hand(layer.mixer):
             new = new_data(layer, realization.parameter_cuts(layer))
             realization.apply_(layer, new, backend.resize_parameter_)
-            hold_new_(optimizers, model, layer.mixer)
             follow_class_(layer.mixer)
             for name in new:
                 owner, _, own_name = name.rpartition(".")
                 keep_offloaded_(layer.mixer.get_submodule(owner), own_name)
+        hold_new_(optimizers, model, layer.mixer)
     if ready:
         write_sizes_(model, layers)
         _keep_trained_weights(model)

@@ -122,11 +122,12 @@ def hold_new_(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, mix
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(p): group for group in groups for p in group["params"]}
-    place = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+    new = [p for p in mixer.parameters() if p.requires_grad and id(p) not in held]
     of_matrices = [held[id(p)] for p in mixer.parameters() if p.dim() > 1 and id(p) in held]
-    for parameter in mixer.parameters():
-        if not parameter.requires_grad or id(parameter) in held or not of_matrices:
-            continue
+    if not new or not of_matrices:
+        return  # none is trained, or nothing is new
+    place = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+    for parameter in new:
         group, (order, name) = of_matrices[0], place[id(parameter)]
         before = [i for i, p in enumerate(group["params"]) if id(p) in place and place[id(p)][0] < order]
         at = before[-1] + 1 if before else 0

@@ -104,11 +104,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     refit=3`.
 
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection. `realization="project"` and
-    "project_heads" are taken if they are asked for, in one process and under DDP: `in_proj` and the convolution keep their rows,
-    and the maps are new parameters, which join the optimizer in the group of the mixer's matrices, without a state. At a later
-    cut they are given other values and begin without a state again. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
-    reached in equal steps, over sizes that the kernels take. A second `train()` with a `state_size` that is reached already
-    is an error: remove the callback first.
+    "project_heads" are taken if they are asked for, in one process and under DDP: `in_proj` and the convolution keep
+    their rows, and the maps are new parameters, which join the optimizer in the group of the mixer's matrices, without
+    a state. At a later cut they are given other values and begin without a state again. A `tolerance` is given up anew
+    at each attempt; a `state_size` or `ratio` is reached in equal steps, over sizes that the kernels take. A second
+    `train()` with a `state_size` that is reached already is an error: remove the callback first.
     """
 
     def __init__(

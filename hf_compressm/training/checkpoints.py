@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import find_backend
 from ..backends.fsdp2 import FSDP2
-from ..compat import CHECKPOINTED, before_loading_
+from ..compat import CHECKPOINTED, before_loading_, uncompiled
 from ..cutting.apply import write_sizes_
 from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, plain_model, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
@@ -95,7 +95,7 @@ class ReshapeBeforeLoad:
         if trainer is None:
             return
         if not FSDP2.takes(trainer):
-            model, listener = plain_model(trainer.model), self.listener()
+            model, listener = uncompiled(trainer.model), self.listener()
             if take_forms_(model, folder, getattr(trainer, "optimizer", None)) and listener is not None:
                 listener.on_sizes_loaded(model)
             return
