@@ -499,11 +499,14 @@ class _TakeApart(torch.autograd.Function):
 
 
 class _PutTogether(torch.autograd.Function):
+    # Two by name: of a number that is left open, torch.compile would miscount what it calls this with.
     @staticmethod
-    def forward(ctx: Any, order: torch.Tensor, counts: list[int], *parts: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, order: torch.Tensor, counts: list[int], narrow: torch.Tensor, wide: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(order)
         ctx.counts = counts
-        return put_together(parts, order, counts)
+        return put_together((narrow, wide), order, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
