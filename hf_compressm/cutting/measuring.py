@@ -60,7 +60,8 @@ def measure(
             tell all.
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
             realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
-            any other cut an eighth, if there are eight sequences.
+            any other cut an eighth, if there are eight sequences; where it means a projection, what selections are chosen by is
+            left out, which takes a third of the time. Without one, all but the inputs is measured.
         tokenizer: for texts.
         backend: of a training loop on several processes: each measures on its own data, the statistics are summed and what
             is held out is put together; inputs for refits stay those of each process.
@@ -70,6 +71,7 @@ def measure(
             module is to keep a `max_divergence` or to be healed.
         TypeError: if the data is of an unknown kind.
     """
+    for_any = config is None
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     backend = backend or OneProcess()
     layers = find_layers(model)
@@ -118,7 +120,8 @@ def measure(
                         model.base_model(**called_with(part), use_cache=False)
         return statistics
 
-    statistics = measured_together(layers, config, backend, run, parts, inputs)
+    contributions = for_any or any(layer.realizations[name].reads_contributions for layer in layers)
+    statistics = measured_together(layers, config, backend, run, parts, inputs, contributions)
     tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
     few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
     sample = {name: tensor[:few] for name, tensor in batches[0].items()}
@@ -132,6 +135,7 @@ def measured_together(
     run: Callable[[list[Statistics], Sequence[Any], Inputs | None], list[Statistics]],
     batches: Sequence[Any],
     inputs: Inputs | None,
+    contributions: bool = True,
 ) -> list[Statistics]:
     """The statistics of all processes' data.
 
@@ -139,13 +143,14 @@ def measured_together(
         layers, config, backend: what is measured, and how.
         run: adds batches of this process to statistics, keeps what mixers read in the inputs, and returns the statistics.
         batches, inputs: for it.
+        contributions: whether the realization reads them.
 
     Raises:
         ValueError: as `check_measured`.
     """
 
     def empty() -> list[Statistics]:
-        return empty_statistics(layers, config, budgets.STATISTICS)
+        return empty_statistics(layers, config, budgets.STATISTICS, contributions)
 
     statistics = empty()
     backend.share_candidates_(statistics, lambda: run(empty(), batches[:1], None))
@@ -179,16 +184,21 @@ def seconds_for(parameters: int, device: torch.device) -> float:
     return SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, parameters / MODEL)
 
 
-def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:
+def empty_statistics(
+    layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None, contributions: bool = True
+) -> list[Statistics]:
     """For each layer an accumulator that has seen nothing.
 
     Args:
         layers, config: what is measured, and how.
         budget: bytes of them that may be on a device; further Gramians are added up on the CPU.
+        contributions: of the states; without them, most of the work may be spared.
     """
     statistics, held = [], dict.fromkeys([layer.device for layer in layers], 0)
     for layer in layers:
         entry = layer.statistics(mean_lti=config.estimator == "mean_lti")
+        if not contributions:
+            entry.without_contributions_()
         held[layer.device] += sum(total.numel() * total.element_size() for total in entry.sums())
         if budget is not None and held[layer.device] > budget:
             entry.offload_()

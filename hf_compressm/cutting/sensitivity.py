@@ -39,7 +39,7 @@ def errors(
     for layer, entry, path in zip(layers, statistics, paths, strict=True):
         scales = [1.0] * len(entry.groups)
         if weights == "fisher":
-            scales = [float(moments.contribution.sum() / (2 * entry.tokens)) for moments in entry.groups]
+            scales = (entry.output_energies() / (2 * entry.tokens)).tolist()
         curves.append(
             torch.tensor(
                 [

@@ -156,19 +156,22 @@ def gpus(device: torch.device) -> range:
 
 @contextmanager
 def timed(row: str, name: str, device: torch.device, before: list[int]) -> Iterator[None]:
-    """Print the step's seconds and the most memory beside the model, of the GPU that has most."""
+    """Print the step's seconds, on a CPU those that all its threads computed, and the most memory beside the model, of the GPU that
+    has most."""
     for gpu in gpus(device):
         torch.cuda.synchronize(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)
-    begin = time.perf_counter()
+    begin, computed = time.perf_counter(), time.process_time()
     yield
     for gpu in gpus(device):
         torch.cuda.synchronize(gpu)
+    seconds = f"{time.perf_counter() - begin:.1f}"
     if device.type == "cuda":
         peak = max(torch.cuda.max_memory_allocated(gpu) - before[gpu] for gpu in gpus(device)) / GIB
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    print(f"| {name} | {row} | {time.perf_counter() - begin:.1f} | {peak:.2f} |", flush=True)
+        seconds += f" (CPU {time.process_time() - computed:.1f})"
+    print(f"| {name} | {row} | {seconds} | {peak:.2f} |", flush=True)
 
 
 def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
@@ -194,17 +197,19 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
         print("| " + " | ".join(f"{step}: {seconds:.1f}" for step, seconds in expected.items()) + " |", flush=True)
     with timed("measure", name, device, before):
         measurement = measure(model, ids, config)
-    fitting = [0.0, 0.0]  # since when, and how long
+    begun: dict[str, float] = {}
+    parts: dict[str, float] = {}
 
     def watch(text: str, done: int, total: int) -> None:
-        if text == "refitting layers" and done == 0:
-            fitting[0] = time.perf_counter()
-        elif text == "refitting layers" and done == total:
-            fitting[1] += time.perf_counter() - fitting[0]
+        if done == 0:
+            begun[text] = time.perf_counter()
+        parts[text] = parts.get(text, 0.0) + time.perf_counter() - begun[text]
+        begun[text] = time.perf_counter()
 
-    with listening(watch), timed("plan, with the refit", name, device, before):
+    with listening(watch), timed("plan", name, device, before):
         plan = measurement.plan(config)
-    print(f"| {name} | of that refit | {fitting[1]:.1f} | |", flush=True)
+    for text, seconds in parts.items():
+        print(f"| {name} | of that {text} | {seconds:.1f} | |", flush=True)
     del measurement
     with timed("cut", name, device, before):
         report = plan.apply_(model)
