@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ..layers import Layer, find_layers, realization_of
 
 SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
+FITTING = 5.0
+"""Seconds that fits are timed for."""
 TIMED = 256
 """Tokens of the sequence that is timed, at most."""
 
@@ -125,6 +128,8 @@ def _seconds(
     width = model.get_input_embeddings().weight.shape[1]
     hidden = torch.randn(1, TIMED, width, device=device, dtype=dtype)
     statistics = layer.statistics(mean_lti=False)
+    if not layer.realizations[name].reads_contributions:
+        statistics.without_contributions_()
     advance()
     with quick_scans([layer]):
         forward = _timed(lambda: layer.mixer(hidden), device) / TIMED
@@ -157,10 +162,9 @@ def _seconds(
         first = layer.realizations[name].of_first_states(layer, max(1, layer.state_size // 2))
         start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
         advance()
-        begin = time.perf_counter()
-        if start.refit(layer, [(hidden, None, None)], options.fit_rounds) is not start:  # a family that has one
-            _synchronize(device)
-            once = time.perf_counter() - begin
+        fit = partial(start.refit, layer, [(hidden, None, None)], options.fit_rounds)
+        if fit() is not start:  # a family that has one
+            once = _timed(fit, device, FITTING)
             # Iterations take what it takes to begin them on a GPU, and on a CPU they are fewer where there are many tokens.
             once *= 1 if first.fits_differ else tokens / TIMED
             # Sizes that a trial changes are fitted anew: about as many again.
@@ -183,16 +187,19 @@ def _with_weights(layer: Layer, device: torch.device, dtype: torch.dtype) -> Lay
     return other
 
 
-def _timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, of the quickest of three after one that is not counted: other programs only ever make it slower."""
-    times = []
-    for _ in range(4):
+def _timed(step: Callable[[], Any], device: torch.device, seconds: float = math.inf) -> float:
+    """Seconds, of the quickest of three after one that is not counted, or of as many as fit into some seconds.
+
+    Other programs only ever make it slower, and the first has to start threads and fill caches.
+    """
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < seconds:
         _synchronize(device)
         begin = time.perf_counter()
         step()
         _synchronize(device)
         times.append(time.perf_counter() - begin)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -74,17 +74,24 @@ class Divergence:
     @torch.no_grad()
     def _predictions(self, part: Mapping[str, Tensor], hidden: Any) -> Iterator[tuple[slice, Tensor]]:
         """What the head makes of that, of some sequences after the other; the last hidden states of a model without one."""
-        base, (sequences, length) = self.model.base_model, part["input_ids"].shape
-        if base is self.model:
+        sequences, length = part["input_ids"].shape
+        if self.model.base_model is self.model:
             yield slice(0, sequences), hidden[0]
             return
         together = sequences_to_head(self.model, self._layers, length, sequences)
         for rows in (slice(start, start + together) for start in range(0, sequences, together)):
-            given = replace(hidden, last_hidden_state=hidden[0][rows])
-            with evaluating(self.model), replaced_forwards([base], lambda forward: lambda *args, **kwargs: given):
-                output = self.model(**called_with(_rows(part, rows)), use_cache=False)
-            self.has_head = hasattr(output, "logits")
-            yield rows, output.logits if self.has_head else output[0]
+            yield rows, self._from_head(_rows(part, rows), hidden, rows)
+
+    @torch.no_grad()
+    def _from_head(self, part: Mapping[str, Tensor], hidden: Any, rows: slice) -> Tensor:
+        """The predictions for a batch that is some rows of one that gave `hidden`."""
+        given = replace(hidden, last_hidden_state=hidden[0][rows])
+        as_given = replaced_forwards([self.model.base_model], lambda forward: lambda *args, **kwargs: given)
+        with evaluating(self.model), as_given:
+            output = self.model(**called_with(part), use_cache=False)
+        self.has_head = hasattr(output, "logits")
+        predictions: Tensor = output.logits if self.has_head else output[0]
+        return predictions
 
     def _split(self, predictions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of predictions [..., classes] after the other, as log-probabilities; hidden states as they are."""
@@ -103,8 +110,7 @@ class Divergence:
             for rows, predictions in self._predictions(part, self._hidden_states(part, around)):
                 some, full = _rows(part, rows), self._full.get((number, rows.start))
                 if full is None:
-                    before = self._hidden[number]
-                    ((_, full),) = self._predictions(some, replace(before, last_hidden_state=before[0][rows]))
+                    full = self._from_head(some, self._hidden[number], rows)
                 mask = some["attention_mask"].flatten().to(predictions.device).double()
                 if len(mask) != predictions[..., 0].numel():  # such as the last hidden states of a model that pools
                     mask = mask.new_ones(predictions[..., 0].numel())

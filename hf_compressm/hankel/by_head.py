@@ -104,4 +104,3 @@ def balance_heads(P: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.where(significant, sigma.rsqrt(), 0).to(P.device)[:, None]
     B_maps = L @ V * scale
     return sigma, B_maps, P.double() @ B_maps * scale.square()
-

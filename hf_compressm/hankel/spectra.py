@@ -12,6 +12,7 @@ from .factorisations import BATCHED, TOGETHER, on_threads
 from .singular_values import check_finite, hankel_singular_values
 from .statistics import Statistics
 
+
 def hankel_spectra(statistics: Sequence[Statistics]) -> list[Tensor]:
     """The Hankel singular values of many layers, [1 or groups, N] each.
 

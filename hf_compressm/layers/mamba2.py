@@ -96,7 +96,7 @@ class Project(Realization):
         together: dict[tuple[int, torch.device], list[int]] = {}
         for position, entry in enumerate(statistics):
             together.setdefault((entry.state_size, entry.tokens.device), []).append(position)
-        found = {}
+        found: dict[int, list[dict[int, Projection]]] = {}
         for positions in together.values():
             groups = [statistics[i].groups for i in positions]
             outputs = torch.stack([moments.output for some in groups for moments in some])
