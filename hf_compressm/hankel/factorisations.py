@@ -74,7 +74,8 @@ def _is_large(X: Tensor) -> bool:
 
 
 def _large(factorise: Callable[..., Any], X: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part.view(*X.shape[:-2], *part.shape[1:]) for part in on_threads(factorise, X.flatten(0, -3)))
+    found = on_threads(factorise, X.reshape(-1, *X.shape[-2:]))
+    return tuple(part.view(*X.shape[:-2], *part.shape[1:]) for part in found)
 
 
 def solve(A: Tensor, B: Tensor) -> Tensor:
