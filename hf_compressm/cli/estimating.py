@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from ..config import CompreSSMConfig
 from ..cutting.budget import TRIALS
 from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS, seconds_for
+from ..cutting.passes import sequences_together
 from ..cutting.scans import quick_scans
 from ..cutting.sensitivity import POINTS
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
@@ -26,8 +26,8 @@ SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
 FITTING = 5.0
 """Seconds that fits are timed for."""
-TIMED = 256
-"""Tokens of the sequence that is timed, at most."""
+TIMED = {"cpu": 256, "cuda": 2048}
+"""Tokens that are timed: on a GPU fewer would take as long."""
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,24 @@ def _seconds(
     """Of each step, about: passes are counted, and a layer, a head and a fit are timed on this machine with random weights."""
     layer = _with_weights(layers[0], device, dtype)
     width = model.get_input_embeddings().weight.shape[1]
-    hidden = torch.randn(1, TIMED, width, device=device, dtype=dtype)
+    length = min(TIMED.get(device.type, 2048), LENGTH)
+    together = min(TIMED.get(device.type, 2048) // length, sequences_together([layer], length))
+    hidden = torch.randn(together, length, width, device=device, dtype=dtype)
+    timed = together * length
     statistics = layer.statistics(mean_lti=False)
     if not layer.realizations[name].reads_contributions:
         statistics.without_contributions_()
     advance()
     with quick_scans([layer]):
-        forward = _timed(lambda: layer.mixer(hidden), device) / TIMED
+        forward = _timed(lambda: layer.mixer(hidden), device) / timed
     advance()
-    reading = _timed(lambda: statistics.update(layer.read(hidden, None)), device) / TIMED
+    reading = _timed(lambda: statistics.update(layer.read(hidden, None)), device) / timed
     advance()
     # Of the rest of the model, all of it counts as matrix products: attention, MLPs, experts and the head.
     in_layers = sum(parameter.numel() for each in layers for parameter in each.mixer.parameters())
     rest = model.num_parameters() - in_layers
     square = torch.randn(width, 4 * width, device=device, dtype=dtype)
-    product = _timed(lambda: hidden[0] @ square, device) / (TIMED * square.numel())
+    product = _timed(lambda: hidden @ square, device) / (timed * square.numel())
     token = len(layers) * forward + rest * product
 
     on_cpu = device.type == "cpu"
@@ -159,17 +162,32 @@ def _seconds(
     if options.max_divergence is not None:
         found["trials on held-out text"] = TRIALS / 2 * tokens / 4 * token
     if options.refits and name == "select":
-        first = layer.realizations[name].of_first_states(layer, max(1, layer.state_size // 2))
-        start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
         advance()
-        fit = partial(start.refit, layer, [(hidden, None, None)], options.fit_rounds)
-        if fit() is not start:  # a family that has one
-            once = _timed(fit, device, FITTING)
-            # Iterations take what it takes to begin them on a GPU, and on a CPU they are fewer where there are many tokens.
-            once *= 1 if first.fits_differ else tokens / TIMED
-            # Sizes that a trial changes are fitted anew: about as many again.
-            found["refit"] = len(layers) * once * (2 if options.max_divergence is not None else 1)
+        once = _fit_seconds(layer, name, options.fit_rounds, hidden, tokens)
+        # Sizes that a trial changes are fitted anew: about as many again.
+        found |= {"refit": len(layers) * once * (2 if options.max_divergence is not None else 1)} if once else {}
     return found
+
+
+def _fit_seconds(layer: Layer, name: str, rounds: int, hidden: torch.Tensor, tokens: int) -> float:
+    """Of one fit of a layer to so many tokens; 0 where the family has none.
+
+    Fits are timed on what the mixer would read, [batch, length, hidden], and on half of it: a GPU takes most of the time to begin
+    their steps, whatever the tokens, and a CPU takes as much longer as there are more of them.
+    """
+    first = layer.realizations[name].of_first_states(layer, max(1, layer.state_size // 2))
+    start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
+
+    def seconds(hidden: torch.Tensor) -> float:
+        return _timed(lambda: start.refit(layer, [(hidden, None, None)], rounds), hidden.device, FITTING)
+
+    half = hidden[:, : hidden.shape[1] // 2]
+    if start.refit(layer, [(half, None, None)], rounds) is start:
+        return 0.0
+    whole = seconds(hidden)
+    if first.fits_differ:  # these stop by themselves, the sooner the more tokens there are
+        return whole
+    return whole + max(0.0, whole - seconds(half)) * (2 * tokens / hidden[..., 0].numel() - 2)
 
 
 def _with_weights(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:

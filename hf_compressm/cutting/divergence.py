@@ -15,7 +15,7 @@ from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
 from .observing import hooks
-from .passes import called_with, in_passes, replaced_forwards, sequences_to_head
+from .passes import called_with, in_passes, replaced_forwards
 from .progress import followed
 from .resuming import Outputs
 from .trials import cut_copy
@@ -78,7 +78,9 @@ class Divergence:
         if self.model.base_model is self.model:
             yield slice(0, sequences), hidden[0]
             return
-        together = sequences_to_head(self.model, self._layers, length, sequences)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        # Predictions of the model as it is now, and as it was.
+        together = max(1, budgets.ACTIVATIONS // (2 * hidden[0].element_size() * vocabulary * length))
         for rows in (slice(start, start + together) for start in range(0, sequences, together)):
             yield rows, self._from_head(_rows(part, rows), hidden, rows)
 
