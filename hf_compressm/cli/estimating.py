@@ -155,7 +155,7 @@ def _seconds(
     bound = seconds_for(model.num_parameters(), device) if bound is None else bound
     found = {"measure": min(measuring, bound)}  # which goes as far as it gets then
     if options.state_size is None:
-        few = min(SENSITIVITY_TOKENS["cpu" if on_cpu else "cuda"], SENSITIVITY_SEQUENCES * LENGTH)
+        few = min(SENSITIVITY_TOKENS, SENSITIVITY_SEQUENCES * LENGTH)
         # Each begins at its layer: on average half of the blocks, and the head.
         head = model.get_input_embeddings().weight.numel() * product
         found["sizes, layer by layer"] = len(layers) * len(POINTS) * few * ((token - head) / 2 + head)

@@ -31,9 +31,9 @@ from .scans import quick_scans
 logger = logging.get_logger(__name__)
 
 # What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens. At most so
-# many sequences, and as many as make so many tokens.
+# many sequences, and as many as make so many tokens; four times as many gave well-trained models no better sizes.
 SENSITIVITY_SEQUENCES = 4
-SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
+SENSITIVITY_TOKENS = 512
 # What measuring on the package's own text or on samples may take for each so many parameters, if the config names no time.
 SECONDS, MODEL = {"cpu": 60.0, "cuda": 10.0}, 130e6
 # Tokens of a step, at most: on a CPU few, so that the time is kept and the bar moves.
@@ -122,8 +122,7 @@ def measure(
 
     contributions = for_any or any(layer.realizations[name].reads_contributions for layer in layers)
     statistics = measured_together(layers, config, backend, run, parts, inputs, contributions)
-    tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
-    few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
+    few = min(SENSITIVITY_SEQUENCES, max(1, SENSITIVITY_TOKENS // batches[0]["input_ids"].shape[1]))
     sample = {name: tensor[:few] for name, tensor in batches[0].items()}
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
 
