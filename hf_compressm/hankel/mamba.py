@@ -28,7 +28,7 @@ FIRST_TOKENS = 16
 TOGETHER = 64
 # Above so many states, Gramians are those of some channels, spread over all of them: each wants eigenvalues of its own, and memory
 # with the square of the states. The others count by these; nothing but spectra and baseline scores comes from Gramians.
-FEW_STATES, GRAMIAN_CHANNELS = 32, 512
+FEW_STATES, GRAMIAN_CHANNELS = 32, 256
 # Numbers in the largest temporary tensor of a fused update.
 WORKING_SET = 2**24
 
