@@ -21,6 +21,7 @@ from ..cutting.sensitivity import POINTS
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
 from ..data.texts import LENGTH
 from ..layers import Layer, find_layers, realization_of
+from ..layers.systems import TOGETHER
 
 SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
@@ -163,7 +164,7 @@ def _seconds(
         found["trials on held-out text"] = TRIALS / 2 * tokens / 4 * token
     if options.refits and name == "select":
         advance()
-        once = _fit_seconds(layer, name, options.fit_rounds, hidden, tokens)
+        once = _fit_seconds(layer, name, options.fit_rounds, hidden.flatten(0, 1), tokens)
         # Sizes that a trial changes are fitted anew: about as many again.
         found |= {"refit": len(layers) * once * (2 if options.max_divergence is not None else 1)} if once else {}
     return found
@@ -172,9 +173,11 @@ def _seconds(
 def _fit_seconds(layer: Layer, name: str, rounds: int, hidden: torch.Tensor, tokens: int) -> float:
     """Of one fit of a layer to so many tokens; 0 where the family has none.
 
-    Fits are timed on what the mixer would read, [batch, length, hidden], and on half of it: a GPU takes most of the time to begin
-    their steps, whatever the tokens, and a CPU takes as much longer as there are more of them.
+    Fits are timed on what the mixer would read, [tokens, hidden], in as many sequences as a fit takes together, and on half of it: a
+    GPU takes most of the time to begin their steps, whatever the tokens, and a CPU takes as much longer as there are more of them.
     """
+    rows = min(8, max(1, TOGETHER // (LENGTH * layer.channels)))
+    hidden = hidden[: len(hidden) // rows * rows].unflatten(0, (rows, -1))
     first = layer.realizations[name].of_first_states(layer, max(1, layer.state_size // 2))
     start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
 
