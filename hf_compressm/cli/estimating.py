@@ -27,7 +27,7 @@ SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
 FITTING = 5.0
 """Seconds that fits are timed for."""
-TIMED = {"cpu": 256, "cuda": 2048}
+TIMED = {"cpu": 512, "cuda": 2048}
 """Tokens that are timed: on a GPU fewer would take as long."""
 
 
