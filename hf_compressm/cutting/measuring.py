@@ -151,8 +151,14 @@ def measured_together(
     def empty() -> list[Statistics]:
         return empty_statistics(layers, config, budgets.STATISTICS, contributions)
 
+    def first_look() -> list[Statistics]:
+        statistics = empty()
+        for entry in statistics:
+            entry.contributions_alone_()
+        return run(statistics, batches[:1], None)
+
     statistics = empty()
-    backend.share_candidates_(statistics, lambda: run(empty(), batches[:1], None))
+    backend.share_candidates_(statistics, first_look)
     backend.together("measuring", lambda: run(statistics, batches, inputs))
     backend.sum_(statistics)
     check_measured(layers, statistics)

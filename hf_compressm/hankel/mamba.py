@@ -57,6 +57,11 @@ class MambaStatistics(Statistics):
         self.P = torch.zeros(channels, size, size, device=device)
         self.Q = torch.zeros(channels, size, size, device=device)
         self.groups = [ReadoutMoments(size, device, readout=True)]
+        self._alone = False
+
+    def contributions_alone_(self) -> None:
+        """Leave out what candidates for a read-out are not chosen by: in kernels, nearly all work."""
+        self._alone = True
 
     def update(self, system: MambaSystem) -> None:
         """Add the tokens of a batch."""
@@ -86,6 +91,9 @@ class MambaStatistics(Statistics):
         from ..kernels.mamba import chunk_starts, gramians, output_gram
 
         u, delta, A, B, C, gate = system.u, system.delta, system.A, system.B, system.C, system.gate
+        if self._alone:
+            self.groups[0].contribution += contribution(u, delta, A, B, C, gate)
+            return
         if not self.mean_lti:
             part = self._part(system)
             self._add(*gramians(part.u, part.delta, part.A, B, C, part.valid))

@@ -55,6 +55,9 @@ class Statistics(ABC):
     def without_contributions_(self) -> None:
         """Leave out what only selections are chosen by, where that takes time."""
 
+    def contributions_alone_(self) -> None:
+        """Leave out what candidates for a read-out are not chosen by, where that takes time."""
+
     def output_energies(self) -> Tensor:
         """Of each group, summed over tokens, [groups]."""
         return torch.stack([moments.contribution.sum() for moments in self.groups])
