@@ -37,9 +37,9 @@ def errors(
     """
     curves = []
     for layer, entry, path in zip(layers, statistics, paths, strict=True):
-        scales = [1.0] * len(entry.groups)
-        if weights == "fisher":
-            scales = (entry.output_energies() / (2 * entry.tokens)).tolist()
+        scales = [1.0] * len(path[1].groups)
+        if weights == "fisher":  # heads that are systems of their own count together in their group
+            scales = (entry.output_energies() / (2 * entry.tokens)).reshape(len(scales), -1).sum(1).tolist()
         curves.append(
             torch.tensor(
                 [
