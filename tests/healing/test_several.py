@@ -67,9 +67,10 @@ def test_processes_that_can_not_heal_together(mamba, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing that tells of the others
     with pytest.raises(ValueError, match="does not know the others: start them with torchrun"):
         compress_(mamba, LOOP, IDS)
-    with monkeypatch.context() as sharded, pytest.raises(ValueError, match="it is sharded: heal it before"):
+    with monkeypatch.context() as sharded:
         sharded.setattr(heal, "is_sharded", lambda parameter: True)
-        compress_(mamba, LOOP, IDS)
+        with pytest.raises(ValueError, match="it is sharded: heal it before"):
+            compress_(mamba, LOOP, IDS)
     monkeypatch.setattr(heal, "processes", lambda: 2)
     monkeypatch.setattr(heal.dist, "get_backend", lambda: "nccl")
     monkeypatch.setenv("LOCAL_RANK", "1")
