@@ -99,6 +99,10 @@ class Backend(ABC):
         """The items of all processes, in the order of these."""
         return list(items)
 
+    def states_of(self, optimizer: Any) -> Any:
+        """An optimizer as one that holds the model's parameters themselves."""
+        return optimizer
+
     def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
         """Give a parameter new data of another shape. In place: it stays the same object."""
         set_data_(parameter, data)

@@ -31,8 +31,6 @@ class Sharded(Backend):
 
 
 def _name(trainer: Any) -> str | None:
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed"
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "a model that was sharded when it was loaded"
     if getattr(trainer, "is_fsdp_xla_enabled", False):

@@ -226,7 +226,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._steps = attempt_steps(self.config, state.max_steps)
         if self.config.rollback is not None:
             check_evaluation(self.trainer)
-        check_optimizers(as_list(optimizer), model)
+        check_optimizers(as_list(self._backend.states_of(optimizer)), model)
         if self._remaining and self.calibration_data is None and state.global_step:
             self._recorder.load(checkpoint, args.process_index, args.world_size)
         return layers
@@ -292,10 +292,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Attempt a cut, if one is due."""
         self._timer.stop()
         if not self._checked:  # there is a state to look at now
-            self._backend.together("the first step", lambda: check_optimizers(as_list(optimizer), model))
+            self._backend.together(
+                "the first step", lambda: check_optimizers(as_list(self._backend.states_of(optimizer)), model)
+            )
             self._checked = True
         if self._remaining and state.global_step >= self._remaining[0]:
-            self._attempt(args, state, control, model, optimizer)
+            self._attempt(args, state, control, model, self._backend.states_of(optimizer))
             if not self._remaining:
                 self._recorder.stop()
 
@@ -386,11 +388,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         before = metric.value() if metric is not None else 0.0
         with undone_on_error(model, layers, as_list(optimizer), self._backend.resize_parameter_) as snapshot:
             self._backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=self._backend))
+            self._backend.after_cut_()
             undone = metric is not None and metric.forbids(before, metric.value())
             if undone:
                 snapshot.restore_()
         del snapshot  # the last that holds tensors of the old sizes
-        self._backend.after_cut_()
+        if undone:
+            self._backend.after_cut_()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return undone

@@ -5,17 +5,21 @@ Trainer resumes, and loads the best model at the end, with `load_state_dict` on 
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backends import find_backend
+from ..backends.deepspeed import DeepSpeed
 from ..backends.fsdp2 import FSDP2
-from ..compat import CHECKPOINTED, before_loading_
+from ..compat import CHECKPOINTED, before_loading_, inside
 from ..cutting.apply import write_sizes_
 from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, plain_model, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
@@ -88,7 +92,12 @@ class ReshapeBeforeLoad:
 
     def __call__(self, folder: str) -> None:
         trainer = self.trainer()
-        if trainer is None or not FSDP2.takes(trainer):
+        if trainer is None:
+            return
+        if DeepSpeed.takes(trainer):
+            self._resize_for(trainer, sizes_in_state(folder, type(self.listener()).__name__))
+            return
+        if not FSDP2.takes(trainer):
             return
         backend, model = find_backend(trainer), plain_model(trainer.model)
         backend.settle_()
@@ -97,6 +106,26 @@ class ReshapeBeforeLoad:
             size = size_in(layer, tensors, layer.name.replace(CHECKPOINTED, "") + ".")
             if size is not None and size != layer.state_size:
                 reshape_(trainer, model, layer, size, self.listener(), backend.resize_parameter_)
+
+
+    def _resize_for(self, trainer: Any, sizes: Mapping[int, int]) -> None:
+        backend, model = find_backend(trainer), inside(trainer.model)
+        layers = [layer for layer in find_layers(model) if sizes.get(layer.index, layer.state_size) != layer.state_size]
+        for layer in layers:
+            reshape_(trainer, model, layer, sizes[layer.index], self.listener(), backend.resize_parameter_)
+        if layers:
+            backend.after_cut_()
+
+
+def sizes_in_state(folder: str, callback: str) -> dict[int, int]:
+    """The state sizes, by layer index, that a callback's entry in a checkpoint's `trainer_state.json` tells; none without."""
+    try:
+        with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            known = json.load(file)["stateful_callbacks"][callback]["attributes"]
+        sizes = known["history"][-1]["sizes"] if known["history"] else known["initial_sizes"]
+        return {int(index): size for index, size in sizes.items()}
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+        return {}  # what is wrong is said when the entry is read as a whole
 
 
 def fsdp_checkpoint_on_meta(folder: str) -> dict[str, Tensor]:

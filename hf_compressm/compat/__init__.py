@@ -20,6 +20,9 @@ from accelerate.utils import PrefixedDataset, align_module_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .parts import Part, shape_of
+from .zero import gathered_zero3, is_zero3, part_of_zero3
+
 CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",)}
 
 USED = {
@@ -49,6 +52,7 @@ USED = {
     "transformers.trainer.Trainer._load_from_checkpoint": "under FSDP2 a model must have a checkpoint's sizes before its weights are "
     "loaded, and no event comes between its sharding and that",
     "transformers.trainer.Trainer._load_best_model": "the same",
+    "transformers.trainer.Trainer._prepare_for_training": "the same, under DeepSpeed",
 }
 
 FSDP2_ARGUMENTS = [
@@ -140,19 +144,44 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over several processes, as a `DTensor`; its shape is that of the whole."""
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is spread over several processes, as a `DTensor` or `Part`; its shape is that of the whole."""
+    if isinstance(tensor, Part):
+        return True
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Any:
     """A sharded tensor, gathered by all processes together; any other as it is."""
+    if isinstance(tensor, Part):
+        return tensor.whole()
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def sharded_like(new: Tensor, old: Tensor) -> Tensor:
+def held(parameter: Tensor) -> Any:
+    """What this process has of a parameter, without gathering it."""
+    return part_of_zero3(parameter) if is_zero3(parameter) else parameter.data
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether what is held of a parameter is the same memory."""
+    if isinstance(one, Part) or isinstance(other, Part):
+        return type(one) is type(other) and one.shape == other.shape and is_same(one.local, other.local)
+    if is_sharded(one):
+        return one.shape == other.shape and is_same(one.to_local(), other.to_local())
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Of the whole model, whatever this process holds of it."""
+    return sum(shape_of(parameter).numel() for parameter in model.parameters())
+
+
+def sharded_like(new: Any, old: Any) -> Any:
     """A whole tensor, which all processes have alike, sharded as another one is; as it is if that is whole."""
+    if isinstance(old, Part):
+        return Part.of(new, old.group)
     if not is_sharded(old):
         return new
     from torch.distributed.tensor import distribute_tensor
@@ -186,14 +215,16 @@ def gathered(module: nn.Module) -> Iterator[None]:
         for name, parameter in owner.named_parameters(recurse=False)
         if is_sharded(parameter)
     ]
-    if sharded and _ask_the_others:
+    parameters = list(module.parameters())
+    if _ask_the_others and (sharded or any(map(is_zero3, parameters))):
         _ask_the_others[-1](module)
     try:
         for owner, name, parameter in sharded:
             stand_in = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
             stand_in.stands_for = parameter  # type: ignore[attr-defined]
             setattr(owner, name, stand_in)
-        yield
+        with gathered_zero3(parameters):
+            yield
     finally:
         for owner, name, parameter in sharded:
             setattr(owner, name, parameter)
@@ -269,6 +300,12 @@ def resize_fsdp2_(kept: Any, data: Tensor) -> None:
 def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
     """Have a `Trainer` call `prepare_` with the folder of a checkpoint before it loads weights from it. In place."""
     load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+    prepare = trainer._prepare_for_training
+
+    def prepare_for_training(steps: int, batches: Any, folder: str | None) -> Any:
+        if folder is not None and getattr(trainer, "is_deepspeed_enabled", False):  # which then loads by itself
+            prepare_(folder)
+        return prepare(steps, batches, folder)
 
     def load_from_checkpoint(folder: str, *args: Any, **kwargs: Any) -> None:
         prepare_(folder)
@@ -279,6 +316,7 @@ def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
         load_best()
 
     trainer._load_from_checkpoint, trainer._load_best_model = load_from_checkpoint, load_best_model
+    trainer._prepare_for_training = prepare_for_training
 
 
 def weights_map(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
@@ -337,6 +375,14 @@ def stock_scans(modules: Iterable[nn.Module], name: str) -> list[tuple[Any, Call
 def uncompiled(module: Any) -> Any:
     """The module inside of `torch.compile`'s wrapper, or itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def inside(wrapped: Any) -> Any:
+    """The model inside of `torch.compile`'s wrapper, DeepSpeed's engine or FSDP1's, or itself."""
+    module = uncompiled(wrapped)
+    kinds = [("deepspeed", "DeepSpeedEngine"), ("torch.distributed.fsdp", "FullyShardedDataParallel")]
+    known = tuple(getattr(sys.modules[home], name) for home, name in kinds if home in sys.modules)
+    return uncompiled(module.module) if isinstance(module, known) else module
 
 
 def calling_trainer() -> tuple[Any, dict[str, Any]]:
