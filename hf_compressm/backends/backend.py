@@ -99,6 +99,10 @@ class Backend(ABC):
         """The items of all processes, in the order of these."""
         return list(items)
 
+    def as_called(self, model: Any) -> Any:
+        """A plain model as it has to be called for a pass outside of training."""
+        return model
+
     def states_of(self, optimizer: Any) -> Any:
         """An optimizer as one that holds the model's parameters themselves."""
         return optimizer

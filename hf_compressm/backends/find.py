@@ -7,11 +7,12 @@ from typing import Any
 from .backend import Backend
 from .ddp import DDP
 from .deepspeed import DeepSpeed
+from .fsdp1 import FSDP1
 from .fsdp2 import FSDP2
 from .one_process import OneProcess
 from .refused import DataParallel, Sharded
 
-_BACKENDS: list[type[Backend]] = [DeepSpeed, Sharded, DataParallel, FSDP2, DDP, OneProcess]
+_BACKENDS: list[type[Backend]] = [DeepSpeed, Sharded, DataParallel, FSDP2, FSDP1, DDP, OneProcess]
 
 
 def register(backend: type[Backend]) -> type[Backend]:

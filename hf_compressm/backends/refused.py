@@ -35,9 +35,6 @@ def _name(trainer: Any) -> str | None:
         return "a model that was sharded when it was loaded"
     if getattr(trainer, "is_fsdp_xla_enabled", False):
         return "FSDP of XLA"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-        return None if getattr(plugin, "fsdp_version", 1) == 2 else "FSDP1"
     return None
 
 

@@ -20,6 +20,7 @@ from accelerate.utils import PrefixedDataset, align_module_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .fsdp1 import gathered_fsdp1, part_of_fsdp1, unit_of
 from .parts import Part, shape_of
 from .zero import gathered_zero3, is_zero3, part_of_zero3
 
@@ -161,6 +162,8 @@ def whole(tensor: Any) -> Any:
 
 def held(parameter: Tensor) -> Any:
     """What this process has of a parameter, without gathering it."""
+    if unit_of(parameter) is not None:
+        return part_of_fsdp1(parameter)
     return part_of_zero3(parameter) if is_zero3(parameter) else parameter.data
 
 
@@ -216,14 +219,14 @@ def gathered(module: nn.Module) -> Iterator[None]:
         if is_sharded(parameter)
     ]
     parameters = list(module.parameters())
-    if _ask_the_others and (sharded or any(map(is_zero3, parameters))):
+    if _ask_the_others and (sharded or any(is_zero3(p) or unit_of(p) is not None for p in parameters)):
         _ask_the_others[-1](module)
     try:
         for owner, name, parameter in sharded:
             stand_in = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
             stand_in.stands_for = parameter  # type: ignore[attr-defined]
             setattr(owner, name, stand_in)
-        with gathered_zero3(parameters):
+        with gathered_zero3(parameters), gathered_fsdp1(parameters):
             yield
     finally:
         for owner, name, parameter in sharded:
@@ -303,7 +306,7 @@ def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
     prepare = trainer._prepare_for_training
 
     def prepare_for_training(steps: int, batches: Any, folder: str | None) -> Any:
-        if folder is not None and getattr(trainer, "is_deepspeed_enabled", False):  # which then loads by itself
+        if folder is not None and not fsdp2_units(trainer.model_wrapped):
             prepare_(folder)
         return prepare(steps, batches, folder)
 

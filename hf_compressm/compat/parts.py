@@ -52,11 +52,13 @@ class States:
     Attributes:
         param_groups: with the model's parameters.
         state: for each of them its part of each state, by name.
+        numbers: what else is known of them, such as the steps.
     """
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[nn.Parameter, dict[str, Any]] = {}
+        self.numbers: dict[nn.Parameter, dict[str, Any]] = {}
 
 
 def plan_data_(parameter: Tensor, data: Tensor | Part) -> None:

@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import CONFIG_NAME, logging
 
 from ..backends import Backend, OneProcess, announce, find_backend
-from ..compat import calling_trainer, checkpoint_parent, device_of
+from ..compat import calling_trainer, checkpoint_parent, device_of, inside
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
 from ..cutting.optimizer import as_list, check_optimizers
@@ -191,13 +191,15 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Refuse what can't work, and go on where a checkpoint, or this training loop before it was restarted, left off."""
-        loop = self._find_trainer()
+        loop, model = self._find_trainer(), inside(model)
         self._recorder.stop()  # a run that an error ended did not
         self._backend = find_backend(self.trainer)
         check_everywhere(self, self._backend.late)
         begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
+        self._backend.together(begin, self._backend.refuse, PATIENCE)
+        states = self._backend.states_of(optimizer)
         layers = self._backend.together(
-            begin, lambda: self._ready(args, state, model, optimizer, checkpoint), PATIENCE
+            begin, lambda: self._ready(args, state, model, states, checkpoint), PATIENCE
         )
         facts = self.config.to_dict() | {
             "the steps of the cuts": self._steps,
@@ -214,7 +216,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, model: PreTrainedModel, optimizer: Any, checkpoint: str | None
     ) -> list[Layer]:
         """The layers to cut, once nothing is known that speaks against it."""
-        self._backend.refuse()
         check_alone(self, self.trainer)
         layers = find_trainable_layers(model)
         self._config = replace(self._config, realization=realization_of(self._config, layers, in_training=True))
@@ -226,7 +227,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._steps = attempt_steps(self.config, state.max_steps)
         if self.config.rollback is not None:
             check_evaluation(self.trainer)
-        check_optimizers(as_list(self._backend.states_of(optimizer)), model)
+        check_optimizers(as_list(optimizer), model)
         if self._remaining and self.calibration_data is None and state.global_step:
             self._recorder.load(checkpoint, args.process_index, args.world_size)
         return layers
@@ -290,11 +291,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Attempt a cut, if one is due."""
+        model = inside(model)
         self._timer.stop()
         if not self._checked:  # there is a state to look at now
-            self._backend.together(
-                "the first step", lambda: check_optimizers(as_list(self._backend.states_of(optimizer)), model)
-            )
+            states = as_list(self._backend.states_of(optimizer))
+            self._backend.together("the first step", lambda: check_optimizers(states, model))
             self._checked = True
         if self._remaining and state.global_step >= self._remaining[0]:
             self._attempt(args, state, control, model, self._backend.states_of(optimizer))

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backends import find_backend
 from ..backends.deepspeed import DeepSpeed
+from ..backends.fsdp1 import FSDP1
 from ..backends.fsdp2 import FSDP2
 from ..compat import CHECKPOINTED, before_loading_, inside
 from ..cutting.apply import write_sizes_
@@ -94,7 +95,7 @@ class ReshapeBeforeLoad:
         trainer = self.trainer()
         if trainer is None:
             return
-        if DeepSpeed.takes(trainer):
+        if DeepSpeed.takes(trainer) or FSDP1.takes(trainer):
             self._resize_for(trainer, sizes_in_state(folder, type(self.listener()).__name__))
             return
         if not FSDP2.takes(trainer):

@@ -45,7 +45,7 @@ def measure_batches(
         ValueError: if there is no batch, or a mixer never ran.
     """
     batches = batches[len(batches) - backend.least(len(batches)) :]
-    layers = find_layers(model)
+    layers, called = find_layers(model), backend.as_called(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
     def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None) -> list[Statistics]:
@@ -58,11 +58,11 @@ def measure_batches(
                 kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
                 if by_loss and "input_ids" in kwargs:
                     observe_by_loss(
-                        model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens, least=backend.least
+                        called, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens, least=backend.least
                     )
                 else:
                     with observing(layers, statistics, kept, max_tokens=max_tokens):
-                        model(*args, **kwargs)
+                        called(*args, **kwargs)
         backend.settle_()
         return statistics
 
