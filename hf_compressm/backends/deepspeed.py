@@ -6,7 +6,7 @@ from typing import Any
 
 from ..compat import inside
 from ..compat.parts import take_planned_
-from ..compat.zero import check_deepspeed, read_states_, rebuild_engine_
+from ..compat.zero import check_deepspeed, read_states_, rebuild_engine_, settle_
 from .agreement import SILENCE
 from .sharded import Rebuilt
 
@@ -44,6 +44,10 @@ class DeepSpeed(Rebuilt):
         kind = type(engine.basic_optimizer)
         if not kind.__module__.startswith(("torch.optim", "deepspeed.ops", "transformers")) or kind.__name__ == "Adagrad":
             raise ValueError(f"CompreSSMCallback does not know how DeepSpeed keeps the states of {kind.__name__}: take AdamW. {INSTEAD}")
+
+    def settle_(self) -> None:
+        """Free what passes outside of training left gathered."""
+        settle_(self.wrapped)
 
     def states_of(self, optimizer: Any) -> Any:
         """What the ZeRO optimizer knows of each parameter, in pieces."""

@@ -20,6 +20,10 @@ class FSDP1(Rebuilt):
 
     late = SILENCE
 
+    def __init__(self, trainer: Any = None) -> None:
+        super().__init__(trainer)
+        know_units_(self.wrapped)
+
     @classmethod
     def takes(cls, trainer: Any) -> bool:
         """If the model is sharded so, or will be."""
@@ -42,7 +46,6 @@ class FSDP1(Rebuilt):
                 raise ValueError(f"CompreSSMCallback can't cut parameters that FSDP1 offloads to the CPU: drop cpu_offload. {INSTEAD}")
             if "HYBRID" in unit.sharding_strategy.name:
                 raise ValueError(f"CompreSSMCallback can't cut under hybrid sharding: take full_shard or shard_grad_op. {INSTEAD}")
-        know_units_(self.wrapped)
 
     def as_called(self, model: Any) -> Any:
         """The outermost unit, which gathers those inside."""

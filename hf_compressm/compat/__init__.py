@@ -160,6 +160,16 @@ def whole(tensor: Any) -> Any:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_in_pieces(parameter: Tensor) -> bool:
+    """Whether a parameter is spread over several processes in pieces of its flat form, by FSDP1 or ZeRO-3."""
+    return is_zero3(parameter) or unit_of(parameter) is not None
+
+
+def is_held_by_others(parameter: Tensor) -> bool:
+    """Whether a parameter is gathered only for a while, or is a piece of what FSDP1 or ZeRO-3 holds."""
+    return hasattr(parameter, "stands_for") or is_in_pieces(parameter)
+
+
 def held(parameter: Tensor) -> Any:
     """What this process has of a parameter, without gathering it."""
     if unit_of(parameter) is not None:
@@ -170,7 +180,7 @@ def held(parameter: Tensor) -> Any:
 def is_same(one: Any, other: Any) -> bool:
     """Whether what is held of a parameter is the same memory."""
     if isinstance(one, Part) or isinstance(other, Part):
-        return type(one) is type(other) and one.shape == other.shape and is_same(one.local, other.local)
+        return type(one) is type(other) and one.taken == other.taken  # alike on all processes, as addresses are not
     if is_sharded(one):
         return one.shape == other.shape and is_same(one.to_local(), other.to_local())
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
@@ -219,7 +229,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
         if is_sharded(parameter)
     ]
     parameters = list(module.parameters())
-    if _ask_the_others and (sharded or any(is_zero3(p) or unit_of(p) is not None for p in parameters)):
+    if _ask_the_others and (sharded or any(map(is_in_pieces, parameters))):
         _ask_the_others[-1](module)
     try:
         for owner, name, parameter in sharded:

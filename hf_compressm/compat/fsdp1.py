@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .parts import Part, States, forget_planned_, planned_data
+from .parts import Part, States, planned_data, pop_planned_, taken
 
 VERSIONS = ("2.11", "2.13")
 HANDLE_ARGUMENTS = [
@@ -78,7 +78,7 @@ def _piece(p: Any, flat: Tensor) -> Part:
     index = next(i for i, other in enumerate(handle.flat_param._params) if other is p)
     info = handle.flat_param._shard_param_infos[index]
     offset, numel, start = (info.offset_in_shard, info.numel_in_shard, info.intra_param_start_idx) if info.in_shard else (0, 0, 0)
-    return Part(flat.detach()[offset : offset + numel], start, p.whole_shape, handle.process_group)
+    return Part(flat.detach()[offset : offset + numel], start, p.whole_shape, handle.process_group, taken(p))
 
 
 def read_flat_states_(optimizer: torch.optim.Optimizer, states: States) -> None:
@@ -132,11 +132,10 @@ def rebuild_units_(root: Any, optimizer: Any, states: States) -> None:
         unit._fully_sharded_module_to_handle.pop(old._fully_sharded_module)
         unit._handle = None
         for p, same in zip(parameters, data, strict=True):
-            planned = planned_data(p)
-            p.data = planned.whole() if planned is not None else same
+            planned = pop_planned_(p)
+            p.data = same if planned is None else planned
             p.grad = None
             p._fsdp_flattened = False
-            forget_planned_(p)
         _init_param_handle_from_params(unit, parameters, unit._fsdp_wrapped_module)
         know_units_(unit)
         if optimizer is not None:

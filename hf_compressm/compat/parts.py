@@ -19,12 +19,14 @@ class Part:
         start: where in the flat tensor that begins.
         shape: of the whole tensor.
         group: of the processes that have the pieces; None for all.
+        taken: how often the parameter, if it is of one, had taken data that was planned for it.
     """
 
     local: Tensor = field(repr=False)
     start: int
     shape: torch.Size
     group: Any = field(default=None, repr=False)
+    taken: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor, group: Any = None) -> Part:
@@ -71,6 +73,21 @@ def planned_data(parameter: Tensor) -> Part | None:
     return getattr(parameter, "planned", None)
 
 
+def taken(parameter: Tensor) -> int:
+    """How often a parameter took data that was planned for it."""
+    return getattr(parameter, "taken", 0)
+
+
+def pop_planned_(parameter: Any) -> Tensor | None:
+    """The data that was planned for a parameter, whole, if any: it is taken now."""
+    planned = planned_data(parameter)
+    if planned is None:
+        return None
+    forget_planned_(parameter)
+    parameter.taken = taken(parameter) + 1
+    return planned.whole()
+
+
 def forget_planned_(parameter: Tensor) -> None:
     """Drop what `plan_data_` kept."""
     vars(parameter).pop("planned", None)
@@ -85,11 +102,9 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 def take_planned_(parameter: Any) -> None:
     """Give a parameter the data that is planned for it, once nothing holds pieces of it, other than ZeRO-3 by its own means."""
-    planned = planned_data(parameter)
-    if planned is None:
+    data, convert = pop_planned_(parameter), getattr(parameter, "convert_to_zero_parameters", None)
+    if data is None:
         return
-    data, convert = planned.whole(), getattr(parameter, "convert_to_zero_parameters", None)
-    forget_planned_(parameter)
     parameter.grad = None
     if convert is not None:  # it becomes another one of ZeRO-3, by what made it one
         for name in [name for name in vars(parameter) if name.startswith("ds_")]:

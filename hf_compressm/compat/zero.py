@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .parts import Part, States, take_planned_
+from .parts import Part, States, take_planned_, taken
 
 VERSIONS = ("0.19",)
 MASTER = "master_param"
@@ -88,7 +88,9 @@ def part_of_zero3(parameter: Any) -> Part:
     """This process's part of a ZeRO-3 parameter."""
     local = parameter.ds_tensor.detach().flatten()
     start = min(parameter.ds_zero_partition_rank * len(local), parameter.ds_numel)
-    return Part(local[: parameter.ds_numel - start], start, parameter.ds_shape, parameter.ds_process_group)
+    return Part(
+        local[: parameter.ds_numel - start], start, parameter.ds_shape, parameter.ds_process_group, taken(parameter)
+    )
 
 
 def _pieces(zero: Any) -> list[dict[nn.Parameter, _Piece]]:
@@ -121,6 +123,16 @@ def _keys(base: Any, flat: Tensor) -> list[str]:
 
 def _by_weight(value: Any, flat: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == flat.shape and value.dim() > 0
+
+
+def settle_(engine: Any) -> None:
+    """Free what passes outside of training left gathered under ZeRO-3, and forget which modules ran. In place."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is not None:
+        for parameter in engine.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        offload.release_backward_leftovers()
+        offload.partition_all_parameters()
 
 
 def read_states_(engine: Any, states: States) -> None:
@@ -172,10 +184,11 @@ def rebuild_engine_(engine: Any, states: States) -> None:
     engine.optimizer.loss_scaler = scaler
     for pieces, values in zip(_pieces(engine.optimizer), numbers, strict=True):
         for p, piece in pieces.items():
-            state = base.state[piece.flat] if len(known[p]) > 1 else {}
+            entries = known.get(p, {})
+            state = base.state[piece.flat] if len(entries) > 1 else {}
             for key, value in values.items():
                 state.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
-            for key, part in known[p].items():
+            for key, part in entries.items():
                 target = piece.flat if key == MASTER else state.setdefault(key, torch.zeros_like(piece.flat))
                 piece.of(target.data).fill_(part.whole())
     read_states_(engine, states)

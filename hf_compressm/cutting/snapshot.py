@@ -70,9 +70,11 @@ class Snapshot:
             for parameter, data, gradient in self.parameters:
                 forget_planned_(parameter)
                 if not is_same(held(parameter), data):
-                    if parameter.dtype != data.dtype:
-                        parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
-                    self.resize_(parameter, data if isinstance(data, Part) else data.to(parameter.device))
+                    if not isinstance(data, Part):
+                        if parameter.dtype != data.dtype:
+                            parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
+                        data = data.to(parameter.device)
+                    self.resize_(parameter, data)
                 parameter.grad = gradient
             for optimizer, parameter, state in self.states:
                 if state is not None:

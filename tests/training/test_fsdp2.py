@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.processes import launch, once
 from tests.training.conftest import sizes
-from tests.training.fsdp2_run import VARIANTS, digest, run, run_all
+from tests.training.sharded_run import VARIANTS, digest, run, run_all
 
 pytestmark = pytest.mark.distributed
 
-ON_TWO = [*VARIANTS, "full@full-2/checkpoint-3", "fitted:ddp", "failing", "refused"]
-ON_THREE = ["sharded@sharded-2/checkpoint-3"]
+ON_TWO = [f"{name}:fsdp2" for name in VARIANTS]
+ON_TWO += ["full:fsdp2@full-fsdp2-2/checkpoint-3", "fitted:ddp", "failing:fsdp2", "refused:fsdp2"]
+ON_THREE = ["sharded:fsdp2@sharded-fsdp2-2/checkpoint-3"]
 ALONE = ["none", "full", "sharded", "options"]
 
 
@@ -27,14 +28,16 @@ def folder(tmp_path_factory):
         for runs, processes in ((ON_TWO, 2), (ON_THREE, 3)):
             launch(folder, processes, run_all, folder, runs, processes)
         for name in ALONE:
-            (folder / f"{name}-1-0.json").write_text(json.dumps(run(folder / f"{name}-1", name, 1)))
+            (folder / f"{name}-fsdp2-1-0.json").write_text(json.dumps(run(folder / f"{name}-1", name, 1)))
 
     return once(tmp_path_factory, "fsdp2", make)
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return lambda name, processes=2, rank=0: json.loads((folder / f"{name}-{processes}-{rank}.json").read_text())
+    return lambda name, processes=2, rank=0, way="fsdp2": json.loads(
+        (folder / f"{name}-{way}-{processes}-{rank}.json").read_text()
+    )
 
 
 def distance(one: dict, other: dict) -> float:
@@ -66,7 +69,7 @@ def test_the_comparison_tells_a_cut_from_none(results):
 
 def test_fits_and_weights_by_the_loss_are_those_of_ddp(results):
     """Which sees the same batches in each process; process 0 reads the weights that it fits, and the other gathers them."""
-    sharded, ddp = results("fitted"), results("fitted-ddp")
+    sharded, ddp = results("fitted"), results("fitted", way="ddp")
     assert sharded["sizes"] == ddp["sizes"] == [16, 8]
     assert sharded["kept"] == ddp["kept"]
     assert distance(sharded, ddp) < 1e-5
@@ -76,7 +79,7 @@ def test_a_resumed_run_is_the_whole_run(folder, results):
     assert results("full")["losses"] == results("full-resumed")["losses"]
     for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
         whole, resumed = (
-            torch.load(folder / run / "checkpoint-6" / name, weights_only=True) for run in ("full-2", "full-resumed-2")
+            torch.load(folder / run / "checkpoint-6" / name, weights_only=True) for run in ("full-fsdp2-2", "full-resumed-fsdp2-2")
         )
         torch.testing.assert_close(whole.get("state", whole), resumed.get("state", resumed), rtol=0, atol=0)
 
@@ -90,7 +93,7 @@ def test_it_goes_on_with_another_number_of_processes(results):
 
 @pytest.mark.parametrize("name", ["full", "sharded"])
 def test_the_best_model_may_have_other_sizes(folder, results, name):
-    state = json.loads((folder / f"{name}-2" / "checkpoint-6" / "trainer_state.json").read_text())
+    state = json.loads((folder / f"{name}-fsdp2-2" / "checkpoint-6" / "trainer_state.json").read_text())
     first, last = (
         [*attempt["sizes"].values()]
         for attempt in state["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["history"]
@@ -99,13 +102,13 @@ def test_the_best_model_may_have_other_sizes(folder, results, name):
 
 
 def test_a_saved_model_loads_anywhere(folder, results):
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "full-2" / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "full-fsdp2-2" / "saved")
     assert sizes(loaded) == results("full")["sizes"]
     assert digest(loaded) == results("full")["weights"]
 
 
 def test_so_does_a_sharded_checkpoint_once_it_is_merged(folder, results):
-    checkpoint = folder / "sharded-2" / "checkpoint-3"
+    checkpoint = folder / "sharded-fsdp2-2" / "checkpoint-3"
     merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), str(checkpoint))
     assert digest(AutoModelForCausalLM.from_pretrained(checkpoint)) == results("sharded")["weights"]  # the best
 

@@ -1,6 +1,6 @@
-"""Runs of the callback under FSDP2, for test_fsdp2.py.
+"""Runs of the callback where each process holds a part, for test_fsdp2.py, test_fsdp1.py and test_deepspeed.py.
 
-A run is one of `VARIANTS`; or `NAME@CHECKPOINT`, resumed from there; or `NAME:ddp`; or one of `CHECKS`.
+A run is `NAME:WAY`, with one of `VARIANTS` or `CHECKS`, and one of `WAYS` or ddp; or `NAME:WAY@CHECKPOINT`, resumed from there.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compat
+from hf_compressm.backends import find_backend
 from hf_compressm.backends.fsdp2 import FSDP2
 from hf_compressm.compat import whole
+from hf_compressm.compat.parts import Part
 from hf_compressm.cutting import apply
 from hf_compressm.layers import find_layers, set_data_
 from tests.conftest import tiny_mamba, tiny_mamba2
@@ -50,7 +52,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(out: Path, variant: str, processes: int, ddp: bool = False) -> tuple[Trainer, CompreSSMCallback]:
+def fsdp(version: int) -> Any:
+    whole = {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True} if version == 1 else {}
+
+    def settings(sharding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        return {"fsdp": True, "fsdp_config": sharding | whole | {"version": version} | options.get("fsdp", {})}
+
+    return settings
+
+
+def zero(stage: int) -> Any:
+    def settings(sharding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        auto = ["train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"]
+        optimization = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True} | options.get("zero", {})
+        config = {"zero_optimization": optimization, "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": "auto"}}
+        return {"deepspeed": dict.fromkeys(auto, "auto") | config}
+
+    return settings
+
+
+WAYS: dict[str, Any] = {"fsdp2": fsdp(2), "fsdp1": fsdp(1)} | {f"zero{stage}": zero(stage) for stage in (0, 1, 2, 3)}
+WAYS["ddp"] = lambda sharding, options: {}
+
+
+def make(out: Path, variant: str, processes: int, way: str = "fsdp2") -> tuple[Trainer, CompreSSMCallback]:
     options = VARIANTS[variant]
     kind = options.get("model", "mamba")
     model = tiny_mamba2() if kind == "mamba2" else tiny_mamba()
@@ -64,13 +89,14 @@ def make(out: Path, variant: str, processes: int, ddp: bool = False) -> tuple[Tr
     settings = {"max_steps": 6, "per_device_train_batch_size": BATCH // processes, "learning_rate": 1e-3}
     settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
     settings |= options.get("args", {}) | ({"ddp_backend": "gloo"} if processes > 1 else {})
-    if processes > 1 and not ddp:
-        settings |= {"fsdp": True, "fsdp_config": sharding | options.get("fsdp", {})}
-    args = TrainingArguments(str(out), **settings)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:  # of an earlier run
+        del os.environ[name]
     if processes > 1:
-        # Accelerate leaves FSDP out where several processes have CPUs, which torch's FSDP2 runs on.
-        kind = DistributedType.MULTI_CPU if ddp else DistributedType.MULTI_GPU
-        PartialState._shared_state["distributed_type"] = kind
+        settings |= WAYS[way](sharding, options)
+    args = TrainingArguments(str(out), **settings)
+    if processes > 1 and way.startswith("fsdp"):
+        # Accelerate leaves FSDP out where several processes have CPUs, which torch's FSDP runs on.
+        PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     callback, badness = CompreSSMCallback(config), iter(range(100))
     evaluated = {"eval_dataset": dataset(6), "compute_metrics": lambda _: {"badness": next(badness)}}
     trainer = Trainer(
@@ -87,28 +113,37 @@ def digest(model: Any, state: Any = None) -> str:
     """Of all parameters, whole, and of what an optimizer's state knows of them."""
     sha = hashlib.sha256()
     for parameter in model.parameters():
-        for tensor in [parameter, *(state or {}).get(parameter, {}).values()]:
-            sha.update(whole(tensor).detach().float().contiguous().numpy().tobytes())
+        for tensor in [compat.held(parameter), *(state or {}).get(parameter, {}).values()]:
+            sha.update(torch.as_tensor(whole(tensor)).detach().float().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def run(out: Path, variant: str, processes: int, checkpoint: str | None = None, ddp: bool = False) -> dict[str, Any]:
-    trainer, callback = make(out, variant, processes, ddp)
+def local(part: Any) -> torch.Tensor:
+    return part.local if isinstance(part, Part) else part.to_local() if compat.is_sharded(part) else part
+
+
+def run(
+    out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint: str | None = None
+) -> dict[str, Any]:
+    trainer, callback = make(out, variant, processes, way)
     trainer.train(resume_from_checkpoint=checkpoint)
-    model = trainer.model
-    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    backend, model = find_backend(trainer), compat.inside(trainer.model)
+    backend.settle_()
+    states = backend.states_of(trainer.optimizer)
+    held = {id(p) for group in states.param_groups for p in group["params"]}
+    parts = [compat.held(p) for p in model.parameters()]
     result = {
         "losses": losses(trainer),
         "sizes": sizes(model),
-        "hash": digest(model, trainer.optimizer.state),
+        "hash": digest(model, states.state),
         "weights": digest(model),
         "spectra": [attempt.hankel_singular_values for attempt in callback.history],
         "kept": callback.kept,
         "trained": all(id(parameter) in held for parameter in model.parameters()),
-        "whole": sum(p.numel() for p in model.parameters()),
-        "here": sum((p.to_local() if compat.is_sharded(p) else p).numel() for p in model.parameters()),
+        "whole": compat.parameter_count(model),
+        "here": sum(local(part).numel() for part in parts),
     }
-    if variant == "full":
+    if variant in ("full", "gathered"):
         trainer.save_model(str(out / "saved"))
     return result
 
@@ -123,10 +158,11 @@ def message(part: Any) -> str:
 
 
 def state_of(trainer: Trainer) -> list[Any]:
-    return [digest(trainer.model, trainer.optimizer.state), *sizes(trainer.model)]
+    model = compat.inside(trainer.model)
+    return [digest(model, find_backend(trainer).states_of(trainer.optimizer).state), *sizes(model)]
 
 
-def failing(out: Path, processes: int) -> dict[str, Any]:
+def failing(out: Path, processes: int, way: str) -> dict[str, Any]:
     """A cut that fails once all parameters have their new shapes."""
     seen: dict[str, Any] = {}
 
@@ -135,23 +171,24 @@ def failing(out: Path, processes: int) -> dict[str, Any]:
             seen["before"] = state_of(seen["trainer"])
 
     def fail(*args):
-        seen["during"] = sizes(seen["trainer"].model)
+        seen["during"] = sizes(compat.inside(seen["trainer"].model))
         raise ValueError("on purpose")
 
     with patch.dict(VARIANTS, {"plain": {}}):
-        seen["trainer"] = trainer = make(out, "plain", processes)[0]
+        seen["trainer"] = trainer = make(out, "plain", processes, way)[0]
     trainer.callback_handler.callbacks.insert(0, Before())
     with patch.object(apply, "write_sizes_", fail):
         seen["message"] = message(trainer.train)
     seen["after"] = state_of(trainer)
-    layer = find_layers(trainer.model)[0]
-    seen["alone"] = message(lambda: set_data_(layer.mixer.A_log, torch.zeros(48, 2)))
+    layer = find_layers(compat.inside(trainer.model))[0]
+    if way != "zero2":
+        seen["alone"] = message(lambda: set_data_(layer.mixer.A_log, torch.zeros(48, 2)))
     seen["evaluated"] = trainer.evaluate(dataset(6))["eval_loss"]
     del seen["trainer"]
     return seen
 
 
-def refused(out: Path, processes: int) -> dict[str, Any]:
+def refused(out: Path, processes: int, way: str) -> dict[str, Any]:
     """What FSDP2 itself can't train, or this can't cut."""
 
     def backend(mesh: Any = None) -> FSDP2:
@@ -178,15 +215,38 @@ def refused(out: Path, processes: int) -> dict[str, Any]:
 CHECKS = {"failing": failing, "refused": refused}
 
 
+def without_ops() -> None:
+    """DeepSpeed compiles nothing, which takes minutes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed import ops
+
+    ops.__compatible_ops__.update(dict.fromkeys(ops.__compatible_ops__, False))
+
+
+def without_offload() -> None:
+    """FSDP1's whole state dictionaries are not moved to the CPU, where they are: torch frees them under way, and crashes."""
+    for kind in (FullStateDictConfig, FullOptimStateDictConfig):
+
+        def init(self: Any, *args: Any, init: Any = kind.__init__, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            self.offload_to_cpu = False
+
+        kind.__init__ = init
+
+
 def run_all(folder: Path, runs: list[str], processes: int) -> None:
     """In each process of a group; a file of results for each run."""
     torch.set_num_threads(1)
+    if any("zero" in entry for entry in runs):
+        without_ops()
+    if any("fsdp1" in entry for entry in runs):
+        without_offload()
     for entry in runs:
         name, _, origin = entry.partition("@")
-        name, _, ddp = name.partition(":")
-        label = f"{name}{'-resumed' * bool(origin)}{'-ddp' * bool(ddp)}-{processes}"
+        name, _, way = name.partition(":")
+        label = f"{name}{'-resumed' * bool(origin)}-{way}-{processes}"
         if name in CHECKS:
-            result = CHECKS[name](folder / label, processes)
+            result = CHECKS[name](folder / label, processes, way)
         else:
-            result = run(folder / label, name, processes, str(folder / origin) if origin else None, bool(ddp))
+            result = run(folder / label, name, processes, way, str(folder / origin) if origin else None)
         (folder / f"{label}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
