@@ -1,4 +1,4 @@
-"""Runs of the callback where each process holds a part, for test_fsdp2.py, test_fsdp1.py and test_deepspeed.py.
+"""Runs of the callback where each process holds a part, for test_fsdp.py and test_deepspeed.py.
 
 A run is `NAME:WAY`, with one of `VARIANTS` or `CHECKS`, and one of `WAYS` or ddp; or `NAME:WAY@CHECKPOINT`, resumed from there.
 """
@@ -17,13 +17,21 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, fully_shard
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    fully_shard,
+)
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compat
 from hf_compressm.backends import find_backend
+from hf_compressm.backends.fsdp1 import FSDP1
 from hf_compressm.backends.fsdp2 import FSDP2
 from hf_compressm.compat import whole
+from hf_compressm.compat import zero as zero_room
 from hf_compressm.compat.parts import Part
 from hf_compressm.cutting import apply
 from hf_compressm.layers import find_layers, set_data_
@@ -56,7 +64,10 @@ def fsdp(version: int) -> Any:
     whole = {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True} if version == 1 else {}
 
     def settings(sharding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        return {"fsdp": True, "fsdp_config": sharding | whole | {"version": version} | options.get("fsdp", {})}
+        own = options.get("fsdp", {})
+        if version == 1 and "reshard_after_forward" in own:
+            own = own | {"reshard_after_forward": "shard_grad_op"}
+        return {"fsdp": True, "fsdp_config": sharding | whole | {"version": version} | own}
 
     return settings
 
@@ -118,6 +129,17 @@ def digest(model: Any, state: Any = None) -> str:
     return sha.hexdigest()
 
 
+class Last(TrainerCallback):
+    """What a run ends with, before the best model is loaded."""
+
+    trainer: Any = None
+    state: Any = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            self.state = state_of(self.trainer)
+
+
 def local(part: Any) -> torch.Tensor:
     return part.local if isinstance(part, Part) else part.to_local() if compat.is_sharded(part) else part
 
@@ -126,6 +148,9 @@ def run(
     out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint: str | None = None
 ) -> dict[str, Any]:
     trainer, callback = make(out, variant, processes, way)
+    last = Last()
+    last.trainer = trainer
+    trainer.add_callback(last)
     trainer.train(resume_from_checkpoint=checkpoint)
     backend, model = find_backend(trainer), compat.inside(trainer.model)
     backend.settle_()
@@ -134,6 +159,7 @@ def run(
     parts = [compat.held(p) for p in model.parameters()]
     result = {
         "losses": losses(trainer),
+        "last": last.state,
         "sizes": sizes(model),
         "hash": digest(model, states.state),
         "weights": digest(model),
@@ -203,7 +229,15 @@ def refused(out: Path, processes: int, way: str) -> dict[str, Any]:
     with patch.object(compat.fsdp2_parameters(offloading.model)[0][0], "offload_to_cpu", True):
         offloaded = message(offloading.refuse)
     good = message(backend().refuse)
-    return {
+    unit = FullyShardedDataParallel(tiny_mamba(), device_id=torch.device("cpu"), use_orig_params=True)
+    found = {}
+    for name, attribute, value in (
+        ("flat", "_use_orig_params", False),
+        ("hybrid", "sharding_strategy", ShardingStrategy.HYBRID_SHARD),
+    ):
+        with patch.object(unit, attribute, value):
+            found[name] = message(lambda: FSDP1(SimpleNamespace(model_wrapped=unit)).refuse())
+    return found | {
         "dtypes": dtypes,
         "mesh": message(backend(mesh).refuse),
         "version": version,
@@ -212,7 +246,21 @@ def refused(out: Path, processes: int, way: str) -> dict[str, Any]:
     }
 
 
-CHECKS = {"failing": failing, "refused": refused}
+def refused_zero(out: Path, processes: int, way: str) -> dict[str, Any]:
+    """What the callback can't make anew under DeepSpeed."""
+    found = {}
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for name, way, options in (("stage", "zero0", {}), ("offload", "zero2", {"zero": offload})):
+        with patch.dict(VARIANTS, {name: options}):
+            found[name] = message(make(out, name, processes, way)[0].train)
+    with patch.dict(VARIANTS, {"adagrad": {"args": {"optim": "adagrad"}}}):
+        found["optimizer"] = message(make(out, "adagrad", processes, "zero2")[0].train)
+    with patch.dict(VARIANTS, {"plain": {}}), patch.object(zero_room, "VERSIONS", ("0.1.",)):
+        found["version"] = message(make(out, "plain", processes, "zero2")[0].train)
+    return found
+
+
+CHECKS = {"failing": failing, "refused": refused, "refused_zero": refused_zero}
 
 
 def without_ops() -> None:
