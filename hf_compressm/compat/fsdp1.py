@@ -69,16 +69,15 @@ def gathered_fsdp1(parameters: list[Tensor]) -> Iterator[None]:
 
 
 def part_of_fsdp1(parameter: Any) -> Part:
-    """This process's part of a parameter that FSDP1 shards."""
-    return _piece(parameter, parameter.unit._handle.flat_param.data)
-
-
-def _piece(p: Any, flat: Tensor) -> Part:
-    handle = p.unit._handle
-    index = next(i for i, other in enumerate(handle.flat_param._params) if other is p)
-    info = handle.flat_param._shard_param_infos[index]
-    offset, numel, start = (info.offset_in_shard, info.numel_in_shard, info.intra_param_start_idx) if info.in_shard else (0, 0, 0)
-    return Part(flat.detach()[offset : offset + numel], start, p.whole_shape, handle.process_group, taken(p))
+    """This process's part of a parameter that FSDP1 shards; all of it, where there is one process."""
+    handle = parameter.unit._handle
+    local, start = parameter.detach().flatten(), 0
+    if handle.uses_sharded_strategy:
+        index = next(i for i, other in enumerate(handle.flat_param._params) if other is parameter)
+        info = handle.flat_param._shard_param_infos[index]
+        offset, numel, start = info[1:4] if info.in_shard else (0, 0, 0)
+        local = handle.flat_param.detach()[offset : offset + numel]
+    return Part(local, start, parameter.whole_shape, handle.process_group, taken(parameter))
 
 
 def read_flat_states_(optimizer: torch.optim.Optimizer, states: States) -> None:
@@ -100,7 +99,8 @@ def read_flat_states_(optimizer: torch.optim.Optimizer, states: States) -> None:
         empty = here.local[:0]
         states.numbers[p] = numbers
         states.state[p] = {
-            key: Part(own.get(key, empty.to(dtype)), here.start, here.shape, here.group) for key, dtype in keys.items()
+            key: Part(own.get(key, empty.to(dtype)).flatten(), here.start, here.shape, here.group)
+            for key, dtype in keys.items()
         }
 
 
@@ -157,8 +157,9 @@ def _deal_(optimizer: Any, states: States, p: Any) -> None:
     optimizer.state.pop(p, None)
     if known and len(here.local):
         rows = slice(here.start, here.start + len(here.local))
+        mine = {key: tensor.flatten()[rows].clone().view(p.shape) for key, tensor in known.items()}
         # Its own copies of numbers: some are tensors that each step counts up.
-        optimizer.state[p] = copy.deepcopy(states.numbers[p]) | {key: tensor.flatten()[rows].clone() for key, tensor in known.items()}
+        optimizer.state[p] = copy.deepcopy(states.numbers[p]) | mine
 
 
 def settle_units_(root: nn.Module) -> None:
@@ -167,4 +168,4 @@ def settle_units_(root: nn.Module) -> None:
 
     for unit in fsdp1_units(root):
         if unit._handle is not None:
-            _reshard(unit, unit._handle, True)
+            _reshard(unit, unit._handle, unit._handle.uses_sharded_strategy)
