@@ -65,6 +65,7 @@ class ReshapeOnLoad:
             layer.mixer.register_load_state_dict_pre_hook(cls(trainer, model, layer, listener))
 
     def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Give the layer the size that it has in the weights, before they are loaded."""
         layer, model = self.layer, self.model()
         if any(is_in_pieces(parameter) for parameter in mixer.parameters()):
             return  # and so are the tensors: `ReshapeBeforeLoad` has been here
@@ -94,6 +95,7 @@ class ReshapeBeforeLoad:
         before_loading_(trainer, cls(trainer, listener))
 
     def __call__(self, folder: str) -> None:
+        """Give the model the sizes of the checkpoint in a folder."""
         trainer = self.trainer()
         if trainer is None:
             return
@@ -136,7 +138,8 @@ def fsdp_checkpoint_on_meta(folder: str) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED, without their values."""
     full, sharded = os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"), os.path.join(folder, f"{FSDP_MODEL_NAME}_0")
     if os.path.isfile(full):
-        return torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        weights: dict[str, Tensor] = torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        return weights
     if os.path.isdir(sharded):
         from torch.distributed.checkpoint import FileSystemReader
 
