@@ -103,6 +103,10 @@ class Backend(ABC):
         """A plain model as it has to be called for a pass outside of training."""
         return model
 
+    def bring(self, items: Sequence[T]) -> list[list[T]]:
+        """The items of each process, on the first; none on the others. Tensors in them are on the CPU."""
+        return [list(items)]
+
     def states_of(self, optimizer: Any) -> Any:
         """An optimizer as one that holds the model's parameters themselves."""
         return optimizer

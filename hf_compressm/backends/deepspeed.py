@@ -33,17 +33,33 @@ class DeepSpeed(Rebuilt):
         check_deepspeed(engine)
         stage, zero = engine.zero_optimization_stage(), engine.config.get("zero_optimization", {})
         if stage not in (1, 2, 3):
-            raise ValueError(f"CompreSSMCallback cuts under DeepSpeed's ZeRO stages 1 to 3, and this is stage {stage}. {INSTEAD}")
-        offloads = [key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device", "none") != "none"]
-        others = ["zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zenflow"]
+            raise ValueError(
+                f"CompreSSMCallback cuts under DeepSpeed's ZeRO stages 1 to 3, and this is stage {stage}. {INSTEAD}"
+            )
+        offloads = [
+            key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device", "none") != "none"
+        ]
+        others = [
+            "zero_quantized_weights",
+            "zero_quantized_gradients",
+            "zero_quantized_nontrainable_weights",
+            "zenflow",
+        ]
         others += ["mics_shard_size"] * (zero.get("mics_shard_size", -1) > 0)
         others += ["zero_hpz_partition_size"] * (zero.get("zero_hpz_partition_size", 1) > 1)
         found = offloads + [key for key in others if zero.get(key)]
         if found:
-            raise ValueError(f"CompreSSMCallback can't cut under DeepSpeed's {' and '.join(found)}: drop it from zero_optimization. {INSTEAD}")
+            raise ValueError(
+                f"CompreSSMCallback can't cut under DeepSpeed's {' and '.join(found)}: drop it from zero_optimization. {INSTEAD}"
+            )
         kind = type(engine.basic_optimizer)
-        if not kind.__module__.startswith(("torch.optim", "deepspeed.ops", "transformers")) or kind.__name__ == "Adagrad":
-            raise ValueError(f"CompreSSMCallback does not know how DeepSpeed keeps the states of {kind.__name__}: take AdamW. {INSTEAD}")
+        if (
+            not kind.__module__.startswith(("torch.optim", "deepspeed.ops", "transformers"))
+            or kind.__name__ == "Adagrad"
+        ):
+            raise ValueError(
+                f"CompreSSMCallback does not know how DeepSpeed keeps the states of {kind.__name__}: take AdamW. {INSTEAD}"
+            )
 
     def settle_(self) -> None:
         """Free what passes outside of training left gathered."""

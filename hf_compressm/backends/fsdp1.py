@@ -43,10 +43,14 @@ class FSDP1(Rebuilt):
             if not uses_original(unit):
                 raise ValueError(f"CompreSSMCallback needs FSDP1 with use_orig_params: true in fsdp_config. {INSTEAD}")
             if unit.cpu_offload.offload_params:
-                raise ValueError(f"CompreSSMCallback can't cut parameters that FSDP1 offloads to the CPU: drop cpu_offload. {INSTEAD}")
+                raise ValueError(
+                    f"CompreSSMCallback can't cut parameters that FSDP1 offloads to the CPU: drop cpu_offload. {INSTEAD}"
+                )
             strategy = unit.sharding_strategy.name.lower()
             if "hybrid" in strategy or (strategy == "no_shard" and self.processes > 1):
-                raise ValueError(f"CompreSSMCallback can't cut under FSDP1's {strategy}: take full_shard or shard_grad_op. {INSTEAD}")
+                raise ValueError(
+                    f"CompreSSMCallback can't cut under FSDP1's {strategy}: take full_shard or shard_grad_op. {INSTEAD}"
+                )
 
     def as_called(self, model: Any) -> Any:
         """The outermost unit, which gathers those inside."""

@@ -22,7 +22,8 @@ class Sharded(DDP):
     @property
     def model(self) -> nn.Module:
         """The plain one."""
-        return inside(self.trainer.model_wrapped)
+        plain: nn.Module = inside(self.trainer.model_wrapped)
+        return plain
 
     def least(self, count: int) -> int:
         """The least of the processes' numbers: a pass of the model wants all of them."""

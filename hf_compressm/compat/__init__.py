@@ -157,7 +157,7 @@ def whole(tensor: Any) -> Any:
     """A sharded tensor, gathered by all processes together; any other as it is."""
     if isinstance(tensor, Part):
         return tensor.whole()
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 
 
 def is_in_pieces(parameter: Tensor) -> bool:
@@ -183,7 +183,7 @@ def is_same(one: Any, other: Any) -> bool:
         return type(one) is type(other) and one.taken == other.taken  # alike on all processes, as addresses are not
     if is_sharded(one):
         return one.shape == other.shape and is_same(one.to_local(), other.to_local())
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
+    return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -200,7 +200,7 @@ def sharded_like(new: Any, old: Any) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
     # The source rank None: each takes its part of what it has, and nothing is sent.
-    return distribute_tensor(new, old.device_mesh, old.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return distribute_tensor(new, old.device_mesh, old.placements, src_data_rank=None)
 
 
 _ask_the_others: list[Callable[[nn.Module], object]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,9 @@ HANDLE_ARGUMENTS = [
 def fsdp1_units(model: nn.Module) -> list[Any]:
     """The modules of a model that FSDP1 gathers and frees, each as one; none where it is not sharded so."""
     module: Any = sys.modules.get("torch.distributed.fsdp")
-    return [each for each in model.modules() if module is not None and isinstance(each, module.FullyShardedDataParallel)]
+    return [
+        each for each in model.modules() if module is not None and isinstance(each, module.FullyShardedDataParallel)
+    ]
 
 
 def know_units_(model: nn.Module) -> None:
@@ -58,7 +60,7 @@ def unit_of(parameter: Tensor) -> Any:
 
 
 @contextmanager
-def gathered_fsdp1(parameters: list[Tensor]) -> Iterator[None]:
+def gathered_fsdp1(parameters: Sequence[Tensor]) -> Iterator[None]:
     """With the data of parameters that are not at hand yet; all processes must come here."""
     units = {id(unit): unit for p in parameters if (unit := unit_of(p)) is not None}
     with ExitStack() as stack:

@@ -100,6 +100,7 @@ def shape_of(parameter: Tensor) -> torch.Size:
         return planned.shape
     return getattr(parameter, "ds_shape", parameter.shape) if known is None else known  # of ZeRO-3
 
+
 def take_planned_(parameter: Any) -> None:
     """Give a parameter the data that is planned for it, once nothing holds pieces of it, other than ZeRO-3 by its own means."""
     data, convert = pop_planned_(parameter), getattr(parameter, "convert_to_zero_parameters", None)

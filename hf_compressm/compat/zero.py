@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def check_deepspeed(engine: Any) -> None:
     Raises:
         ValueError: for any other.
     """
-    import deepspeed
+    deepspeed: Any = import_module("deepspeed")
 
     arguments = list(inspect.signature(deepspeed.DeepSpeedEngine.__init__).parameters)
     known = arguments == ENGINE_ARGUMENTS and type(engine) is deepspeed.DeepSpeedEngine
@@ -72,7 +73,7 @@ def is_zero3(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def gathered_zero3(parameters: list[Tensor]) -> Iterator[None]:
+def gathered_zero3(parameters: Sequence[Tensor]) -> Iterator[None]:
     """With the data of parameters that are not at hand yet; all processes must come here."""
     deepspeed: Any = sys.modules.get("deepspeed")
     if deepspeed is None:
@@ -111,7 +112,11 @@ def _pieces(zero: Any) -> list[dict[nn.Parameter, _Piece]]:
             here = p._hp_mapping
             address = (0, 0, 0)
             if here is not None:
-                address = here.hp_fragment_address.start, here.lp_fragment_address.numel, here.lp_fragment_address.start
+                address = (
+                    here.hp_fragment_address.start,
+                    here.lp_fragment_address.numel,
+                    here.lp_fragment_address.start,
+                )
             groups[index][p] = _Piece(flat, *address, p.shape, p._dp_group)
     return groups
 
@@ -164,7 +169,11 @@ def rebuild_engine_(engine: Any, states: States) -> None:
     known, scaler = dict(states.state), zero.loss_scaler
     scheduler, counters = engine.lr_scheduler, {name: getattr(engine, name) for name in COUNTERS}
     module, training = engine.module, engine.training
-    hooks = {name: value for name, value in vars(engine).items() if name.endswith(("_hooks", "_with_kwargs", "_always_called"))}
+    hooks = {
+        name: value
+        for name, value in vars(engine).items()
+        if name.endswith(("_hooks", "_with_kwargs", "_always_called"))
+    }
     for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
         hook.remove()
     engine.destroy()
@@ -174,7 +183,11 @@ def rebuild_engine_(engine: Any, states: States) -> None:
         group["params"] = list(pieces)
     base.state.clear()
     arguments = {"mpu": engine.mpu, "collate_fn": engine.collate_fn, "mesh_device": engine.mesh_device}
-    arguments |= {"config": engine.config, "config_class": engine._config, "dont_change_device": engine.dont_change_device}
+    arguments |= {
+        "config": engine.config,
+        "config_class": engine._config,
+        "dont_change_device": engine.dont_change_device,
+    }
     del zero, engine.optimizer
     gc.collect()
     engine.__init__(None, module, optimizer=base, lr_scheduler=scheduler, **arguments)

@@ -89,7 +89,7 @@ class Contents:
 
     def __init__(self, collection: Any) -> None:
         self.collection = collection
-        self.copy = dict(collection.items()) if isinstance(collection, dict) else set(collection)
+        self.copy: Any = dict(collection.items()) if isinstance(collection, dict) else set(collection)
 
     def restore_(self) -> Any:
         """Put it back in the same object, which others may hold."""
@@ -117,4 +117,3 @@ def undone_on_error(
     except BaseException:
         snapshot.restore_()
         raise
-

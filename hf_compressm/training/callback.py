@@ -99,7 +99,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     need the callback, with the same config: else training ends before its first step, with what differs. If one fails or ends
     in a cut, the others undo theirs and say which it was.
 
-    With `refit`, the layers are fitted at each cut, on what process 0 read of these batches, and the optimizer's moments are
+    With `refit`, the layers are fitted at each cut, on what the mixers of all processes read of the first of these batches, and the optimizer's moments are
     those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
     refit=3`.
 
@@ -198,9 +198,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
         self._backend.together(begin, self._backend.refuse, PATIENCE)
         states = self._backend.states_of(optimizer)
-        layers = self._backend.together(
-            begin, lambda: self._ready(args, state, model, states, checkpoint), PATIENCE
-        )
+        layers = self._backend.together(begin, lambda: self._ready(args, state, model, states, checkpoint), PATIENCE)
         facts = self.config.to_dict() | {
             "the steps of the cuts": self._steps,
             "the state sizes": {layer.index: layer.state_size for layer in layers},

@@ -112,10 +112,11 @@ class ReshapeBeforeLoad:
             if size is not None and size != layer.state_size:
                 reshape_(model, layer, size, self.listener(), trainer.optimizer, backend.resize_parameter_)
 
-
     def _resize_for(self, trainer: Any, sizes: Mapping[int, int]) -> None:
         backend, model = find_backend(trainer), inside(trainer.model)
-        layers = [layer for layer in find_layers(model) if sizes.get(layer.index, layer.state_size) != layer.state_size]
+        layers = [
+            layer for layer in find_layers(model) if sizes.get(layer.index, layer.state_size) != layer.state_size
+        ]
         states = None if model is trainer.model_wrapped else backend.states_of(trainer.optimizer)
         for layer in layers:
             reshape_(model, layer, sizes[layer.index], self.listener(), states, backend.resize_parameter_)

@@ -109,10 +109,19 @@ def sharding(name: str) -> dict[str, Any]:
     if name.startswith("fsdp"):
         own: dict[str, Any] = {"use_orig_params": True} if name == "fsdp1" else {}
         if own and not torch.cuda.is_available():  # which FSDP1 takes for granted there
-            own |= {"sync_module_states": False, "cpu_ram_efficient_loading": False, "state_dict_type": "SHARDED_STATE_DICT"}
+            own |= {
+                "sync_module_states": False,
+                "cpu_ram_efficient_loading": False,
+                "state_dict_type": "SHARDED_STATE_DICT",
+            }
         return {"fsdp": True, "fsdp_config": {"version": int(name[-1])} | own}
     if name.startswith("zero"):
-        auto = ["train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"]
+        auto = [
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        ]
         zero = {"stage": int(name[-1]), "stage3_gather_16bit_weights_on_model_save": True}
         return {"deepspeed": dict.fromkeys(auto, "auto") | {"zero_optimization": zero, "bf16": {"enabled": "auto"}}}
     return {}
@@ -223,7 +232,9 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="mamba,mamba2")
-    parser.add_argument("--backends", default="ddp,fsdp2", help="of two processes: ddp, fsdp2, fsdp1, zero1, zero2, zero3")
+    parser.add_argument(
+        "--backends", default="ddp,fsdp2", help="of two processes: ddp, fsdp2, fsdp1, zero1, zero2, zero3"
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--sharding", default="", help=argparse.SUPPRESS)
@@ -261,7 +272,9 @@ def main() -> None:
             (go_on, together),
             (go_on, [run for run in alone if any(other.model == run.model for other in ddp)]),
         ):
-            on_one = side_by_side is alone or (each is go_on and not any(r.sharding.startswith("zero") for r in side_by_side))
+            on_one = side_by_side is alone or (
+                each is go_on and not any(r.sharding.startswith("zero") for r in side_by_side)
+            )
             with ThreadPoolExecutor(2 if on_one and torch.cuda.device_count() > 1 else 1) as pool:
                 list(pool.map(each, side_by_side, itertools.cycle((0, 1))))
             print_table(runs)

@@ -54,14 +54,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "args": {"gradient_accumulation_steps": 2, "optim": "sgd", "optim_args": "momentum=0.9"},
         "fsdp": {"activation_checkpointing": True, "reshard_after_forward": False},
     },
-    "fitted": {"model": "mamba2", "target": {"ratio": 0.75, "multiple_of": 8, "weights": "fisher", "refit": 1}},
+    "fitted": {"model": "mamba2", "target": {"ratio": 0.75, "multiple_of": 8, "weights": "gate", "refit": 1}},
     "rollback": {"target": {"ratio": 0.5, "rollback": 0.0}, "args": EVALUATES},
     "mixed": {"model": "mixed", "args": {"bf16": True}},
 }
 
 
 def fsdp(version: int) -> Any:
-    whole = {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True} if version == 1 else {}
+    whole = (
+        {"sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True}
+        if version == 1
+        else {}
+    )
 
     def settings(sharding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         own = options.get("fsdp", {})
@@ -74,7 +78,12 @@ def fsdp(version: int) -> Any:
 
 def zero(stage: int) -> Any:
     def settings(sharding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        auto = ["train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"]
+        auto = [
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        ]
         optimization = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True} | options.get("zero", {})
         config = {"zero_optimization": optimization, "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": "auto"}}
         return {"deepspeed": dict.fromkeys(auto, "auto") | config}
@@ -144,9 +153,7 @@ def local(part: Any) -> torch.Tensor:
     return part.local if isinstance(part, Part) else part.to_local() if compat.is_sharded(part) else part
 
 
-def run(
-    out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint: str | None = None
-) -> dict[str, Any]:
+def run(out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint: str | None = None) -> dict[str, Any]:
     trainer, callback = make(out, variant, processes, way)
     last = Last()
     last.trainer = trainer
