@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .parts import Part, States, take_planned_, taken

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from ..backends import Backend
 from ..hankel import budgets
 from ..layers import MixerInputs
+from ..layers.contracts import MixerInput
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +50,12 @@ class Inputs(dict[int, MixerInputs]):
         """Bring those of all processes to process 0, which fits, in the order of the batches; the others have none then. In place."""
         for index in sorted(self):
             device = self[index][0][0].device
-            parts = backend.bring([tuple(None if t is None else t.cpu() for t in read) for read in self[index]])
+            parts = backend.bring([_to(read, torch.device("cpu")) for read in self[index]])
             reads = [read for batch in zip_longest(*parts) for read in batch if read is not None]
-            self[index] = [tuple(None if t is None else t.to(device) for t in read) for read in reads]
+            self[index] = [_to(read, device) for read in reads]
+
+
+def _to(read: MixerInput, device: torch.device) -> MixerInput:
+    hidden_states, mask, gradient = (None if tensor is None else tensor.to(device) for tensor in read)
+    assert hidden_states is not None
+    return hidden_states, mask, gradient

@@ -95,7 +95,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
-    bit-identical; so they are under FSDP2, where parameters and the optimizer's state stay sharded through a cut. All of them
+    bit-identical; so they are under FSDP1 and 2 and DeepSpeed's ZeRO, where parameters and the optimizer's state stay sharded
+    through a cut. All of them
     need the callback, with the same config: else training ends before its first step, with what differs. If one fails or ends
     in a cut, the others undo theirs and say which it was.
 

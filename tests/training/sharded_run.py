@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -57,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fitted": {"model": "mamba2", "target": {"ratio": 0.75, "multiple_of": 8, "weights": "gate", "refit": 1}},
     "rollback": {"target": {"ratio": 0.5, "rollback": 0.0}, "args": EVALUATES},
     "mixed": {"model": "mixed", "args": {"bf16": True}},
+    "universal": {"args": SAVES, "deepspeed": {"checkpoint": {"load_universal": True}}},
 }
 
 
@@ -86,13 +90,30 @@ def zero(stage: int) -> Any:
         ]
         optimization = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True} | options.get("zero", {})
         config = {"zero_optimization": optimization, "zero_force_ds_cpu_optimizer": False, "bf16": {"enabled": "auto"}}
-        return {"deepspeed": dict.fromkeys(auto, "auto") | config}
+        return {"deepspeed": dict.fromkeys(auto, "auto") | config | options.get("deepspeed", {})}
 
     return settings
 
 
 WAYS: dict[str, Any] = {"fsdp2": fsdp(2), "fsdp1": fsdp(1)} | {f"zero{stage}": zero(stage) for stage in (0, 1, 2, 3)}
 WAYS["ddp"] = lambda sharding, options: {}
+
+
+def launched(sharding: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """FSDP2 as `accelerate launch --config_file` sets it up, beside TrainingArguments that do not name it."""
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 2}
+    names = {"transformer_layer_cls_to_wrap": sharding["transformer_layer_cls_to_wrap"][0]}
+    fsdp = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"} | names
+    config["fsdp_config"] = {f"fsdp_{name}": value for name, value in fsdp.items()}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        parsed = launch_command_parser().parse_args(["--config_file", file.name, "script.py"])
+        os.environ |= prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
+    return {}
+
+
+WAYS["launched"] = launched
 
 
 def make(out: Path, variant: str, processes: int, way: str = "fsdp2") -> tuple[Trainer, CompreSSMCallback]:
@@ -109,12 +130,12 @@ def make(out: Path, variant: str, processes: int, way: str = "fsdp2") -> tuple[T
     settings = {"max_steps": 6, "per_device_train_batch_size": BATCH // processes, "learning_rate": 1e-3}
     settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
     settings |= options.get("args", {}) | ({"ddp_backend": "gloo"} if processes > 1 else {})
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:  # of an earlier run
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:  # of an earlier run
         del os.environ[name]
     if processes > 1:
         settings |= WAYS[way](sharding, options)
     args = TrainingArguments(str(out), **settings)
-    if processes > 1 and way.startswith("fsdp"):
+    if processes > 1 and way in ("fsdp1", "fsdp2", "launched"):
         # Accelerate leaves FSDP out where several processes have CPUs, which torch's FSDP runs on.
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     callback, badness = CompreSSMCallback(config), iter(range(100))

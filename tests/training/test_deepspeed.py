@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +29,7 @@ RUNS += ["sharded:zero3", "options:zero2", "options:zero3", "fitted:zero3"]
 RUNS += [f"{name}:{way}" for way in ("zero2", "zero3") for name in ("none", "rollback", "failing", "mixed")]
 RUNS += ["refused_zero:zero2"]
 ALONE = ["none", "full", "sharded", "options", "fitted"]
+UNIVERSAL = ["zero2", "zero3"]
 stages = pytest.mark.parametrize("way", STAGES)
 
 
@@ -33,6 +37,9 @@ stages = pytest.mark.parametrize("way", STAGES)
 def folder(tmp_path_factory):
     def make(folder: Path) -> None:
         launch(folder, 2, run_all, folder, RUNS, 2)
+        for way in UNIVERSAL:
+            make_universal(folder / f"full-{way}-2" / "checkpoint-3")
+        launch(folder, 3, run_all, folder, [f"universal:{way}@full-{way}-2/checkpoint-3" for way in UNIVERSAL], 3)
         for name in ALONE:
             (folder / f"{name}-alone-1-0.json").write_text(json.dumps(run(folder / f"{name}-1", name, 1)))
 
@@ -41,9 +48,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return lambda way, name, rank=0: json.loads(
-        (folder / f"{name}-{way}-{1 if way == 'alone' else 2}-{rank}.json").read_text()
+    return lambda way, name, rank=0, processes=2: json.loads(
+        (folder / f"{name}-{way}-{1 if way == 'alone' else processes}-{rank}.json").read_text()
     )
+
+
+def make_universal(checkpoint: Path) -> None:
+    """As DeepSpeed's documentation says."""
+    tag = (checkpoint / "latest").read_text()
+    folders = ["--input_folder", str(checkpoint / tag), "--output_folder", str(checkpoint / f"{tag}_universal")]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    subprocess.run([*command, *workers], check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    (checkpoint / "latest_universal").write_text(f"{tag}_universal")
 
 
 def distance(one: dict, other: dict) -> float:
@@ -87,6 +104,14 @@ def test_a_resumed_run_is_the_whole_run(results, way):
     whole, resumed = results(way, "full"), results(way, "full-resumed")
     assert whole["losses"] == resumed["losses"]
     assert whole["last"] == resumed["last"]  # weights and moments, before the best model was loaded
+
+
+@pytest.mark.parametrize("way", UNIVERSAL)
+def test_it_goes_on_with_another_number_of_processes(results, way):
+    """From DeepSpeed's universal form of the checkpoint: it takes no other on another number of processes."""
+    resumed = results(way, "universal-resumed", processes=3)
+    assert distance(resumed, results("alone", "full")) < 1e-4
+    assert len(resumed["spectra"]) == 2
 
 
 @stages

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 FSDP1 = [name for name in VARIANTS if name not in ("full", "mixed")]
 ON_TWO = [*(f"{name}:fsdp2" for name in VARIANTS), *(f"{name}:fsdp1" for name in FSDP1)]
 ON_TWO += ["full:fsdp2@full-fsdp2-2/checkpoint-3", "sharded:fsdp1@sharded-fsdp1-2/checkpoint-3"]
-ON_TWO += ["fitted:ddp", "failing:fsdp2", "failing:fsdp1", "refused:fsdp2"]
+ON_TWO += ["fitted:ddp", "full:launched", "failing:fsdp2", "failing:fsdp1", "refused:fsdp2"]
 ON_THREE = [f"sharded:{way}@sharded-{way}-2/checkpoint-3" for way in ("fsdp2", "fsdp1")]
 ALONE = ["none", "full", "sharded", "options", "fitted"]
 RESUMED = {"fsdp2": "full", "fsdp1": "sharded"}
@@ -62,7 +62,7 @@ def test_the_processes_know_the_same_and_hold_a_part_each(results, way, name):
 
 
 @pytest.mark.parametrize(
-    "way, name", [("fsdp2", name) for name in ALONE] + [("fsdp1", n) for n in ALONE if n in FSDP1]
+    ("way", "name"), [("fsdp2", name) for name in ALONE] + [("fsdp1", n) for n in ALONE if n in FSDP1]
 )
 def test_it_follows_the_run_of_one_process(results, way, name):
     alone, sharded = results("alone", name, 1), results(way, name)
@@ -96,6 +96,11 @@ def test_under_fsdp1_but_for_the_moments(results):
     whole, resumed = results("fsdp1", "sharded")["losses"], results("fsdp1", "sharded-resumed")["losses"]
     assert whole["4"] == resumed["4"]
     assert abs(whole["6"] - resumed["6"]) < 0.01
+
+
+def test_accelerates_config_file_does_as_the_arguments_do(results):
+    assert results("launched", "full")["losses"] == results("fsdp2", "full")["losses"]
+    assert results("launched", "full")["last"] == results("fsdp2", "full")["last"]
 
 
 @ways
