@@ -96,12 +96,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
     bit-identical; so they are under FSDP1 and 2 and DeepSpeed's ZeRO, where parameters and the optimizer's state stay sharded
-    through a cut. All of them
-    need the callback, with the same config: else training ends before its first step, with what differs. If one fails or ends
-    in a cut, the others undo theirs and say which it was.
+    through a cut. All of them need the callback, with the same config: else training ends before its first step, with what
+    differs. If one fails or ends in a cut, the others undo theirs and say which it was.
 
-    With `refit`, the layers are fitted at each cut, on what the mixers of all processes read of the first of these batches, and the optimizer's moments are
-    those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
+    With `refit`, the layers are fitted at each cut, on what the mixers of all processes read of the first of these batches,
+    and the optimizer's moments are those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
     refit=3`.
 
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
