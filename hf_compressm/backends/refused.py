@@ -9,7 +9,7 @@ from torch import nn
 from .backend import Backend
 
 
-class Sharded(Backend):
+class ShardedOtherwise(Backend):
     """The parameters or the optimizer's states are spread over the processes in a way that can't follow a cut."""
 
     @classmethod

@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .fsdp1 import gathered_fsdp1, part_of_fsdp1, unit_of
 from .parts import Part, shape_of
-from .zero import gathered_zero3, is_zero3, part_of_zero3
+from .zero import VERSIONS, gathered_zero3, is_zero3, part_of_zero3
 
-CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",)}
+CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",), "deepspeed": VERSIONS}
 
 USED = {
     "transformers.configuration_utils._commit_hash": "the revision that a config was loaded from",
@@ -50,10 +50,15 @@ USED = {
     "anew for another shape. Of its attributes, those in `FSDP2_ATTRIBUTES`",
     "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule._get_fsdp_state": "where they are: _fsdp_param_groups, which before "
     "2.12 was one, _fsdp_param_group, and the fsdp_params of each",
+    "torch.distributed.fsdp._flat_param.FlatParamHandle": "all that FSDP1 keeps of a unit's parameters, made anew for other shapes "
+    "(`compat.fsdp1`), by the next one",
+    "torch.distributed.fsdp._init_utils._init_param_handle_from_params": "makes it as FSDP1's constructor does",
+    "torch.distributed.fsdp._runtime_utils._reshard": "frees what a pass outside of training left gathered",
+    "torch.distributed.fsdp.FullyShardedDataParallel._reset_lazy_init": "lets the next forward pass know the new units",
     "transformers.trainer.Trainer._load_from_checkpoint": "under FSDP2 a model must have a checkpoint's sizes before its weights are "
     "loaded, and no event comes between its sharding and that",
     "transformers.trainer.Trainer._load_best_model": "the same",
-    "transformers.trainer.Trainer._prepare_for_training": "the same, under DeepSpeed",
+    "transformers.trainer.Trainer._prepare_for_training": "the same, under FSDP1 and DeepSpeed",
 }
 
 FSDP2_ARGUMENTS = [
