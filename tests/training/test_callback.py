@@ -299,16 +299,6 @@ def test_what_can_not_work_is_refused_before_the_first_step(tmp_path, make, conf
     assert not steps
 
 
-@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_training_is_refused(tmp_path, flag):
-    model = tiny_mamba()
-    callback = CompreSSMCallback(CompreSSMConfig(end=4))
-    trainer = make_trainer(tmp_path, model, callbacks=[callback])
-    setattr(trainer, flag, True)
-    with pytest.raises(ValueError, match="torchrun"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
-
-
 def test_rank_correlation_looks_at_the_states_that_both_have():
     before = {0: [[0, 1, 2, 3, 4]]}, {0: [[5.0, 4.0, 3.0, 2.0, 1.0]]}
     now = {0: [[0, 2, 4]]}, {0: [[0.1, 0.2, 0.3]]}
