@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 class Sharded(DDP):
     """Those of one mixer at a time are gathered, by all processes: a forward pass of one alone would wait for the others."""
+
+    takes_new_parameters: ClassVar[bool] = False
 
     @property
     def model(self) -> nn.Module:
