@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
+from ..compat import parameter_count
 from ..layers import Layer
 from ..reporting.history import Attempt
 from ..reporting.report import CompressionReport
@@ -53,5 +54,5 @@ def run_report(
                 head_sizes=None if layer.head_state_sizes is None else list(layer.head_state_sizes),
             )
         )
-    after = sum(parameter.numel() for parameter in model.parameters())
+    after = parameter_count(model)
     return CompressionReport(rows, name, history[0].parameters, after)

@@ -303,16 +303,6 @@ def test_what_can_not_work_is_refused_before_the_first_step(tmp_path, make, conf
     assert not steps
 
 
-@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_training_is_refused(tmp_path, flag):
-    model = tiny_mamba()
-    callback = CompreSSMCallback(CompreSSMConfig(end=4))
-    trainer = make_trainer(tmp_path, model, callbacks=[callback])
-    setattr(trainer, flag, True)
-    with pytest.raises(ValueError, match="torchrun"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
-
-
 def test_new_parameters_are_refused_where_the_model_is_sharded():
     layers = find_layers(tiny_mamba2())
     with pytest.raises(ValueError, match="new parameters, which FSDP2 can't take"):
