@@ -45,11 +45,12 @@ def traced(call: Callable[[], Any], files: Callable[[str], bool], on_line: Calla
             on_line(frame.f_code.co_filename, frame.f_lineno)
         return in_file
 
+    before = sys.gettrace()  # that which measures coverage
     sys.settrace(lambda frame, kind, argument: in_file if files(frame.f_code.co_filename) else None)
     try:
         call()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 def places(call: Callable[[], Any]) -> list[Place]:
