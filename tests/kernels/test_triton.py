@@ -84,7 +84,7 @@ def rates(*shape: int) -> Tensor:
 
 
 @on_kernels
-@shapes("batch length channels N pad", (2, 67, 3, 8, 4), (1, 5, 33, 12, 0), (1, 9, 2, 16, 2), (1, 6, 3, 20, 0))
+@shapes("batch length channels N pad", (1, 67, 3, 8, 4), (1, 5, 33, 12, 0), (2, 5, 2, 16, 2), (1, 6, 3, 20, 0))
 def test_gramians(dtype, batch, length, channels, N, pad):
     from hf_compressm.kernels.mamba import gramians
     from hf_compressm.kernels.reference import mamba_states, observability_gramian
@@ -101,9 +101,9 @@ def test_gramians(dtype, batch, length, channels, N, pad):
 @on_kernels
 @shapes(
     "batch length channels N pad",
-    (2, 67, 3, 8, 4),
+    (1, 67, 3, 8, 4),
     (1, 5, 65, 12, 0),
-    (1, 66, 2, 16, 0),
+    (2, 5, 2, 16, 3),
     (1, 3, 4, 64, 0),
     (1, 4, 3, 160, 0),
 )
@@ -141,7 +141,7 @@ def test_output_moments(dtype, batch, length, channels, N, pad):
     (1, 1, 2, 4, 2, 16, 0),
     (2, 67, 2, 3, 2, 64, 3),
     (1, 67, 2, 2, 1, 128, 65),
-    (2, 325, 2, 2, 2, 12, 4),
+    (1, 325, 2, 2, 2, 12, 4),
 )
 def test_mamba2(dtype, batch, length, heads, head_dim, groups, N, pad):
     from hf_compressm.kernels.mamba2 import contribution, controllability
