@@ -28,7 +28,7 @@ from tests.conftest import tiny_mamba, tiny_mamba2
 
 PACKAGE = str(Path(hf_compressm.__file__).parent)
 EVERY_LINE = bool(os.environ.get("COMPRESSM_EVERY_LINE"))
-pytestmark = pytest.mark.timeout(7200 if EVERY_LINE else 120)
+pytestmark = pytest.mark.timeout(7200 if EVERY_LINE else 300)
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
 
 Place = tuple[str, int, int]
