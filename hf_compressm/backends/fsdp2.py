@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ class FSDP2(DDP):
     """
 
     late = SILENCE
+    takes_new_parameters: ClassVar[bool] = False
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:

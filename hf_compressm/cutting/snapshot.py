@@ -57,6 +57,9 @@ class Snapshot:
             for optimizer in optimizers
             for parameter in parameters
         ]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        held = [group[key] for group in groups for key in ("params", "param_names") if key in group]
+        self.held = [(some, list(some)) for some in held]
         self.recorded = Recorded(model)
 
     def restore_(self) -> None:
@@ -72,6 +75,8 @@ class Snapshot:
                         parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
                     self.resize_(parameter, data.to(parameter.device))
                 parameter.grad = gradient
+            for some, before in self.held:
+                some[:] = before
             for optimizer, parameter, state in self.states:
                 if state is not None:
                     optimizer.state[parameter] = state.restore_()
