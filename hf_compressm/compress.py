@@ -128,7 +128,7 @@ def compress_(
     In a loop of several processes, call it on all of them between two steps: the statistics of each process's data are summed,
     process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other: let them wait before
     (`accelerator.wait_for_everyone()`) if one has much to do alone. Parameters stay the same objects, so schedulers and param groups
-    need nothing. For Mamba-2 add `realization="select"`.
+    need nothing. A Mamba-2 that shall go on with transformers' fused kernel wants `realization="select"`.
 
         model, optimizer = accelerator.prepare(model, optimizer)
         ...
