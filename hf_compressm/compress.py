@@ -125,13 +125,24 @@ def compress_(
     """Make the state of a model's SSM layers smaller, in place.
 
     Everything is measured and planned before anything is changed: an error or interrupt leaves the model as it was, or
-    cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their data, except that a projection
-    adds one to each mixer.
+    cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their
+    data, except that a projection adds one to each mixer.
 
     In a loop of several processes, call it on all of them between two steps: the statistics of each process's data are summed,
-    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other. With `heal`,
-    which also joins the processes that torchrun or `accelerate launch` started, all measure the data of all of them together
-    and share it out to learn from, each on its device; the healed weights are the same on all.
+    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other: let them wait before
+    (`accelerator.wait_for_everyone()`) if one has much to do alone. With `heal`, which also joins the processes that torchrun or
+    `accelerate launch` started, all measure the data of all of them together and share it out to learn from, each on its device;
+    the healed weights are the same on all. Parameters stay the same objects, so schedulers and param groups need nothing. A
+    Mamba-2 that shall go on with transformers' fused kernel wants `realization="select"`.
+
+        model, optimizer = accelerator.prepare(model, optimizer)
+        ...
+        report = compress_(model, CompreSSMConfig(state_size=8), recent_batches, optimizer=optimizer)
+        accelerator.save_state("state")
+        accelerator.unwrap_model(model).config.save_pretrained("state")  # the sizes: accelerate saves no config
+
+        model = AutoModelForCausalLM.from_pretrained("state")  # elsewhere; then prepare it, and:
+        accelerator.load_state("state")
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
