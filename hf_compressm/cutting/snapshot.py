@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +95,7 @@ class Contents:
 
     def __init__(self, collection: Any) -> None:
         self.collection = collection
-        self.copy: Any = dict(collection.items()) if isinstance(collection, dict) else set(collection)
+        self.copy: Any = dict(collection.items()) if isinstance(collection, Mapping) else set(collection)
 
     def restore_(self) -> Any:
         """Put it back in the same object, which others may hold."""
