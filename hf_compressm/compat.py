@@ -79,10 +79,10 @@ def commit_hash(config: Any) -> str | None:
 
 def checkpoint_parent(trainer: Any) -> str:
     """The folder in which a `Trainer` makes its checkpoint folders."""
-    return trainer._get_output_dir(trial=None)
+    return str(trainer._get_output_dir(trial=None))
 
 
-def comm_hooks(ddp: DistributedDataParallel) -> list[tuple[Callable, Any]]:
+def comm_hooks(ddp: DistributedDataParallel) -> list[tuple[Callable[..., Any], Any]]:
     """The communication hooks of a DDP wrapper, with their states."""
     return list(ddp._comm_hooks)
 
@@ -321,7 +321,7 @@ def follow_class_(module: nn.Module) -> None:
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
-def stock_scans(modules: Iterable[nn.Module], name: str) -> list[tuple[Any, Callable]]:
+def stock_scans(modules: Iterable[nn.Module], name: str) -> list[tuple[Any, Callable[..., Any]]]:
     """The Python modules that have transformers' plain scan of that name for some of these mixers, and the scan.
 
     Since 5.24 it is a function of the module that is looked up when the mixer runs; none are found where it is not, or

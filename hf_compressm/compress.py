@@ -81,7 +81,7 @@ def compress_pretrained(
     if not isinstance(name_or_model, str | os.PathLike):
         if from_pretrained_kwargs:
             raise TypeError(f"A model is already loaded: drop {', '.join(from_pretrained_kwargs)}, or give its name.")
-        model = plain_model(name_or_model)
+        model: PreTrainedModel = plain_model(name_or_model)
     else:
         hub = {
             key: from_pretrained_kwargs[key]

@@ -70,6 +70,7 @@ def agree(what: str, facts: Mapping[str, Any], silence: float | None = None) -> 
     Args:
         what: is begun, for messages.
         facts: that have to be the same on all of them, by name; as JSON takes them.
+        silence: seconds without a word of another process; as for `together`.
 
     Raises:
         ValueError: on all of them, with the first name in which one differs from process 0.
@@ -213,7 +214,8 @@ class _Meeting:
         self.store.add(f"{self.key}/arrived", 1)
 
     def _arrived(self) -> int:
-        return self.store.add(f"{self.key}/arrived", 0)
+        arrived: int = self.store.add(f"{self.key}/arrived", 0)
+        return arrived
 
     def _post_failure(self, kind: str, message: str) -> None:
         self.store.set(f"{self.key}/failure", json.dumps([kind, message]))

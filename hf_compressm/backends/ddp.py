@@ -81,7 +81,8 @@ class DDP(Backend):
         first = dist.get_rank() == 0
         answer: list[Any] = [together("a decision of process 0", lambda: choose() if first else None)]
         dist.broadcast_object_list(answer, src=0)
-        return answer[0]
+        chosen: T = answer[0]
+        return chosen
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """The items of all processes, in the order of these."""

@@ -35,7 +35,8 @@ class FSDP2(DDP):
     @property
     def model(self) -> nn.Module:
         """The sharded model, which is the plain one: FSDP2 wraps nothing around it."""
-        return uncompiled(self.trainer.model_wrapped)
+        sharded: nn.Module = uncompiled(self.trainer.model_wrapped)
+        return sharded
 
     @cached_property
     def _kept(self) -> dict[int, Any]:

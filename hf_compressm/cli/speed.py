@@ -82,7 +82,8 @@ def build(config: Any, device: torch.device, size: int | None = None, realizatio
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)  # a cut changes its own
     if size is not None:
         cut_to_first_states_(model, size, realization)
-    return model.to(device)
+    built: PreTrainedModel = model.to(device)
+    return built
 
 
 def load_config(name: str) -> Any:

@@ -113,7 +113,7 @@ def output_errors(
     mask: list[Tensor] = []
 
     def hook_of(layer: Layer) -> Any:
-        def hook(mixer: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             full = output[0] if isinstance(output, tuple) else output
             with weights_at_hand(mixer):
                 slim = cut_copy(layer, cuts[layer.index]).mixer.forward(*args, **kwargs)  # without the hooks

@@ -156,7 +156,7 @@ def _reading(layers: Sequence[Layer], take: Any) -> Iterator[None]:
     """Call `take` with each layer, and the hidden states, mask and samples' numbers that its mixer gets."""
 
     def hook_of(layer: Layer) -> Any:
-        def hook(mixer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             take(layer, hidden_states, kwargs.get("attention_mask"), kwargs.get("seq_idx"))
 
@@ -171,7 +171,7 @@ def _receiving_gradients(layers: Sequence[Layer], add: Any) -> Iterator[None]:
     """Call `add` with each layer and the gradient by what comes out of its scan, as soon as the backward pass has it."""
 
     def hook_of(layer: Layer) -> Any:
-        def hook(module: Any, args: tuple) -> None:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
             if args[0].requires_grad:
                 args[0].register_hook(lambda gradient: add(layer, gradient))
 
@@ -187,7 +187,7 @@ def _grad_from_embeddings(model: Any) -> Iterator[list[Tensor]]:
     """Let autograd follow the activations, also where no parameter wants a gradient; gives what it begins with."""
     embedded: list[Tensor] = []
 
-    def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         embedded.append(output if output.requires_grad else output.detach().requires_grad_())
         return embedded[-1]
 

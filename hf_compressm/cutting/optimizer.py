@@ -34,7 +34,8 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside of accelerate's wrapper, or itself."""
     from accelerate.optimizer import AcceleratedOptimizer
 
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    plain: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return plain
 
 
 def as_list(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -90,7 +90,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
 
 def sequences_to_head(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:
     """How many sequences, at most so many, fit in a pass with its predictions, and perhaps their gradient."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
     # Predictions, perhaps in two precisions, and their gradient.
     return max(1, min(most, budgets.ACTIVATIONS // (12 * vocabulary * length), sequences_together(layers, length)))
 
@@ -101,12 +101,12 @@ def kept_on_cpu(model: Any, blocks: int, tokens: int) -> Any:
     if 4 * blocks * width * tokens <= budgets.CHECKPOINTS:
         return nullcontext()
 
-    def pack(x: Tensor) -> Any:
+    def pack(x: Tensor) -> tuple[torch.device, Tensor]:
         # Weights are there anyway, and the small ones don't matter.
         waits = x.device.type != "cpu" and x.numel() >= tokens and not isinstance(x, nn.Parameter)
         return (x.device, x.cpu() if waits else x)
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
         device, x = packed
         return x.to(device)
 

@@ -19,7 +19,8 @@ from ..interrupts import uninterrupted
 from ..layers import Layer, MixerInputs, Realization, engine_remarks, find_layers, plain_model, realization_of, realize
 from ..modeling.state_sizes import check_state_sizes
 from ..reporting.record import history_of, record_cut_
-from ..reporting.report import CompressionReport, LayerReport
+from ..reporting.report import CompressionReport
+from ..reporting.rows import LayerReport
 from .apply import cut_, replaced_parameters
 from .budget import Ladder, keep_budget
 from .divergence import Divergence, output_errors

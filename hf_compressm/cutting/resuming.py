@@ -38,7 +38,7 @@ class Outputs:
         """Keep what the blocks give in the forward pass in here, as that of a batch of this number."""
 
         def hook_of(position: int) -> Any:
-            def hook(block: Any, args: tuple, output: Any) -> None:
+            def hook(block: Any, args: tuple[Any, ...], output: Any) -> None:
                 self._kept[batch, position] = self._put(output)
 
             return hook

@@ -28,7 +28,7 @@ from ..layers import Layer
 @contextmanager
 def quick_scans(layers: Sequence[Layer]) -> Iterator[None]:
     """Scan the layers' mixers so in here."""
-    replaced: list[tuple[Any, str, Callable]] = []
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def restore() -> None:
         for home, name, stock in replaced:
@@ -43,7 +43,7 @@ def quick_scans(layers: Sequence[Layer]) -> Iterator[None]:
         yield
 
 
-def _mamba(stock: Callable) -> Callable:
+def _mamba(stock: Callable[..., Any]) -> Callable[..., Any]:
     def scan(
         u: Tensor,
         dt: Tensor,
@@ -69,7 +69,7 @@ def _mamba(stock: Callable) -> Callable:
     return scan
 
 
-def _mamba2(stock: Callable) -> Callable:
+def _mamba2(stock: Callable[..., Any]) -> Callable[..., Any]:
     def scan(
         x: Tensor,
         dt: Tensor,

@@ -56,6 +56,7 @@ class CutMixer(nn.Module):
         return getattr(self.__dict__["layer"].mixer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the cut mixer gives, of the arguments of the full one."""
         with weights_at_hand(self.layer.mixer):
             return cut_copy(self.layer, self.cut).mixer.train(self.training)(*args, **kwargs)
 

@@ -113,7 +113,8 @@ def sample(model: PreTrainedModel, sequences: int = CPU_SEQUENCES, length: int =
     ids = torch.full((sequences, 1), start, device=device_of(model))
     settings = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
     with _seeded(device_of(model)):
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
+        sampled: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
+    return sampled
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class HealingText:
         """The length of the longest sequence."""
         return max(row["input_ids"].shape[1] for row in self._rows)
 
-    def without(self, held_out: Iterable[Mapping[str, Tensor]]) -> Sequence[Batch] | IterableDataset:
+    def without(self, held_out: Iterable[Mapping[str, Tensor]]) -> Sequence[Batch] | IterableDataset[Batch]:
         """The sequences to learn from, a dataset of rows [1, length]: all that are not held out."""
         held = {_key(row) for row in _rows(held_out)}
         if self._stream is not None:
@@ -92,7 +92,7 @@ class HealingText:
         return [row for row in self._rows if _key(row) not in held]
 
 
-class _Stream(IterableDataset):
+class _Stream(IterableDataset[Batch]):
     """The sequences of a stream, but for those that are held out, again and again."""
 
     def __init__(self, read: Callable[[], Iterator[Batch]], held_out: set[bytes]) -> None:

@@ -66,12 +66,14 @@ class ModalSystem:
 
     @property
     def size(self) -> int:
-        """n."""
+        """The state size, n."""
         return self.a.shape[-1]
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """P and S, the means of x x^H and x x^T for white noise of unit power; and Q and U, such that what a state x adds to the
-        energy of all later outputs is (x^H Q x + Re x^T U x) / 2. [..., n, n] complex128 each.
+        """P, S, Q and U, [..., n, n] complex128 each.
+
+        P and S are the means of x x^H and x x^T for white noise of unit power; Q and U are such that what a state x adds to
+        the energy of all later outputs is (x^H Q x + Re x^T U x) / 2.
 
         Raises:
             ValueError: some |a| is not below 1.
@@ -149,7 +151,7 @@ class Truncated:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return self.a.shape[-1]
 
 
@@ -261,12 +263,13 @@ class LTIStatistics(Statistics):
 
     def spectrum(self, sigma: Tensor) -> Tensor:
         """The mean over the systems, [1, n], where a complex state counts what two real ones carry."""
-        return sigma.unflatten(-1, (-1, 2)).sum(-1).mean(0, keepdim=True)
+        mean: Tensor = sigma.unflatten(-1, (-1, 2)).sum(-1).mean(0, keepdim=True)
+        return mean
 
     def modal_gain(self) -> Tensor:
         """The largest gain of each state alone, |b| |c| / (1 - |a|), [1, n]."""
         system = self.system
-        gain = system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.a.abs())
+        gain: Tensor = system.B.norm(dim=-1) * system.C.norm(dim=-2) / (1 - system.a.abs())
         return gain.sum(0, keepdim=True)
 
     def state_power(self) -> Tensor:

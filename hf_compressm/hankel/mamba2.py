@@ -164,7 +164,7 @@ class Mamba2Statistics(Statistics):
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:
-    """sum over tokens of weight x x^T for each head, [heads, N, N], some heads at a time.
+    """The sum over tokens of weight x x^T for each head, [heads, N, N], some heads at a time.
 
     Args:
         weight: [batch, length, heads].

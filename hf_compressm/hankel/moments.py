@@ -131,7 +131,8 @@ def _pair_index(items: Tensor) -> Tensor:
 def _tril_places(size: int, device: torch.device) -> Tensor:
     """Where `tril_indices` stand in a flat [size, size] matrix, [size (size + 1) / 2]."""
     i, j = torch.tril_indices(size, size, device=device)
-    return i * size + j
+    places: Tensor = i * size + j
+    return places
 
 
 def elimination_order(contribution: Tensor) -> Tensor:

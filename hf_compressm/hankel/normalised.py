@@ -69,7 +69,7 @@ class NormalisedCut:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return len(self.kept)
 
 
@@ -87,6 +87,7 @@ class NormalisedStatistics(MambaStatistics):
         self.input_power = torch.zeros(size, dtype=torch.float64, device=device)
 
     def update(self, system: MambaSystem) -> None:
+        """Add a batch, and the power of its B."""
         super().update(system)
         self.input_power += (system.B.square() * system.valid[..., None]).sum((0, 1))
 

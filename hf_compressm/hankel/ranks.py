@@ -54,6 +54,7 @@ def energy_rank_of_layer(sigma: Tensor, tolerance: float, by_head: bool) -> int:
     Args:
         sigma: of its groups or heads, [groups, N].
         tolerance: as for `energy_rank`.
+        by_head: whether heads may differ in size.
     """
     ranks = energy_rank(sigma, tolerance)
     return -(-int(ranks.sum()) // len(ranks)) if by_head else int(ranks.max())

@@ -35,7 +35,7 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return len(self.kept)
 
 
@@ -49,7 +49,7 @@ class Projection:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return self.B_projection.shape[1]
 
 

@@ -57,7 +57,7 @@ class Refit:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return len(self.kept)
 
 
@@ -167,6 +167,7 @@ def _chunk(system: MambaSystem, states: int) -> int:
 
 
 def gated_output(system: MambaSystem) -> Tensor:
+    """What a system gives, scaled by its gate, [batch, length, channels]."""
     y = torch.empty_like(system.u)
     for time, h in scaled_states(system, system.A, system.B):
         y[:, time] = torch.einsum("btdn,btn->btd", h, system.C[:, time])

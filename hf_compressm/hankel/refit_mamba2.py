@@ -46,8 +46,11 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Rows:
-    """What makes B and C of a layer's input, the rows of B first: `weight` [2, groups, states, hidden], `taps` [2, groups,
-    states, kernel], and the biases [2, groups, states] of the projection and the convolution, where there are any."""
+    """What makes B and C of a layer's input, the rows of B first.
+
+    `weight` [2, groups, states, hidden], `taps` [2, groups, states, kernel], and the biases [2, groups, states] of the
+    projection and the convolution, where there are any.
+    """
 
     weight: Tensor
     taps: Tensor
@@ -100,7 +103,7 @@ class RowsRefit:
 
     @property
     def size(self) -> int:
-        """r."""
+        """The state size, r."""
         return len(self.kept)
 
 
@@ -147,14 +150,16 @@ class Reading:
         return tuple(product.sum(0) for product in products)
 
     def _by_group(self, y: Tensor) -> Tensor:
-        return (y * self.gate).square().sum((0, 1, 3)).unflatten(0, (self.groups, -1)).sum(1)
+        energy: Tensor = (y * self.gate).square().sum((0, 1, 3)).unflatten(0, (self.groups, -1)).sum(1)
+        return energy
 
 
 def pieces(M: Tensor) -> Tensor:
     """[batch, length, groups, n] as [pieces, groups, span, n], with zeros at the end."""
     span = min(SPAN, M.shape[1])
     padded = F.pad(M, (0, 0, 0, 0, 0, -M.shape[1] % span))
-    return padded.unflatten(1, (-1, span)).flatten(0, 1).transpose(1, 2)
+    spans: Tensor = padded.unflatten(1, (-1, span)).flatten(0, 1).transpose(1, 2)
+    return spans
 
 
 def controllability(system: Mamba2System) -> Tensor:

@@ -60,7 +60,8 @@ def _on_threads(P: Tensor, Q: Tensor) -> Tensor:
         eigenvalues, eigenvectors = np.linalg.eigh(P.cpu().numpy())
         L = eigenvectors * np.sqrt(eigenvalues.clip(0))[:, None]
         balanced = L.swapaxes(1, 2) @ Q.cpu().numpy() @ L
-        return np.sqrt(np.linalg.eigvalsh(balanced).clip(0))[:, ::-1]
+        values: np.ndarray = np.sqrt(np.linalg.eigvalsh(balanced).clip(0))[:, ::-1]
+        return values
 
     check_finite(P, "controllability Gramian P")
     check_finite(Q, "observability Gramian Q")

@@ -79,7 +79,8 @@ class StateSpace:
     @property
     def poles(self) -> Tensor:
         """The eigenvalues of A, [n] complex128."""
-        return torch.linalg.eigvals(self.A)
+        eigenvalues: Tensor = torch.linalg.eigvals(self.A)
+        return eigenvalues
 
     def controllability_gramian(self) -> Tensor:
         """Return P = A P A^H + B B^H, [n, n]."""
@@ -95,7 +96,7 @@ class StateSpace:
         """Return G(e^{iω}) for the frequencies `omega` [w], as [w, p, m] complex128."""
         A, B, C = (x.to(torch.complex128) for x in (self.A, self.B, self.C))
         identity = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        G = C @ torch.linalg.solve(_unit_circle(omega)[:, None, None] * identity - A, B)
+        G: Tensor = C @ torch.linalg.solve(_unit_circle(omega)[:, None, None] * identity - A, B)
         return G if self.D is None else G + self.D
 
     def impulse_response(self, length: int) -> Tensor:

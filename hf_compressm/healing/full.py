@@ -31,7 +31,8 @@ class FullModel:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Log-probabilities of the next tokens [batch, length, vocabulary], float32."""
         with mixers_for_a_while(self.model, self.mixers), evaluating(self.model):
-            return self.model(**batch, use_cache=False).logits.float().log_softmax(-1)
+            predictions: Tensor = self.model(**batch, use_cache=False).logits.float().log_softmax(-1)
+            return predictions
 
 
 def _copy(mixer: nn.Module, changed: Collection[str]) -> nn.Module:

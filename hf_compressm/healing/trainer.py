@@ -31,7 +31,7 @@ class HealingArguments(TrainingArguments):
     @property
     def n_gpu(self) -> int:
         """One at most, so that the model is not wrapped in DataParallel."""
-        return min(1, super().n_gpu)
+        return min(1, int(super().n_gpu))
 
     @property
     def place_model_on_device(self) -> bool:

@@ -74,7 +74,8 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     except AttributeError:
         _check_weights(weights)
         raise
-    model, info = loaded
+    model: PreTrainedModel = loaded[0]
+    info = loaded[1]
     missing = sorted(info["missing_keys"])
     if missing:
         _check_weights(weights)

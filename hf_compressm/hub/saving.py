@@ -50,7 +50,7 @@ def _files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = Non
     return config_files(model) | record_files(model) | card_files(model, folder, repo_id)
 
 
-def _with_files(stock_save: Callable) -> Callable:
+def _with_files(stock_save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(
         self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
@@ -71,7 +71,7 @@ def _with_files(stock_save: Callable) -> Callable:
     return save_pretrained
 
 
-def _as_in_source(stock_split: Callable) -> Callable:
+def _as_in_source(stock_split: Callable[..., Any]) -> Callable[..., Any]:
     def split(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         layout = _LAYOUT.get() or Layout({}, {})
         for name in layout.dtypes.keys() & state_dict.keys():
@@ -88,7 +88,7 @@ def _as_in_source(stock_split: Callable) -> Callable:
     return split
 
 
-def _with_files_in_upload(stock_upload: Callable) -> Callable:
+def _with_files_in_upload(stock_upload: Callable[..., Any]) -> Callable[..., Any]:
     def upload(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         write_files(self, working_dir, repo_id)
         return stock_upload(self, working_dir, repo_id, *args, **kwargs)
@@ -104,7 +104,7 @@ def _install_in_trainer() -> None:
         wrap_once(module.Trainer, PUSH_FROM_CHECKPOINT, _all_files_from_checkpoint)
 
 
-def _card_after_trainers(stock_create: Callable) -> Callable:
+def _card_after_trainers(stock_create: Callable[..., Any]) -> Callable[..., Any]:
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_create(self, *args, **kwargs)
         if self.is_world_process_zero():
@@ -113,7 +113,7 @@ def _card_after_trainers(stock_create: Callable) -> Callable:
     return create_model_card
 
 
-def _all_files_from_checkpoint(stock_push: Callable) -> Callable:
+def _all_files_from_checkpoint(stock_push: Callable[..., Any]) -> Callable[..., Any]:
     def push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
             model, folder = self.accelerator.unwrap_model(self.model), Path(self.args.output_dir)

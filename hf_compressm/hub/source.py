@@ -149,7 +149,8 @@ def _folder(model: PreTrainedModel) -> Path | None:
 
 
 def _values(config: PreTrainedConfig) -> dict[str, Any]:
-    return json.loads(config.to_json_string(use_diff=False))
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return values
 
 
 def _edit(

@@ -8,6 +8,7 @@ Such a checkpoint is a `config.json` with `d_model`, `n_layer` and `ssm_cfg` but
 import json
 import math
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedConfig,
 )
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, cached_file
 
@@ -228,7 +230,9 @@ def _d_inner(original: dict[str, Any]) -> int:
     return int((original.get("ssm_cfg") or {}).get("expand", 2) * original.get("d_model", 2560))
 
 
-def _refuse_unmapped(fields: dict[str, Any], mapped, fixed: dict[str, Any], ignored: set[str], name: str) -> None:
+def _refuse_unmapped(
+    fields: dict[str, Any], mapped: Iterable[str], fixed: dict[str, Any], ignored: set[str], name: str
+) -> None:
     for field, value in fields.items():
         if field in fixed and value != fixed[field]:
             raise ValueError(
@@ -239,7 +243,7 @@ def _refuse_unmapped(fields: dict[str, Any], mapped, fixed: dict[str, Any], igno
             raise ValueError(f"{name} has the field {field} = {value!r}, whose meaning is not known here.")
 
 
-def _check_weights(weights: dict[str, torch.Tensor], model_class, config, name: str) -> None:
+def _check_weights(weights: dict[str, torch.Tensor], model_class: Any, config: PreTrainedConfig, name: str) -> None:
     with torch.device("meta"):
         wanted = {key: tuple(weight.shape) for key, weight in model_class(config).state_dict().items()}
     found = {key: tuple(weight.shape) for key, weight in weights.items()}

@@ -50,18 +50,20 @@ class ChunkedScan:
         self.stored = self.inputs * self.to_end[..., None]
 
     def __call__(self, B: Tensor, C: Tensor) -> Tensor:
-        """y [batch, length, heads, head_dim] of B and C [batch, length, groups, N]."""
+        """The output y [batch, length, heads, head_dim] of B and C [batch, length, groups, N]."""
         B, C = (self._chunks(M).transpose(2, 3) for M in (B, C))  # [batch, chunks, group, token, N]
         inside = ((C @ B.mT)[:, :, :, None] * self.within) @ self.inputs
         states = B.mT[:, :, :, None] @ self.stored  # [batch, chunks, group, head, N, head_dim]
         before = torch.einsum("bghcd,bdghnp->bcghnp", self.across, states)
-        y = inside + self.from_start[..., None] * (C[:, :, :, None] @ before)
-        return y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).flatten(2, 3)[:, : self.length]
+        y: Tensor = inside + self.from_start[..., None] * (C[:, :, :, None] @ before)
+        y = y.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).flatten(2, 3)
+        return y[:, : self.length]
 
     def _chunks(self, x: Tensor) -> Tensor:
         """[batch, length, ...] as [batch, chunks, chunk, ...], with zeros at the end."""
         missing = -x.shape[1] % self.chunk
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)).unflatten(1, (-1, self.chunk))
+        chunks: Tensor = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)).unflatten(1, (-1, self.chunk))
+        return chunks
 
 
 def decays(to: Tensor, since: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class ProjectHeads(Realization):
         """The maps, less those that are there already."""
         N = layer.unprojected_state_size
         before = 0 if N is None else layer.mixer.BC_projection.numel()
-        return 2 * (N or layer.state_size) * sum(self.head_sizes) - before
+        return int(2 * (N or layer.state_size) * sum(self.head_sizes) - before)
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
         """Make the mixer one that projects by head. In place."""
@@ -104,7 +104,7 @@ class _Path(Mapping[int, Realization]):
     """A layer's realization at every mean size, made when it is asked for: all of them are many maps."""
 
     def __init__(self, heads: HeadPaths, layer: Any) -> None:
-        self._heads, self._number, self._size = heads, layer.mixer.num_heads, layer.state_size
+        self._heads, self._number, self._size = heads, int(layer.mixer.num_heads), int(layer.state_size)
 
     def __getitem__(self, size: int) -> Realization:
         if not 1 <= size <= self._size:

@@ -155,17 +155,17 @@ class Realization(ABC):
     @property
     def size(self) -> int:
         """The state size r."""
-        return self.groups[0].size
+        return int(self.groups[0].size)
 
     @property
     def error(self) -> float:
         """Share of the layer's output energy that is lost, of the group that loses most."""
-        return max(group.error for group in self.groups)
+        return float(max(group.error for group in self.groups))
 
     @property
     def cost(self) -> float:
         """The groups' shares together: what sizes are chosen by."""
-        return sum(group.error for group in self.groups)
+        return float(sum(group.error for group in self.groups))
 
     @property
     def kept(self) -> list[list[int]]:
@@ -238,7 +238,8 @@ class Realization(ABC):
 
     def to(self: R, device: torch.device | str) -> R:
         """The same with its tensors on a device."""
-        return _to_device(self, device)
+        there: R = _to_device(self, device)
+        return there
 
 
 def new_data(layer: Any, cuts: Mapping[str, ParameterCut]) -> dict[str, Tensor]:

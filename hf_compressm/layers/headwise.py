@@ -56,7 +56,7 @@ class HeadwiseMambaLayer(MambaLayer):
     @property
     def groups(self) -> int:
         """Heads."""
-        return self.mixer.n_mamba_heads
+        return int(self.mixer.n_mamba_heads)
 
     def statistics(self, *, mean_lti: bool) -> HeadwiseStatistics:
         """An empty accumulator for `read`'s systems."""
@@ -91,7 +91,7 @@ class HeadwiseMambaLayer(MambaLayer):
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C, [heads, N]."""
-        rows = self.mixer.x_proj_weight.float()[:, self.mixer.time_step_rank :].norm(dim=2)
+        rows: Tensor = self.mixer.x_proj_weight.float()[:, self.mixer.time_step_rank :].norm(dim=2)
         return rows[:, : self.state_size] * rows[:, self.state_size :]
 
     def select(self, kept: Tensor, readout: Tensor | None = None) -> dict[str, ParameterCut]:

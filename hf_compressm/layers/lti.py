@@ -75,7 +75,7 @@ class Balance(Realization):
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """Where the states are complex: the eigenvalues of what is left need not be real where all were."""
-        return layer.system().a.is_complex()
+        return bool(layer.system().a.is_complex())
 
     @classmethod
     def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
@@ -98,7 +98,7 @@ class Balance(Realization):
     @property
     def error_bound(self) -> float:
         """Twice the sum of the Hankel singular values that are cut."""
-        return self.groups[0].bound
+        return float(self.groups[0].bound)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The parameters of the new system."""
@@ -187,7 +187,7 @@ class LTILayer(MixerLayer):
         Raises:
             ValueError: if its `lti_parameters` names one that it does not have.
         """
-        values = self.mixer.lti_parameters(*(matrix.to(torch.complex128) for matrix in (a, B, C)))
+        values: dict[str, Tensor] = self.mixer.lti_parameters(*(matrix.to(torch.complex128) for matrix in (a, B, C)))
         unknown = sorted(values.keys() - {name for name, _ in self.mixer.named_parameters()})
         if unknown:
             raise ValueError(f"{self.name}.lti_parameters names {unknown[0]}, which is no parameter of it.")
@@ -195,15 +195,15 @@ class LTILayer(MixerLayer):
 
     @property
     def state_size(self) -> int:
-        """n."""
+        """The state size, n."""
         with torch.no_grad():
-            return self.mixer.lti_system()[0].shape[-1]
+            return int(self.mixer.lti_system()[0].shape[-1])
 
     @property
     def channels(self) -> int:
         """Two for each system: a complex state is two numbers."""
         with torch.no_grad():
-            return 2 * self.mixer.lti_system()[0].shape[:-1].numel()
+            return int(2 * self.mixer.lti_system()[0].shape[:-1].numel())
 
     def statistics(self, *, mean_lti: bool) -> LTIStatistics:
         """What the weights say, which is all that there is to know.
@@ -219,7 +219,8 @@ class LTILayer(MixerLayer):
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's B and C, [1, n]."""
         system = LTIStatistics(self.system()).system
-        return (system.B.norm(dim=-1) * system.C.norm(dim=-2)).sum(0, keepdim=True)
+        gain: Tensor = (system.B.norm(dim=-1) * system.C.norm(dim=-2)).sum(0, keepdim=True)
+        return gain
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that make the system."""

@@ -59,12 +59,12 @@ class MambaLayer(MixerLayer):
     @property
     def state_size(self) -> int:
         """N."""
-        return self.mixer.ssm_state_size
+        return int(self.mixer.ssm_state_size)
 
     @property
     def channels(self) -> int:
         """Scanned channels: each has a state of N numbers per sequence."""
-        return self.mixer.intermediate_size
+        return int(self.mixer.intermediate_size)
 
     def statistics(self, *, mean_lti: bool) -> Any:
         """An empty accumulator for `read`'s systems."""
@@ -98,7 +98,7 @@ class MambaLayer(MixerLayer):
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C, [1, N]."""
-        rows = self.mixer.x_proj.weight.float()[self.mixer.time_step_rank :].norm(dim=1)
+        rows: Tensor = self.mixer.x_proj.weight.float()[self.mixer.time_step_rank :].norm(dim=1)
         return (rows[: self.state_size] * rows[self.state_size :])[None]
 
     def select(self, kept: Tensor, readout: Tensor | None = None) -> dict[str, ParameterCut]:

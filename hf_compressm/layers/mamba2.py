@@ -114,7 +114,7 @@ class Project(Realization):
         """The maps, or what becomes of those that are there already."""
         if layer.unprojected_state_size is not None:
             return super().added_parameters(layer)
-        return 2 * layer.groups * layer.state_size * self.size
+        return int(2 * layer.groups * layer.state_size * self.size)
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
         """Make the mixer one that projects. In place."""
@@ -171,17 +171,17 @@ class Mamba2Layer(MixerLayer):
     @property
     def state_size(self) -> int:
         """N of the scan: the projected size of a projected mixer."""
-        return self.mixer.ssm_state_size
+        return int(self.mixer.ssm_state_size)
 
     @property
     def groups(self) -> int:
         """Groups of heads that share B and C."""
-        return self.mixer.n_groups
+        return int(self.mixer.n_groups)
 
     @property
     def channels(self) -> int:
         """Scanned channels: each has a state of N numbers per sequence."""
-        return self.mixer.intermediate_size
+        return int(self.mixer.intermediate_size)
 
     @property
     def unprojected_state_size(self) -> int | None:  # type: ignore[override]
@@ -201,7 +201,7 @@ class Mamba2Layer(MixerLayer):
     @property
     def activation_bytes(self) -> int:
         """Four float32 tensors of [length, heads, chunk], and of [length, heads, N]."""
-        return 16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size)
+        return int(16 * self.mixer.num_heads * (getattr(self.mixer, "chunk_size", 256) + self.state_size))
 
     def statistics(self, *, mean_lti: bool) -> Mamba2Statistics:
         """An empty accumulator for `read`'s systems."""
@@ -213,8 +213,10 @@ class Mamba2Layer(MixerLayer):
     def read(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gradient: Tensor | None = None
     ) -> Mamba2System:
-        """The mixer's selective system on its input [batch, length, hidden]; if it is projected by head, with B and C of
-        each head, filled up with zeros to the size of the largest."""
+        """The mixer's selective system on its input [batch, length, hidden].
+
+        If it is projected by head, with B and C of each head, filled up with zeros to the size of the largest.
+        """
         mixer = self.mixer
         valid = valid_tokens(hidden_states, attention_mask)
         scale = getattr(mixer, "ssm_in_multiplier", 1.0)
@@ -252,13 +254,15 @@ class Mamba2Layer(MixerLayer):
     def _gate(self, z: Tensor, gradient: Tensor | None) -> Tensor:
         if gradient is not None:
             return gradient.float() if self.gradient_at == "norm" else F.silu(z) * gradient.float()
-        gate = F.silu(z) * self.mixer.out_proj.weight.float().norm(dim=0)
-        return gate * self.mixer.norm.weight.float() if self.gradient_at == "norm" else gate
+        gate: Tensor = F.silu(z) * self.mixer.out_proj.weight.float().norm(dim=0)
+        if self.gradient_at == "norm":
+            gate = gate * self.mixer.norm.weight.float()
+        return gate
 
     def magnitude(self) -> Tensor:
         """Product of the norms of each state's rows of B and C in `in_proj`, [groups, N]."""
         start = 2 * self.mixer.intermediate_size
-        rows = self.mixer.in_proj.weight.float()[start : start + 2 * self.groups * self.state_size].norm(dim=1)
+        rows: Tensor = self.mixer.in_proj.weight.float()[start : start + 2 * self.groups * self.state_size].norm(dim=1)
         return rows.view(2, self.groups, self.state_size).prod(0)
 
     def select(self, kept: Tensor, readout: Tensor | None = None) -> dict[str, ParameterCut]:
@@ -279,8 +283,10 @@ class Mamba2Layer(MixerLayer):
         }
 
     def refit(self, inputs: MixerInputs, selections: tuple[Any, ...], rounds: int) -> list[Any] | None:
-        """Fit the kept rows and channels to the scan's output on its inputs; None for a projected layer, and if none is
-        better than it was."""
+        """Fit the kept rows and channels to the scan's output on its inputs.
+
+        None for a projected layer, and if none is better than it was.
+        """
         return None if self.unprojected_state_size is not None else fit_rows(self, inputs, selections, rounds)
 
     def refitted(self, fits: tuple[Any, ...]) -> dict[str, ParameterCut]:

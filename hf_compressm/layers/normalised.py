@@ -36,7 +36,8 @@ class NormalisedSelect(Select):
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The mapped rows of B and C, and what becomes of the scale."""
-        return layer.cut(self.groups[0])
+        cuts: dict[str, ParameterCut] = layer.cut(self.groups[0])
+        return cuts
 
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
         """Fit the layer to the full one's output."""
@@ -79,7 +80,8 @@ class NormalisedMambaLayer(MambaLayer):
         """The product of the norms' weights, [N]: scaling a state in B or in C is the same."""
         if not self.norms_have_weights:
             return None
-        return self.mixer.b_layernorm.weight.detach().float() * self.mixer.c_layernorm.weight.detach().float()
+        scale: Tensor = self.mixer.b_layernorm.weight.detach().float() * self.mixer.c_layernorm.weight.detach().float()
+        return scale
 
     def statistics(self, *, mean_lti: bool) -> NormalisedStatistics:
         """An empty accumulator for `read`'s systems."""

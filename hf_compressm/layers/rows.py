@@ -63,7 +63,7 @@ def fitted_cuts(layer: Any, fits: tuple[RowsRefit, ...]) -> dict[str, ParameterC
         "conv1d.weight": (inner, rows.taps[..., None, :]),
         "conv1d.bias": (inner, rows.conv_bias),
     }
-    cuts = layer.select(kept)
+    cuts: dict[str, ParameterCut] = layer.select(kept)
     for name, cut in cuts.items():
         start, values = fitted[name]
         assert values is not None
@@ -109,7 +109,7 @@ def _of_states(layer: Any, rows: Tensor, kept: Tensor) -> Tensor:
 
 def _numbers(layer: Any) -> int:
     """That a fit keeps of a token, about."""
-    return 6 * layer.channels + 2 * CHUNK * layer.mixer.num_heads + layer.groups * (SPAN + 3 * layer.state_size)
+    return int(6 * layer.channels + 2 * CHUNK * layer.mixer.num_heads + layer.groups * (SPAN + 3 * layer.state_size))
 
 
 def parted(inputs: MixerInputs, tokens: int, device: torch.device) -> tuple[MixerInputs, MixerInputs]:
@@ -120,6 +120,7 @@ def parted(inputs: MixerInputs, tokens: int, device: torch.device) -> tuple[Mixe
     Args:
         inputs: of a mixer.
         tokens: that are taken at most, of the first sequences; one sequence at least.
+        device: where they are to be.
     """
     rows: MixerInputs = []
     taken = 0

@@ -29,16 +29,19 @@ def _greedy(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) ->
 
 def _ghost(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
     power = statistics.state_power()[group] * statistics.groups[group].output.diagonal()
-    return power.argsort(descending=True)
+    order: Tensor = power.argsort(descending=True)
+    return order
 
 
 def _lti_modal(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
-    return statistics.modal_gain()[group].argsort(descending=True)
+    order: Tensor = statistics.modal_gain()[group].argsort(descending=True)
+    return order
 
 
 def _magnitude(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
     with weights_at_hand(layer.mixer):
-        return layer.magnitude()[group].argsort(descending=True)
+        order: Tensor = layer.magnitude()[group].argsort(descending=True)
+        return order
 
 
 def _random(layer: Any, statistics: Any, group: int, config: CompreSSMConfig) -> Tensor:
@@ -108,7 +111,8 @@ class Select(Realization):
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The kept rows and columns."""
-        return layer.select(torch.stack([group.kept for group in self.groups]))
+        cuts: dict[str, ParameterCut] = layer.select(torch.stack([group.kept for group in self.groups]))
+        return cuts
 
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
         """Fit the layer to the full one's output, if its family can; itself if that gains nothing."""
@@ -125,7 +129,8 @@ class ReadOut(Select):
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The kept rows and columns, and R C in the place of C."""
         kept, readout = (torch.stack([getattr(group, name) for group in self.groups]) for name in ("kept", "readout"))
-        return layer.select(kept, readout)
+        cuts: dict[str, ParameterCut] = layer.select(kept, readout)
+        return cuts
 
 
 class Refit(Select):
@@ -135,7 +140,8 @@ class Refit(Select):
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:
         """The fitted values."""
-        return layer.refitted(self.groups)
+        cuts: dict[str, ParameterCut] = layer.refitted(self.groups)
+        return cuts
 
     def refit(self, layer: Any, inputs: MixerInputs, rounds: int) -> Realization:
         """Itself: it is fitted."""

@@ -46,7 +46,7 @@ class Systems(Iterable[Any]):
             if read is not None:
                 some.append(read)
 
-    def _fits(self, first: tuple, rows: int, read: tuple) -> bool:
+    def _fits(self, first: tuple[Any, ...], rows: int, read: tuple[Any, ...]) -> bool:
         alike = all(
             (a is None) == (b is None) and (a is None or (a.shape[1:] == b.shape[1:] and a.device == b.device))
             for a, b in zip(first, read, strict=True)

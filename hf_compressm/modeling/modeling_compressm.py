@@ -62,8 +62,11 @@ MODULE_NAME = "modeling_compressm"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names in transformers: what its model classes start with, its mixer class, and its config's fields of the state size
-    and, where the mixer is Mamba-2's, of the number of heads."""
+    """Names in transformers.
+
+    What its model classes start with, its mixer class, and its config's fields of the state size and, where the mixer is
+    Mamba-2's, of the number of heads.
+    """
 
     prefix: str
     mixer: str
@@ -95,7 +98,7 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 _Module: Any = nn.Module
 
 
-class ProjectedMixer(_Module):
+class ProjectedMixer(_Module):  # type: ignore[misc]
     """A Mamba-2 mixer that scans a projected state: B' = B @ B_projection and C' = C @ C_projection, per group.
 
     All the entries of a Mamba-2 head decay alike (its transition is a scalar times the identity), so any change of
@@ -116,7 +119,7 @@ class ProjectedMixer(_Module):
     BC_projection: nn.Parameter
     unprojected_state_size: int
 
-    def check_maps_were_loaded(self):
+    def check_maps_were_loaded(self) -> None:
         """Before weights that a checkpoint does not have are initialised.
 
         Raises:
@@ -130,12 +133,12 @@ class ProjectedMixer(_Module):
             )
 
     @torch.no_grad()
-    def init_projection(self):
+    def init_projection(self) -> None:
         """Maps that no checkpoint has start by selecting the first r states."""
         projection = self.BC_projection
         init.copy_(projection, self.first_states().to(projection.dtype).expand_as(projection))
 
-    def first_states(self):
+    def first_states(self) -> torch.Tensor:
         """The map that keeps the first states."""
         return torch.eye(*self.BC_projection.shape[1:], device=self.BC_projection.device)
 
@@ -148,8 +151,9 @@ class ProjectedMixer(_Module):
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         cache_params: Cache | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The mixer's output, of hidden_states [batch, length, hidden_size]."""
         cache = cache_params if cache is None else cache
         batch_size, seq_len, _ = hidden_states.shape
         dtype = hidden_states.dtype
@@ -209,24 +213,35 @@ class ProjectedMixer(_Module):
             scan_output, final_state = self.scan(
                 hidden_states, dt, A, B_C, recurrent_state, return_final_states=cache is not None, **kwargs
             )
-            if cache is not None:
+            if cache is not None and final_state is not None:
                 cache.update_recurrent_state(final_state, layer_idx=self.layer_idx)
 
         scan_output = gated_norm(self.norm, scan_output.reshape(batch_size, seq_len, -1), gate)
 
         # 4. Final linear projection
-        return self.out_proj(scan_output.to(dtype))
+        output: torch.Tensor = self.out_proj(scan_output.to(dtype))
+        return output
 
-    def project_in(self, hidden_states):
+    def project_in(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The gate, x, B, C and dt, with Falcon-H1's multipliers."""
         if not hasattr(self, "mup_vector"):
-            return self.in_proj(hidden_states)
-        return self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+            projected: torch.Tensor = self.in_proj(hidden_states)
+            return projected
+        scaled: torch.Tensor = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+        return scaled
 
-    def step(self, hidden_states, dt, A, B_C, state, **kwargs):
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B_C: torch.Tensor,
+        state: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """One token, [batch, heads, head_dim], on top of a state, which is changed in place."""
         B, C = self.map_B_C(B_C)
-        return modeling_mamba2.mamba2_selective_state_update(
+        output: torch.Tensor = modeling_mamba2.mamba2_selective_state_update(
             state,
             hidden_states,
             dt[..., None].expand(-1, -1, self.head_dim),
@@ -239,8 +254,18 @@ class ProjectedMixer(_Module):
             dt_softplus=True,
             **kwargs,
         )
+        return output
 
-    def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
+    def scan(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B_C: torch.Tensor,
+        state: torch.Tensor | None,
+        return_final_states: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens [batch, length, heads, head_dim], from a state or none; and the final state if it is asked for."""
         B, C = self.map_B_C(B_C)
         output = modeling_mamba2.mamba2_chunk_scan(
@@ -261,7 +286,7 @@ class ProjectedMixer(_Module):
         )
         return output if return_final_states else (output, None)
 
-    def map_B_C(self, B_C):  # noqa: N802
+    def map_B_C(self, B_C: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N802
         """The projected B and C, [batch, length, groups, r] each, of [batch, length, 2 groups, N]."""
         return torch.einsum("blgn,gnr->blgr", B_C, self.BC_projection.to(B_C.dtype)).chunk(2, dim=2)
 
@@ -291,17 +316,17 @@ class HeadwiseProjectedMixer(ProjectedMixer):
     column_start: torch.Tensor
     column_place: torch.Tensor
 
-    def init_projection(self):
+    def init_projection(self) -> None:
         """As the projected mixer; also the buffers, which no checkpoint holds."""
         super().init_projection()
         self.place_heads_()
 
-    def first_states(self):
+    def first_states(self) -> torch.Tensor:
         """The maps that keep the first states of each head."""
         identity = torch.eye(self.unprojected_state_size, device=self.BC_projection.device)
         return torch.cat([identity[:, :size] for size in self.head_state_sizes], dim=1)
 
-    def place_heads_(self):
+    def place_heads_(self) -> None:
         """Make the buffers, from the heads' sizes."""
         self.widths = scan_widths(self.head_state_sizes, self.unprojected_state_size)
         order = sorted(range(self.num_heads), key=lambda head: self.widths[head])
@@ -319,11 +344,20 @@ class HeadwiseProjectedMixer(ProjectedMixer):
             self.register_buffer(name, torch.tensor(values, device=self.BC_projection.device), persistent=False)
 
     @property
-    def buckets(self):
+    def buckets(self) -> list[tuple[int, int]]:
         """The widths that the scan takes, with the number of heads of each, ascending."""
         return [(width, self.widths.count(width)) for width in sorted(set(self.widths))]
 
-    def step(self, hidden_states, dt, A, B_C, state, **kwargs):
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B_C: torch.Tensor,
+        state: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As the projected mixer, of [batch, S, head_dim] states; one launch where no gradient is taken."""
         B, C = (side[:, 0] for side in self.map_B_C(B_C))
         followed = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_states, dt, A, B, self.D))
         one_launch = triton is not None and state.is_cuda and state.is_contiguous() and not followed
@@ -331,7 +365,17 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         columns = self.column_start if one_launch else self.column_head
         return update(state, hidden_states, dt, A, B, C, self.D, self.dt_bias, columns)
 
-    def scan(self, hidden_states, dt, A, B_C, state, return_final_states, **kwargs):
+    def scan(
+        self,
+        hidden_states: torch.Tensor,
+        dt: torch.Tensor,
+        A: torch.Tensor,
+        B_C: torch.Tensor,
+        state: torch.Tensor | None,
+        return_final_states: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the projected mixer, of [batch, S, head_dim] states, in one launch for each width."""
         B, C = (self._fill_up(side, 2) for side in self.map_B_C(B_C))
         order, counts = self.head_order, [count for _, count in self.buckets]
         columns = [width * count for width, count in self.buckets]
@@ -375,7 +419,7 @@ class HeadwiseProjectedMixer(ProjectedMixer):
             return output, None
         return output, torch.cat(final_states, dim=1).index_select(1, self.column_place)
 
-    def map_B_C(self, B_C):  # noqa: N802
+    def map_B_C(self, B_C: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N802
         """The heads' B and C, [batch, length, S] each, of [batch, length, 2 groups, N]."""
         per_group, maps = self.num_heads // self.n_groups, self.BC_projection.to(B_C.dtype)
         columns = [
@@ -383,9 +427,10 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         ]
         rows = B_C.flatten(0, 1).unflatten(1, (2, self.n_groups)).unbind(2)
         mapped = [x.transpose(0, 1) @ part for x, part in zip(rows, maps.split(columns, dim=2), strict=True)]
-        return torch.cat(mapped, dim=2).unflatten(1, B_C.shape[:2]).unbind(0)
+        sides: tuple[torch.Tensor, ...] = torch.cat(mapped, dim=2).unflatten(1, B_C.shape[:2]).unbind(0)
+        return sides
 
-    def _fill_up(self, x, dim):
+    def _fill_up(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Columns of the heads, to those that the scan takes, with zeros for what is not there."""
         shape = list(x.shape)
         shape[dim] = sum(self.widths)
@@ -414,7 +459,17 @@ def stock_class(mixer: nn.Module) -> type | None:
     return next((kind for kind in type(mixer).__mro__ if (kind.__module__, kind.__name__) in mixers), None)
 
 
-def step_of_heads_reference(state, x, dt, A, B, C, D, dt_bias, column_head):
+def step_of_heads_reference(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    column_head: torch.Tensor,
+) -> torch.Tensor:
     """One token of heads whose states, in which they may differ in number, lie behind one another.
 
     Args:
@@ -438,8 +493,8 @@ def step_of_heads_reference(state, x, dt, A, B, C, D, dt_bias, column_head):
 
 if triton is not None:
 
-    @triton.jit
-    def _step_kernel(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _step_kernel(  # type: ignore[no-untyped-def]
         state, x, dt, A, B, C, D, dt_bias, starts, output, states, heads, head_dim, x_row, x_head, x_dim, dt_row, dt_head,
         ROWS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
@@ -464,10 +519,21 @@ if triton is not None:
         tl.store(output + (row * heads + head) * head_dim + p, total, mask=p < head_dim)
 
 
-def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
+def step_of_heads(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    column_start: torch.Tensor,
+) -> torch.Tensor:
     """`step_of_heads_reference` in one launch, without gradients.
 
     Args:
+        state, x, dt, A, B, C, D, dt_bias: as there.
         column_start: where each head's states begin, and their end, [heads + 1].
     """
     batch, heads, head_dim = x.shape
@@ -482,8 +548,8 @@ def step_of_heads(state, x, dt, A, B, C, D, dt_bias, column_start):
 
 if triton is not None:
 
-    @triton.jit
-    def _gated_norm_kernel(x, gate, weight, output, width, x_row, gate_row, eps, WIDTH: tl.constexpr):
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _gated_norm_kernel(x, gate, weight, output, width, x_row, gate_row, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
         row, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
         inside, place = i < width, tl.program_id(1) * width + i
         h = tl.load(x + row * x_row + place, mask=inside, other=0.0).to(tl.float32)
@@ -504,7 +570,7 @@ GATED_NORMS = (
 )
 
 
-def gated_norm(norm, x, gate):
+def gated_norm(norm: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`norm(x, gate)` of a mixer, [batch, length, heads * head_dim]; where no gradient is taken, in one launch.
 
     The stock norm of Mamba-2 is ten launches, more than anything else in a decoded token, and rounds in the same places.
@@ -518,7 +584,8 @@ def gated_norm(norm, x, gate):
         norm._forward_hooks or norm._forward_pre_hooks or norm.weight.is_meta
     )  # offloaded, which is a hook's, too
     if triton is None or not x.is_cuda or followed or watched or not known:
-        return norm(x, gate)
+        normed: torch.Tensor = norm(x, gate)
+        return normed
     output, x, gate = torch.empty_like(x), x.flatten(0, 1), gate.flatten(0, 1)
     _gated_norm_kernel[(len(x), x.shape[1] // norm.group_size)](
         x, gate, norm.weight, output, norm.group_size, x.stride(0), gate.stride(0), norm.variance_epsilon,
@@ -568,9 +635,8 @@ def project_(mixer: Any, BC_projection: torch.Tensor) -> None:
 def project_heads_(mixer: Any, head_state_sizes: Sequence[int], BC_projection: torch.Tensor) -> None:
     """Make a Mamba-2 mixer, stock or projected, scan states that B and C are projected to for each head. In place.
 
-    As `project_`, but for these:
-
     Args:
+        mixer: as for `project_`.
         head_state_sizes: states of each head, 0 to N; together a multiple of the number of heads.
         BC_projection: [2, N, their sum], the heads' maps of B behind one another, then those of C.
 
@@ -608,9 +674,11 @@ class _Stock:
     """What sets the classes that `auto_map` names apart from stock ones, from which they do not differ."""
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel"):
-        """The config writes this file whenever it needs to be, so transformers shall not copy it by its own rules, which
-        would name this file even in the checkpoint of a model that has become stock again."""
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: the config writes this file whenever it needs to be.
+
+        Transformers' own rules would name this file even in the checkpoint of a model that has become stock again.
+        """
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -670,13 +738,15 @@ def update_auto_map(config: PreTrainedConfig) -> None:
 
 
 def install() -> None:
-    """Teach transformers to build and save these models. Does nothing the second time, from whichever copy of this
-    file."""
+    """Teach transformers to build and save these models.
+
+    Does nothing the second time, from whichever copy of this file.
+    """
     wrap_once(PreTrainedModel, "__init__", _prepare_mixer)
     wrap_once(PreTrainedConfig, "to_json_file", _write_source_beside)
 
 
-def wrap_once(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+def wrap_once(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace a function of a class or module by a wrapper around it. Does nothing the second time."""
     stock = getattr(owner, name)
     if not hasattr(stock, "_compressm"):
@@ -685,9 +755,9 @@ def wrap_once(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> No
         setattr(owner, name, wrapper)
 
 
-def _prepare_mixer(stock_init: Callable) -> Callable:
+def _prepare_mixer(stock_init: Callable[..., Any]) -> Callable[..., Any]:
     # A model's first statement, before it builds its layers. Only the module of its own architecture is touched.
-    def init_model(self, config: Any, *args, **kwargs):
+    def init_model(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if is_slimmed(config) and config.model_type in ARCHITECTURES:
             module = _stock_module(config.model_type)
             mixer_class = getattr(module, ARCHITECTURES[config.model_type].mixer)
@@ -701,8 +771,8 @@ def _prepare_mixer(stock_init: Callable) -> Callable:
     return init_model
 
 
-def _build_from_layer_config(stock_init: Callable) -> Callable:
-    def init_from_layer_config(self, config: Any, layer_idx: int, *args, **kwargs):
+def _build_from_layer_config(stock_init: Callable[..., Any]) -> Callable[..., Any]:
+    def init_from_layer_config(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         of_layer, built = _layer_configs(config, layer_idx)
         stock_init(self, built, layer_idx, *args, **kwargs)
         if built is of_layer:
@@ -736,15 +806,15 @@ def _state_size_field(config: Any) -> str:
 # Falcon-H1 computes one vector of multipliers, of a length that depends on the state size, and copies it to all layers:
 # as it builds them, and again as it initialises its own weights, which it has none of. Each layer gets its own instead
 # when the layer is initialised, which happens in each way to load a model.
-def _of_first_layer(compute_mup_vector: Callable) -> Callable:
-    def compute_first_mup_vector(config: Any):
+def _of_first_layer(compute_mup_vector: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_first_mup_vector(config: Any) -> Any:
         return compute_mup_vector(_layer_configs(config, 0)[1])
 
     return compute_first_mup_vector
 
 
-def _init_slim_weights(stock_init_weights: Callable) -> Callable:
-    def init_weights(self, module: Any):
+def _init_slim_weights(stock_init_weights: Callable[..., Any]) -> Callable[..., Any]:
+    def init_weights(self: Any, module: Any) -> None:
         if self.config.is_heterogeneous and self.config.model_type == "falcon_h1" and hasattr(module, "layers"):
             return
         if isinstance(module, ProjectedMixer):
@@ -759,9 +829,9 @@ def _init_slim_weights(stock_init_weights: Callable) -> Callable:
     return init_weights
 
 
-def _write_source_beside(stock_to_json_file: Callable) -> Callable:
+def _write_source_beside(stock_to_json_file: Callable[..., Any]) -> Callable[..., Any]:
     # Every way to save a model or its config ends here, after the point where uploads note which files were there.
-    def to_json_file(self, json_file_path, *args, **kwargs):
+    def to_json_file(self: Any, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
         update_auto_map(self)
         stock_to_json_file(self, json_file_path, *args, **kwargs)
         if is_slimmed(self):

@@ -22,8 +22,10 @@ def plot_spectra(reports: Mapping[str, Sequence[LayerReport]]) -> Any:
 
 
 def plot_report(layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff] | None) -> Any:
-    """One model: its spectra, the divergence to expect of any number of states, and the states of each head, as far as
-    they are known; a matplotlib Figure."""
+    """One model, as a matplotlib Figure.
+
+    Its spectra, the divergence to expect of any number of states, and the states of each head, as far as they are known.
+    """
     by_head = any(layer.head_sizes for layer in layers)
     figure, panels = _panels(1 + (tradeoff is not None) + by_head)
     _draw_spectra(panels[0], "", layers)

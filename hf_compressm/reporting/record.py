@@ -74,7 +74,9 @@ def record_cut_(
     """Make a report that of a model, and append the cut to its history if it cut anything. In place.
 
     Args:
+        model: that was cut.
         report: None if nothing was cut.
+        config: of the cut.
         earlier: the history to append to, as `history_of` gave it before the cut.
     """
     history = earlier
@@ -104,10 +106,10 @@ def set_report_(model: PreTrainedModel, report: CompressionReport | None) -> Non
 
 def history_of(model: PreTrainedModel) -> tuple[Cut, ...]:
     """All cuts of a model, the first one first: of this process, and before it those of the checkpoint it came from."""
-    history: Any = getattr(model, "compression_history", None)
-    if history is None:
-        history = _of_origin(model)
-        model.compression_history = history
+    known: Any = getattr(model, "compression_history", None)
+    history: tuple[Cut, ...] = _of_origin(model) if known is None else known
+    if known is None:
+        model.compression_history = history  # type: ignore[assignment]
     report: Any = getattr(model, "compression_report", None)
     if history and report is not None and report.sizes == history[-1].report.sizes:
         last = history[-1]

@@ -110,8 +110,10 @@ class CompressionReport:
         return capture.get()
 
     def plot(self) -> Any:
-        """The spectra of all layers, each relative to its largest value, with what was kept; and beside them, where it is
-        known, what any other total of states would have cost, and the states of each head: a matplotlib Figure."""
+        """The spectra of all layers, each relative to its largest value, with what was kept, as a matplotlib Figure.
+
+        Beside them, where it is known, what any other total of states would have cost, and the states of each head.
+        """
         return plot_report(self.layers, self.tradeoff)
 
     def _summary(self) -> str:

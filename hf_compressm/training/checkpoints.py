@@ -60,6 +60,7 @@ class ReshapeOnLoad:
             layer.mixer.register_load_state_dict_pre_hook(cls(trainer, model, layer, listener))
 
     def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Give the layer the size that it has in the weights, before they are loaded."""
         layer, model = self.layer, self.model()
         size = size_in(layer, state_dict, prefix)
         if size is None or size == layer.state_size or model is None:
@@ -87,6 +88,7 @@ class ReshapeBeforeLoad:
         before_loading_(trainer, cls(trainer, listener))
 
     def __call__(self, folder: str) -> None:
+        """Give the model the sizes of the checkpoint in a folder."""
         trainer = self.trainer()
         if trainer is None or not FSDP2.takes(trainer):
             return
@@ -103,7 +105,8 @@ def fsdp_checkpoint_on_meta(folder: str) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED, without their values."""
     full, sharded = os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"), os.path.join(folder, f"{FSDP_MODEL_NAME}_0")
     if os.path.isfile(full):
-        return torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        weights: dict[str, Tensor] = torch.load(full, map_location="meta", mmap=True, weights_only=True)
+        return weights
     if os.path.isdir(sharded):
         from torch.distributed.checkpoint import FileSystemReader
 

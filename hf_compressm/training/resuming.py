@@ -108,7 +108,9 @@ def states_after(count: int, kept: States, history: Sequence[Attempt]) -> States
     """The states that were left after some of the attempts.
 
     Args:
+        count: how many of them, the first ones.
         kept: those that were left after all of them.
+        history: all attempts.
     """
     return {
         i: [list(g) for g in groups] for i, groups in (history[count].states if count < len(history) else kept).items()
