@@ -180,17 +180,31 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     All processes must come here together, or those that did not be asked to.
     """
+    sharded = any(is_sharded(parameter) for parameter in module.parameters())
+    if sharded and _ask_the_others:
+        _ask_the_others[-1](module)
+    with _in_place_of_sharded(module, whole):
+        yield
+
+
+@contextmanager
+def shapes_only(module: nn.Module) -> Iterator[None]:
+    """With zeros in the places of a module's sharded parameters: nothing is gathered, and no process waits for another."""
+    with _in_place_of_sharded(module, lambda p: torch.zeros(p.shape, dtype=p.dtype, device=p.device)):
+        yield
+
+
+@contextmanager
+def _in_place_of_sharded(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
     sharded = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
         if is_sharded(parameter)
     ]
-    if sharded and _ask_the_others:
-        _ask_the_others[-1](module)
     try:
         for owner, name, parameter in sharded:
-            stand_in = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+            stand_in = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
             stand_in.stands_for = parameter  # type: ignore[attr-defined]
             setattr(owner, name, stand_in)
         yield

@@ -21,7 +21,8 @@ transformers has no such model, so a mixer of one's own takes part by two method
 - A mixer of many systems side by side, such as S4D's one for each channel, gives a [systems, n], B [systems, n, m],
   C [systems, p, n]. All are cut to one size.
 - Where only one of each conjugate pair is stored (S4D, S5), C is twice what is stored: y = Re(C x).
-- `lti_parameters` names every parameter whose shape depends on n; a, B and C come to it as complex128.
+- `lti_parameters` names every parameter whose shape depends on n; a, B and C come to it as complex128, on the mixer's device.
+- Where FSDP2 shards the mixer, its parameters are zeros while only shapes are asked for.
 - D, and whatever else the mixer has, stays as it is.
 - The mixer's forward takes n from its parameters. If it has an attribute `state_size`, that is kept up to date; if it has a
   `layer_idx`, reports call it by that, and else by its place in the model.
@@ -40,6 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..compat import shapes_only, weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.lti import LTIStatistics, ModalSystem, Truncated, TruncatedPath
 from .contracts import Realization, ResizeParameter
@@ -175,7 +177,8 @@ class LTILayer(MixerLayer):
             ValueError: if the mixer's answer is none.
         """
         try:
-            a, B, C = (matrix.cpu() for matrix in self.mixer.lti_system())
+            with weights_at_hand(self.mixer):
+                a, B, C = (matrix.cpu() for matrix in self.mixer.lti_system())
             return ModalSystem(a, B, C)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.name}.lti_system() gives no system: {error}. Nothing was changed.") from error
@@ -187,7 +190,9 @@ class LTILayer(MixerLayer):
         Raises:
             ValueError: if its `lti_parameters` names one that it does not have.
         """
-        values: dict[str, Tensor] = self.mixer.lti_parameters(*(matrix.to(torch.complex128) for matrix in (a, B, C)))
+        with weights_at_hand(self.mixer):
+            system = (matrix.to(self.device, torch.complex128) for matrix in (a, B, C))
+            values: dict[str, Tensor] = self.mixer.lti_parameters(*system)
         unknown = sorted(values.keys() - {name for name, _ in self.mixer.named_parameters()})
         if unknown:
             raise ValueError(f"{self.name}.lti_parameters names {unknown[0]}, which is no parameter of it.")
@@ -196,14 +201,19 @@ class LTILayer(MixerLayer):
     @property
     def state_size(self) -> int:
         """The state size, n."""
-        with torch.no_grad():
-            return int(self.mixer.lti_system()[0].shape[-1])
+        return self._shape()[-1]
 
     @property
     def channels(self) -> int:
         """Two for each system: a complex state is two numbers."""
-        with torch.no_grad():
-            return int(2 * self.mixer.lti_system()[0].shape[:-1].numel())
+        return 2 * self._shape()[:-1].numel()
+
+    @torch.no_grad()
+    def _shape(self) -> torch.Size:
+        """Of a."""
+        with shapes_only(self.mixer):
+            a: Tensor = self.mixer.lti_system()[0]
+        return a.shape
 
     def statistics(self, *, mean_lti: bool) -> LTIStatistics:
         """What the weights say, which is all that there is to know.
@@ -224,9 +234,10 @@ class LTILayer(MixerLayer):
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that make the system."""
-        a, B, C = self.system().first(1)
-        a, B, C = (torch.cat([matrix] * size, dim) for matrix, dim in zip((a, B, C), (-1, -2, -1), strict=True))
-        return {name: value.shape for name, value in self.parameters_of(a, B, C).items()}
+        with torch.no_grad(), shapes_only(self.mixer):
+            parts = zip(self.mixer.lti_system(), (-1, -2, -1), strict=True)
+            a, B, C = (torch.cat([matrix.narrow(dim, 0, 1)] * size, dim) for matrix, dim in parts)
+            return {name: value.shape for name, value in self.parameters_of(a, B, C).items()}
 
     def resize(self, size: int) -> None:
         """Tell the mixer its new state size, where it wants to know."""

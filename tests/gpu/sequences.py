@@ -24,7 +24,7 @@ which is made first or found in `--results`:
 `--settling` tells for the full model how far the ranking of the states at 2, 5, 10, 20 and 40% of the steps is that of the end.
 
 To share seeds and methods out among several processes, give each `--seeds`, `--methods` and `--results FILE.jsonl`;
-`table FILE.jsonl ...` makes one table of them. Seconds tell nothing then: `--timing` trains only so many steps, alone.
+`table FILE.jsonl ...` makes one table of them, and `figure FILE.jsonl ... --output FILE.png` one of when the ranking settles. Seconds tell nothing then: `--timing` trains only so many steps, alone.
 
 Results beside those in tests/gpu/README.md. LRU: hidden 128, 4 layers, N=256, batch 128, 600 steps, cuts at 2 to 20% of them; three seeds:
 
@@ -635,6 +635,54 @@ def summary(rows: Sequence[dict]) -> None:
         print(f"\nRank correlation with the end, {model}: {', '.join(line)}")
 
 
+def figure(rows: Sequence[dict], file: Path) -> None:
+    """By family: when the ranking of the states is that of the end, and what one cut at that time costs in the end."""
+    from matplotlib import pyplot
+
+    _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for number, model in enumerate(dict.fromkeys(row["architecture"] for row in rows if "settling" in row)):
+        mine = [row for row in rows if row["architecture"] == model and not math.isnan(row["metric"])]
+        color, task = f"C{number}", next(row["task"] for row in mine if "settling" in row)
+        settled = [row["settling"] for row in mine if "settling" in row]
+        shares = [share for share in SHARES if share < 1]
+        draw(left, shares, [[one[str(share)] for one in settled] for share in shares], model, color)
+        full = {row["seed"]: row["metric"] for row in mine if row["method"] == "full" and row["task"] == task}
+        costs: dict[float, list[float]] = {}
+        for row in mine:
+            method = Method.of(row["method"])
+            if method.kind == "at" and row["task"] == task and row["seed"] in full:
+                before = full[row["seed"]]
+                lost = 100 * (row["metric"] / before - 1) if task == "text" else before - row["metric"]
+                costs.setdefault(method.number, []).append(lost)
+        states = next(row["sizes"][0] for row in mine if "settling" in row)
+        small = next(Method.of(row["method"]).sizes for row in mine if row["method"].startswith("at"))
+        what = "perplexity, %" if task == "text" else "accuracy, points"
+        draw(
+            right,
+            sorted(costs),
+            [costs[share] for share in sorted(costs)],
+            f"{model}, {states} to {small:g} ({what})",
+            color,
+        )
+    left.set(title="Ranking of the states", ylabel="rank correlation with the end", ylim=(-0.1, 1.05))
+    right.set(title="One cut at that time", ylabel="lost at the end, against the full model", ylim=(-0.2, None))
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="share of the run")
+        axes.set_xticks([share for share in SHARES if share < 1], [f"{share:.0%}" for share in SHARES if share < 1])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    pyplot.savefig(file, dpi=120)
+
+
+def draw(axes: Any, x: Sequence[float], values: Sequence[Sequence[float]], label: str, color: str) -> None:
+    """Means, with deviations where there are several seeds."""
+    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    axes.errorbar(
+        x, [statistics.mean(each) for each in values], deviations, label=label, color=color, marker="o", capsize=3
+    )
+
+
 def spread(values: Sequence[float]) -> str:
     if any(map(math.isnan, values)):
         return ""
@@ -644,8 +692,9 @@ def spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=[*TASKS, "hankel", "table"])
-    parser.add_argument("files", type=Path, nargs="*", help="table: what --results wrote")
+    parser.add_argument("task", choices=[*TASKS, "hankel", "table", "figure"])
+    parser.add_argument("files", type=Path, nargs="*", help="table, figure: what --results wrote")
+    parser.add_argument("--output", type=Path, default=Path("settling.png"), help="of figure")
     parser.add_argument("--model", choices=["lru", "mamba", "mamba2"], default="mamba")
     parser.add_argument("--methods", default="full,cut:4,small:4")
     parser.add_argument("--seeds", default="0,1,2")
@@ -677,8 +726,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--images", type=Path)
     args = parser.parse_args()
-    if args.task == "table":
-        summary([json.loads(line) for file in args.files for line in file.read_text().splitlines()])
+    if args.task in ("table", "figure"):
+        rows = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
+        summary(rows) if args.task == "table" else figure(rows, args.output)
         return
     if args.task == "hankel":
         args.hidden, args.layers, args.state_size = args.hidden or 128, args.layers or 4, args.state_size or 256

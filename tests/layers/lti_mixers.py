@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +143,7 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(vocabulary, size)
         self.mixers = nn.ModuleList(make() for _ in range(2))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         x = self.embedding(input_ids)
         for mixer in self.mixers:
             x = x + torch.tanh(mixer(x))

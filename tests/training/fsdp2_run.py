@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fitted": {"model": "mamba2", "target": {"ratio": 0.75, "multiple_of": 8, "weights": "fisher", "refit": 1}},
     "rollback": {"target": {"ratio": 0.5, "rollback": 0.0}, "args": EVALUATES},
     "mixed": {"model": "mixed", "args": {"bf16": True}},
-    "lti": {"model": "lti", "args": {"save_strategy": "steps", "save_steps": 3}},
+    "lti": {"model": "lti", "target": {"state_size": 6}, "args": {"save_strategy": "steps", "save_steps": 3}},
 }
 
 
@@ -105,7 +105,7 @@ def run(out: Path, variant: str, processes: int, checkpoint: str | None = None, 
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     result = {
         "losses": losses(trainer),
-        "sizes": [layer.state_size for layer in find_layers(model)],
+        "sizes": sizes(model),
         "hash": digest(model, trainer.optimizer.state),
         "weights": digest(model),
         "spectra": [attempt.hankel_singular_values for attempt in callback.history],

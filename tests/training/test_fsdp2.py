@@ -16,9 +16,17 @@ from tests.training.fsdp2_run import VARIANTS, digest, run, run_all
 
 pytestmark = pytest.mark.distributed
 
-ON_TWO = [*VARIANTS, "full@full-2/checkpoint-3", "fitted:ddp", "failing", "refused"]
+ON_TWO = [
+    *VARIANTS,
+    "full@full-2/checkpoint-3",
+    "lti@lti-2/checkpoint-3",
+    "fitted:ddp",
+    "lti:ddp",
+    "failing",
+    "refused",
+]
 ON_THREE = ["sharded@sharded-2/checkpoint-3"]
-ALONE = ["none", "full", "sharded", "options"]
+ALONE = ["none", "full", "sharded", "options", "lti"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def distance(one: dict, other: dict) -> float:
     return max(abs(one["losses"][step] - other["losses"][step]) for step in one["losses"])
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "full-resumed"])
+@pytest.mark.parametrize("name", [*VARIANTS, "full-resumed", "lti-resumed"])
 def test_the_processes_know_the_same_and_hold_a_part_each(results, name):
     first, second = results(name), results(name, rank=1)
     for key in ("hash", "sizes", "spectra", "kept"):
@@ -51,9 +59,9 @@ def test_the_processes_know_the_same_and_hold_a_part_each(results, name):
     assert first["trained"]  # all parameters are the optimizer's
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [*ALONE, "lti-ddp"])
 def test_it_follows_the_run_of_one_process(results, name):
-    alone, sharded = results(name, 1), results(name)
+    alone, sharded = results(name.removesuffix("-ddp"), 1), results(name)
     assert distance(alone, sharded) < 1e-4
     assert alone["sizes"] == sharded["sizes"]
     assert alone["kept"] == sharded["kept"]
@@ -73,7 +81,8 @@ def test_fits_and_weights_by_the_loss_are_those_of_ddp(results):
 
 
 def test_a_resumed_run_is_the_whole_run(folder, results):
-    assert results("full")["losses"] == results("full-resumed")["losses"]
+    for name in ("full", "lti"):
+        assert results(name)["losses"] == results(f"{name}-resumed")["losses"]
     for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
         whole, resumed = (
             torch.load(folder / run / "checkpoint-6" / name, weights_only=True) for run in ("full-2", "full-resumed-2")
