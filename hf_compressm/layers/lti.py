@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -176,10 +177,14 @@ class LTILayer(MixerLayer):
         Raises:
             ValueError: if the mixer's answer is none.
         """
-        try:
-            with weights_at_hand(self.mixer):
-                a, B, C = (matrix.cpu() for matrix in self.mixer.lti_system())
+        with weights_at_hand(self.mixer), self._asked():
+            a, B, C = (matrix.cpu() for matrix in self.mixer.lti_system())
             return ModalSystem(a, B, C)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.name}.lti_system() gives no system: {error}. Nothing was changed.") from error
 
@@ -235,8 +240,9 @@ class LTILayer(MixerLayer):
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that make the system."""
         with torch.no_grad(), shapes_only(self.mixer):
-            parts = zip(self.mixer.lti_system(), (-1, -2, -1), strict=True)
-            a, B, C = (torch.cat([matrix.narrow(dim, 0, 1)] * size, dim) for matrix, dim in parts)
+            with self._asked():
+                parts = zip(self.mixer.lti_system(), (-1, -2, -1), strict=True)
+                a, B, C = (torch.cat([matrix.narrow(dim, 0, 1)] * size, dim) for matrix, dim in parts)
             return {name: value.shape for name, value in self.parameters_of(a, B, C).items()}
 
     def resize(self, size: int) -> None:

@@ -143,7 +143,13 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(vocabulary, size)
         self.mixers = nn.ModuleList(make() for _ in range(2))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> CausalLMOutput:
         x = self.embedding(input_ids)
         for mixer in self.mixers:
             x = x + torch.tanh(mixer(x))
