@@ -239,7 +239,7 @@ class LTILayer(MixerLayer):
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that make the system."""
-        with torch.no_grad(), shapes_only(self.mixer):
+        with torch.no_grad(), shapes_only(self.mixer), weights_at_hand(self.mixer):
             with self._asked():
                 parts = zip(self.mixer.lti_system(), (-1, -2, -1), strict=True)
                 a, B, C = (torch.cat([matrix.narrow(dim, 0, 1)] * size, dim) for matrix, dim in parts)
