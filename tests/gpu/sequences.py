@@ -14,7 +14,7 @@ Methods, with the sizes that they end with: a whole number of states, or the tol
 which is made first or found in `--results`:
 
 - full; cut:0.05 (a tolerance at each of `--reductions` attempts); cut:12 (a state size);
-- at0.2:12, one cut at that share of the steps; after:12, the full model cut once it is trained, and not trained on;
+- at0.2:12, one cut at that share of the steps; after:12 (lru), the full model cut once it is trained, and not trained on;
 - small:12, as many states from the start; long1.4:12, the same for 1.4 times the steps;
 - distilled:12, small and taught by the full model: half labels, half Kullback-Leibler divergence (arXiv 1503.02531);
 - shared:12, the same where teacher and student have half of the steps each, so that the teacher's training is counted;
