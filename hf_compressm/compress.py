@@ -131,7 +131,7 @@ def compress_(
     Args:
         model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
         config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
-        calibration_data, tokenizer: as for `compress_pretrained`; of this process. Refits are fitted on those of process 0.
+        calibration_data, tokenizer: as for `compress_pretrained`; of this process.
         optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
             parameters that they belong to.
 

@@ -99,6 +99,18 @@ class Backend(ABC):
         """The items of all processes, in the order of these."""
         return list(items)
 
+    def as_called(self, model: Any) -> Any:
+        """A plain model as it has to be called for a pass outside of training."""
+        return model
+
+    def bring(self, items: Sequence[T]) -> list[list[T]]:
+        """The items of each process, on the first; none on the others. Tensors in them are on the CPU."""
+        return [list(items)]
+
+    def states_of(self, optimizer: Any) -> Any:
+        """An optimizer as one that holds the model's parameters themselves."""
+        return optimizer
+
     def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
         """Give a parameter new data of another shape. In place: it stays the same object."""
         set_data_(parameter, data)

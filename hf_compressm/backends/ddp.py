@@ -90,6 +90,12 @@ class DDP(Backend):
         dist.all_gather_object(everything, list(items))
         return [item for some in everything for item in some]
 
+    def bring(self, items: Sequence[T]) -> list[list[T]]:
+        """The items of each process, on process 0; none on the others."""
+        everything: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(list(items), everything, dst=0)
+        return everything or []
+
     def after_cut_(self) -> None:
         """Rebuild the reducer."""
         ddp = find_ddp(self.wrapped)

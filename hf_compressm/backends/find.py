@@ -6,11 +6,13 @@ from typing import Any
 
 from .backend import Backend
 from .ddp import DDP
+from .deepspeed import DeepSpeed
+from .fsdp1 import FSDP1
 from .fsdp2 import FSDP2
 from .one_process import OneProcess
-from .refused import DataParallel, Sharded
+from .refused import DataParallel, ShardedOtherwise
 
-_BACKENDS: list[type[Backend]] = [Sharded, DataParallel, FSDP2, DDP, OneProcess]
+_BACKENDS: list[type[Backend]] = [ShardedOtherwise, DataParallel, DeepSpeed, FSDP2, FSDP1, DDP, OneProcess]
 
 
 def register(backend: type[Backend]) -> type[Backend]:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..compat import asking_the_others, fsdp2_parameters, fsdp2_units, gathered, is_sharded, resize_fsdp2_, uncompiled
+from ..compat import fsdp2_parameters, fsdp2_units, is_sharded, resize_fsdp2_
 from .agreement import SILENCE
-from .ddp import DDP
 from .loop import Loop
+from .sharded import Sharded
 
-T = TypeVar("T")
 
-
-class FSDP2(DDP):
-    """Parameters and the optimizer's states are sharded; those of one mixer at a time are gathered for a cut.
-
-    Processes must gather, and run the model, together: a forward pass of one alone would wait for the others. Sharding itself
-    makes none wait.
-    """
+class FSDP2(Sharded):
+    """Parameters and the optimizer's states are sharded, as `DTensor`s. Sharding itself makes no process wait."""
 
     late = SILENCE
 
@@ -31,12 +23,6 @@ class FSDP2(DDP):
     def takes(cls, trainer: Any) -> bool:
         """If the model is sharded so."""
         return isinstance(trainer.model_wrapped, nn.Module) and bool(fsdp2_units(trainer.model_wrapped))
-
-    @property
-    def model(self) -> nn.Module:
-        """The sharded model, which is the plain one: FSDP2 wraps nothing around it."""
-        sharded: nn.Module = uncompiled(self.trainer.model_wrapped)
-        return sharded
 
     @cached_property
     def _kept(self) -> dict[int, Any]:
@@ -87,51 +73,10 @@ class FSDP2(DDP):
                 "after the training."
             )
 
-    def least(self, count: int) -> int:
-        """The least of the processes' numbers: a pass of the model wants all of them."""
-        least = torch.tensor(count, device=next(self.model.parameters()).device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        return int(least)
-
     def settle_(self) -> None:
         """Free what forward passes left gathered."""
         for unit in fsdp2_units(self.model):
             unit.reshard()
-
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What process 0 chooses. Where it reads the weights of a layer, the others gather them with it.
-
-        Raises:
-            ValueError, TypeError: what `choose` raised; any other error of process 0 is a RuntimeError on the others.
-        """
-        if dist.get_rank() > 0:
-            while (name := self._send()) is not None:
-                with gathered(self.model.get_submodule(name)):
-                    pass
-            return super().decide(choose)
-        names = {id(module): name for name, module in self.model.named_modules()}
-        chosen: list[T] = []
-        refusal: Exception | None = None
-        try:
-            with asking_the_others(lambda module: self._send(names[id(module)])):
-                chosen = [choose()]
-        except Exception as error:  # raised where the others hear of it
-            refusal = error
-        finally:
-            self._send(None)  # they wait no longer
-
-        def choice() -> T:
-            if refusal is not None:
-                raise refusal
-            return chosen[0]
-
-        return super().decide(choice)
-
-    def _send(self, name: str | None = None) -> str | None:
-        """The name of a module whose weights are read, from process 0 to the others; None once there is none."""
-        sent = [name]
-        dist.broadcast_object_list(sent, src=0)
-        return sent[0]
 
     def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
         """Give a parameter, or that whose place it takes while it is gathered, new data of another shape. In place."""

@@ -9,7 +9,7 @@ from torch import nn
 from .backend import Backend
 
 
-class Sharded(Backend):
+class ShardedOtherwise(Backend):
     """The parameters or the optimizer's states are spread over the processes in a way that can't follow a cut."""
 
     @classmethod
@@ -31,15 +31,10 @@ class Sharded(Backend):
 
 
 def _name(trainer: Any) -> str | None:
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed"
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "a model that was sharded when it was loaded"
     if getattr(trainer, "is_fsdp_xla_enabled", False):
         return "FSDP of XLA"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-        return None if getattr(plugin, "fsdp_version", 1) == 2 else "FSDP1"
     return None
 
 

@@ -63,7 +63,7 @@ def measure(
             any other cut an eighth, if there are eight sequences.
         tokenizer: for texts.
         backend: of a training loop on several processes: each measures on its own data, the statistics are summed and what
-            is held out is put together; inputs for refits stay those of each process.
+            is held out and what layers are refitted on is put together.
 
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, the data does not fit the model, or a plain
@@ -91,7 +91,7 @@ def measure(
     )
     held_out = backend.gather(held_out)
     fits = config.refits and any(layer.realizations[name].has_fit for layer in layers)
-    inputs = Inputs() if fits else None
+    inputs = Inputs(backend.processes) if fits else None
     device = device_of(model)
     seconds = config.calibration_seconds
     if seconds is None:
@@ -138,7 +138,7 @@ def measured_together(
     Args:
         layers, config, backend: what is measured, and how.
         run: adds batches of this process to statistics, keeps what mixers read in the inputs, and returns the statistics.
-        batches, inputs: for it.
+        batches, inputs: for it; the inputs are brought to process 0, which fits.
 
     Raises:
         ValueError: as `check_measured`.
@@ -151,6 +151,8 @@ def measured_together(
     backend.share_candidates_(statistics, lambda: run(empty(), batches[:1], None))
     backend.together("measuring", lambda: run(statistics, batches, inputs))
     backend.sum_(statistics)
+    if inputs is not None and backend.processes > 1:
+        inputs.bring_(backend)
     check_measured(layers, statistics)
     return statistics
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import is_sharded, sharded_like, whole
+from ..compat.parts import Part
 from ..layers import ParameterCut
 
 # State entries that are copies of the weights: ASGD's average, schedule-free's iterate, master weights.
@@ -119,6 +120,8 @@ def set_states_(states: Sequence[NewState]) -> None:
 
 def _check_state(name: str, state: State, shape: torch.Size) -> None:
     for key, entry in state.items():
+        if isinstance(entry, Part):
+            continue  # it is of the parameter's shape
         if isinstance(entry, Tensor):
             number = entry.is_floating_point() or entry.is_complex()
             plain = (type(entry) in (Tensor, nn.Parameter) or is_sharded(entry)) and number

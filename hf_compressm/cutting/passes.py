@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..compat.parts import shape_of
 from ..hankel import budgets
 from ..interrupts import restoring, uninterrupted
 from ..layers import Layer
@@ -97,7 +98,7 @@ def sequences_to_head(model: Any, layers: Sequence[Layer], length: int, most: in
 
 def kept_on_cpu(model: Any, blocks: int, tokens: int) -> Any:
     """A context in which what a backward pass keeps between blocks waits on the CPU, if it is too much for the device."""
-    width = model.get_input_embeddings().weight.shape[1]
+    width = shape_of(model.get_input_embeddings().weight)[1]
     if 4 * blocks * width * tokens <= budgets.CHECKPOINTS:
         return nullcontext()
 

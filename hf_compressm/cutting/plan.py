@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
-from ..compat import weights_at_hand
+from ..compat import parameter_count, weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
@@ -203,7 +203,7 @@ def make_report(
     name: str,
 ) -> CompressionReport:
     """The report of what layers become, from their spectra and realizations (those that are not named stay)."""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = parameter_count(model)
     rows = []
     for layer, spectrum in zip(layers, spectra, strict=True):
         realization = realizations.get(layer.index)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import is_sharded, weights_map
+from ..compat import held, is_same, weights_map
+from ..compat.parts import Part, forget_planned_
 from ..hankel import budgets
 from ..interrupts import uninterrupted
 from ..layers import Layer, set_data_
@@ -46,10 +47,10 @@ class Snapshot:
         self.collections = [
             Contents(value) for module in modules for value in vars(module).values() if isinstance(value, dict | set)
         ]
-        elsewhere = {id(p) for p in replaced if p.device.type != "cpu"}
+        elsewhere = {id(p) for p in replaced if p.device.type != "cpu" and not isinstance(held(p), Part)}
         if sum(p.nbytes for p in replaced) <= budgets.REPLACED:
             elsewhere.clear()
-        self.parameters = [(p, p.data.cpu() if id(p) in elsewhere else p.data, p.grad) for p in parameters]
+        self.parameters = [(p, p.data.cpu() if id(p) in elsewhere else held(p), p.grad) for p in parameters]
         offloaded = [found[0] for module in modules if (found := weights_map(module)) is not None]
         self.collections += [Contents(weights) for weights in {id(weights): weights for weights in offloaded}.values()]
         self.states = [
@@ -67,10 +68,13 @@ class Snapshot:
             for contents in [*self.attributes, *self.collections]:
                 contents.restore_()
             for parameter, data, gradient in self.parameters:
-                if not _is_same(parameter.data, data):
-                    if parameter.dtype != data.dtype:
-                        parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
-                    self.resize_(parameter, data.to(parameter.device))
+                forget_planned_(parameter)
+                if not is_same(held(parameter), data):
+                    if not isinstance(data, Part):
+                        if parameter.dtype != data.dtype:
+                            parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another
+                        data = data.to(parameter.device)
+                    self.resize_(parameter, data)
                 parameter.grad = gradient
             for optimizer, parameter, state in self.states:
                 if state is not None:
@@ -84,7 +88,8 @@ class Contents:
     """A dictionary or set with what is in it now; the values are not copied."""
 
     def __init__(self, collection: Any) -> None:
-        self.collection, self.copy = collection, collection.copy()
+        self.collection = collection
+        self.copy: Any = dict(collection.items()) if isinstance(collection, dict) else set(collection)
 
     def restore_(self) -> Any:
         """Put it back in the same object, which others may hold."""
@@ -112,9 +117,3 @@ def undone_on_error(
     except BaseException:
         snapshot.restore_()
         raise
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    if is_sharded(one):
-        return one.shape == other.shape and _is_same(one.to_local(), other.to_local())  # type: ignore[attr-defined]
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype

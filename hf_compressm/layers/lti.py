@@ -34,6 +34,7 @@ all that there is to save. A slim one is loaded into a fresh model by `resize_li
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..compat import shapes_only, weights_at_hand
+from ..compat import holding, shapes_only, weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.lti import LTIStatistics, ModalSystem, Truncated, TruncatedPath
 from .contracts import Realization, ResizeParameter
@@ -78,7 +79,7 @@ class Balance(Realization):
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """Where the states are complex: the eigenvalues of what is left need not be real where all were."""
-        return bool(layer.system().a.is_complex())
+        return bool(layer.like_a().is_complex())
 
     @classmethod
     def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
@@ -108,13 +109,12 @@ class Balance(Realization):
         return {name: ParameterCut(values=value) for name, value in layer.parameters_of(*self._system(layer)).items()}
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
-        """Give the mixer its new parameters, and see whether they make it the new system. In place.
+        """Give the mixer its new parameters, once it is seen that they make it the new system. In place.
 
         Raises:
             ValueError: if they don't.
         """
-        super().apply_(layer, new, resize_)
-        wanted, made = ModalSystem(*self._system(layer)), layer.system()
+        wanted, made = ModalSystem(*self._system(layer)), self._tried(layer, new)
         dtypes = {layer.mixer.get_parameter(name).dtype for name in new}
         tolerance = max(CLOSE.get(dtype, math.inf) for dtype in dtypes)
         alike = all(getattr(wanted, name).shape == getattr(made, name).shape for name in ("a", "B", "C"))
@@ -123,12 +123,24 @@ class Balance(Realization):
                 f"{layer.name} was given the parameters that its lti_parameters names for a system, and its lti_system gives "
                 "another one then: the two methods have to undo each other. Nothing was changed."
             )
+        super().apply_(layer, new, resize_)
+
+    def _tried(self, layer: Any, new: Mapping[str, Tensor]) -> ModalSystem:
+        """What the mixer is with other parameters."""
+        size = layer.state_size
+        try:
+            with holding(layer.mixer, new):
+                layer.resize(self.size)
+                system: ModalSystem = layer.system()
+                return system
+        finally:
+            layer.resize(size)
 
     def _system(self, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """a, B and C, with the leading dimension of many systems only where the mixer has it."""
         made = self.groups[0]
         parts = made.a.cpu(), made.B.cpu(), made.C.cpu()
-        return parts if layer.system().a.ndim > 1 else tuple(part[0] for part in parts)
+        return parts if layer.like_a().ndim > 1 else tuple(part[0] for part in parts)
 
 
 class _Path(Mapping[int, Realization]):
@@ -167,8 +179,10 @@ class LTILayer(MixerLayer):
 
     @classmethod
     def misfit(cls, module: nn.Module) -> list[str]:
-        """The methods that it lacks."""
-        return [f"lacks {name}" for name in sorted(cls.NEEDS) if not callable(getattr(module, name, None))]
+        """The methods that it lacks; a wrapper, such as FSDP1's, has none of what it wraps."""
+        return [
+            f"lacks {name}" for name in sorted(cls.NEEDS) if not callable(inspect.getattr_static(module, name, None))
+        ]
 
     @torch.no_grad()
     def system(self) -> ModalSystem:
@@ -206,19 +220,19 @@ class LTILayer(MixerLayer):
     @property
     def state_size(self) -> int:
         """The state size, n."""
-        return self._shape()[-1]
+        return self.like_a().shape[-1]
 
     @property
     def channels(self) -> int:
         """Two for each system: a complex state is two numbers."""
-        return 2 * self._shape()[:-1].numel()
+        return 2 * self.like_a().shape[:-1].numel()
 
     @torch.no_grad()
-    def _shape(self) -> torch.Size:
-        """Of a."""
-        with shapes_only(self.mixer):
+    def like_a(self) -> Tensor:
+        """A tensor of a's shape and dtype; its values may be others."""
+        with shapes_only(self.mixer), self._asked():
             a: Tensor = self.mixer.lti_system()[0]
-        return a.shape
+            return a
 
     def statistics(self, *, mean_lti: bool) -> LTIStatistics:
         """What the weights say, which is all that there is to know.

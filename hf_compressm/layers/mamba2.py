@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compat.parts import shape_of
 from ..config import CompreSSMConfig
 from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
@@ -303,7 +304,7 @@ class Mamba2Layer(MixerLayer):
         conv = mixer.intermediate_size + 2 * self.groups * size
         rows = {"in_proj": mixer.intermediate_size + conv + mixer.num_heads, "conv1d": conv}
         return {
-            f"{name}.{key}": torch.Size([rows[name], *parameter.shape[1:]])
+            f"{name}.{key}": torch.Size([rows[name], *shape_of(parameter)[1:]])
             for name in rows
             for key, parameter in getattr(mixer, name).named_parameters()
         }

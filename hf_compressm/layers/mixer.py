@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compat import device_of
+from ..compat.parts import shape_of
 from .contracts import MixerInputs, Realization
 from .selection import Select
 
@@ -135,6 +136,7 @@ def wrong_shapes(mixer: Any, expected: Mapping[str, list[int | None]]) -> list[s
         tensor = mixer
         for part in name.split("."):
             tensor = getattr(tensor, part)
-        if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
-            remarks.append(f"has {name} {list(tensor.shape)} for {['any' if n is None else n for n in shape]}")
+        found = shape_of(tensor)
+        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found, strict=True)):
+            remarks.append(f"has {name} {list(found)} for {['any' if n is None else n for n in shape]}")
     return remarks

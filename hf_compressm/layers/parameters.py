@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compat import is_sharded
+from ..compat import is_held_by_others, is_sharded
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def set_data_(parameter: Tensor, new: Tensor) -> None:
     Raises:
         ValueError: if it is sharded, or takes the place of one that is: its backend can, and no other.
     """
-    if is_sharded(parameter) or hasattr(parameter, "stands_for"):
+    if is_sharded(parameter) or is_held_by_others(parameter):
         raise ValueError(
             "This parameter is sharded, and can only be cut by what shards it: give CompreSSMCallback to a Trainer that trains "
-            "with FSDP2. Nothing was changed."
+            "with it. Nothing was changed."
         )
     new = new.detach().to(parameter.dtype).contiguous()
     wide, narrow = (torch.complex128, torch.complex64) if parameter.is_complex() else (torch.float64, torch.float32)

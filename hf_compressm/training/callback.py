@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import CONFIG_NAME, logging
 
 from ..backends import Backend, OneProcess, announce, find_backend
-from ..compat import calling_trainer, checkpoint_parent, device_of
+from ..compat import calling_trainer, checkpoint_parent, device_of, inside
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
 from ..cutting.optimizer import as_list, check_optimizers
@@ -95,12 +95,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Statistics come from the last `calibration_batches` training batches before an attempt, from the first sequences of each
     that make up 32,768 tokens. Under DDP (`torchrun`) they are summed over the processes, process 0 decides, and all stay
-    bit-identical; so they are under FSDP2, where parameters and the optimizer's state stay sharded through a cut. All of them
-    need the callback, with the same config: else training ends before its first step, with what differs. If one fails or ends
-    in a cut, the others undo theirs and say which it was.
+    bit-identical; so they are under FSDP1 and 2 and DeepSpeed's ZeRO, where parameters and the optimizer's state stay sharded
+    through a cut. All of them need the callback, with the same config: else training ends before its first step, with what
+    differs. If one fails or ends in a cut, the others undo theirs and say which it was.
 
-    With `refit`, the layers are fitted at each cut, on what process 0 read of these batches, and the optimizer's moments are
-    those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
+    With `refit`, the layers are fitted at each cut, on what the mixers of all processes read of the first of these batches,
+    and the optimizer's moments are those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
     refit=3`.
 
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
@@ -191,14 +191,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Refuse what can't work, and go on where a checkpoint, or this training loop before it was restarted, left off."""
-        loop = self._find_trainer()
+        loop, model = self._find_trainer(), inside(model)
         self._recorder.stop()  # a run that an error ended did not
         self._backend = find_backend(self.trainer)
         check_everywhere(self, self._backend.late)
         begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
-        layers = self._backend.together(
-            begin, lambda: self._ready(args, state, model, optimizer, checkpoint), PATIENCE
-        )
+        self._backend.together(begin, self._backend.refuse, PATIENCE)
+        states = self._backend.states_of(optimizer)
+        layers = self._backend.together(begin, lambda: self._ready(args, state, model, states, checkpoint), PATIENCE)
         facts = self.config.to_dict() | {
             "the steps of the cuts": self._steps,
             "the state sizes": {layer.index: layer.state_size for layer in layers},
@@ -214,7 +214,6 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, model: PreTrainedModel, optimizer: Any, checkpoint: str | None
     ) -> list[Layer]:
         """The layers to cut, once nothing is known that speaks against it."""
-        self._backend.refuse()
         check_alone(self, self.trainer)
         layers = find_trainable_layers(model)
         self._config = replace(self._config, realization=realization_of(self._config, layers, in_training=True))
@@ -290,12 +289,14 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Attempt a cut, if one is due."""
+        model = inside(model)
         self._timer.stop()
         if not self._checked:  # there is a state to look at now
-            self._backend.together("the first step", lambda: check_optimizers(as_list(optimizer), model))
+            states = as_list(self._backend.states_of(optimizer))
+            self._backend.together("the first step", lambda: check_optimizers(states, model))
             self._checked = True
         if self._remaining and state.global_step >= self._remaining[0]:
-            self._attempt(args, state, control, model, optimizer)
+            self._attempt(args, state, control, model, self._backend.states_of(optimizer))
             if not self._remaining:
                 self._recorder.stop()
 
@@ -386,11 +387,13 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         before = metric.value() if metric is not None else 0.0
         with undone_on_error(model, layers, as_list(optimizer), self._backend.resize_parameter_) as snapshot:
             self._backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=self._backend))
+            self._backend.after_cut_()
             undone = metric is not None and metric.forbids(before, metric.value())
             if undone:
                 snapshot.restore_()
         del snapshot  # the last that holds tensors of the old sizes
-        self._backend.after_cut_()
+        if undone:
+            self._backend.after_cut_()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return undone

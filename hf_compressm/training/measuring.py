@@ -37,7 +37,7 @@ def measure_batches(
         model: not wrapped.
         batches: of this process.
         config: of which `weights` and `estimator` count, and whether it refits: then what the mixers read is kept, of the
-            first batches of this process.
+            first batches, and brought to process 0.
         backend: that the model is trained with.
         max_tokens: of each batch; None for all.
 
@@ -45,7 +45,7 @@ def measure_batches(
         ValueError: if there is no batch, or a mixer never ran.
     """
     batches = batches[len(batches) - backend.least(len(batches)) :]
-    layers = find_layers(model)
+    layers, called = find_layers(model), backend.as_called(model)
     by_loss = can_weigh_by_loss(model, layers, config)
 
     def run(statistics: list[Statistics], some: Sequence[Batch], inputs: Inputs | None) -> list[Statistics]:
@@ -55,14 +55,14 @@ def measure_batches(
             return statistics  # they are complete
         with evaluating(model):
             for args, kwargs in some:
-                kept = None if inputs is None or tokens_of(inputs) >= FITTED_TOKENS else inputs
+                kept = None if inputs is None or backend.processes * tokens_of(inputs) >= FITTED_TOKENS else inputs
                 if by_loss and "input_ids" in kwargs:
                     observe_by_loss(
-                        model, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens, least=backend.least
+                        called, layers, statistics, kwargs, kept, args=args, max_tokens=max_tokens, least=backend.least
                     )
                 else:
                     with observing(layers, statistics, kept, max_tokens=max_tokens):
-                        model(*args, **kwargs)
+                        called(*args, **kwargs)
         backend.settle_()
         return statistics
 
@@ -70,7 +70,7 @@ def measure_batches(
         heeds = heeds_seq_idx(model, layers)
         if not heeds or any(kwargs.get("seq_idx") is None for _, kwargs in batches):
             warn_of_borders(model, heeds)
-    inputs = Inputs() if config.refits else None
+    inputs = Inputs(backend.processes) if config.refits else None
     statistics = measured_together(layers, config, backend, run, batches, inputs)
     return Measurement(model, layers, statistics, config.estimator, "fisher" if by_loss else "gate", inputs)
 

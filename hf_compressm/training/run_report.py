@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
+from ..compat import parameter_count
 from ..layers import Layer
 from ..reporting.history import Attempt
 from ..reporting.report import CompressionReport
@@ -53,7 +54,7 @@ def run_report(
                 channels=layer.channels,
             )
         )
-    after = sum(parameter.numel() for parameter in model.parameters())
+    after = parameter_count(model)
     removed = sum(_count(layer, initial_sizes[layer.index]) - _count(layer, layer.state_size) for layer in layers)
     return CompressionReport(rows, name, after + removed, after)
 

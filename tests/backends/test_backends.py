@@ -12,7 +12,9 @@ from torch.distributed import HashStore
 from hf_compressm import CompreSSMConfig, measure
 from hf_compressm.backends import Backend, OneProcess, agreement, find_backend, register
 from hf_compressm.backends import find as module
-from hf_compressm.backends.refused import DataParallel, Sharded
+from hf_compressm.backends.deepspeed import DeepSpeed
+from hf_compressm.backends.fsdp1 import FSDP1
+from hf_compressm.backends.refused import DataParallel, ShardedOtherwise
 from hf_compressm.layers import set_data_
 from tests.conftest import tiny_mamba
 from tests.training.conftest import losses, make_trainer, sizes
@@ -69,12 +71,14 @@ def test_which_is_found(tmp_path):
     trainer = make_trainer(tmp_path, tiny_mamba())
     assert type(find_backend(trainer)) is OneProcess
     trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
-    for flag, name in (("is_fsdp_enabled", "FSDP1"), ("is_deepspeed_enabled", "DeepSpeed")):
+    for flag, kind in (("is_fsdp_enabled", FSDP1), ("is_deepspeed_enabled", DeepSpeed)):
         setattr(trainer, flag, True)
-        assert type(find_backend(trainer)) is Sharded
-        with pytest.raises(ValueError, match=f"under {name}: train with FSDP2"):
-            find_backend(trainer).refuse()
-    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+        assert type(find_backend(trainer)) is kind
+    trainer.is_fsdp_xla_enabled = True
+    assert type(find_backend(trainer)) is ShardedOtherwise
+    with pytest.raises(ValueError, match="under FSDP of XLA: train with FSDP2"):
+        find_backend(trainer).refuse()
+    trainer.is_fsdp_enabled = trainer.is_fsdp_xla_enabled = trainer.is_deepspeed_enabled = False
     trainer.model_wrapped = nn.DataParallel(trainer.model)
     assert type(find_backend(trainer)) is DataParallel
     with pytest.raises(ValueError, match="torchrun"):

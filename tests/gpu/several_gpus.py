@@ -1,7 +1,7 @@
 """The callback on several GPUs against one: equal ranks, equal losses, speed, memory, and resuming on the other number.
 
 `python tests/gpu/several_gpus.py` trains Mamba (N=128 to 12) and Mamba-2 (N=128 to 32, by selection) on the same global batches
-with one process, and with 2 under DDP and under FSDP2 (NCCL on GPUs, gloo on a CPU), then continues each run's checkpoint on
+with one process, and with 2 under DDP and under FSDP2 (or others of `--backends`; NCCL on GPUs, gloo on a CPU), then continues each run's checkpoint on
 the other number of processes, and prints one table. `--tiny` makes it small enough for two CPU cores.
 
 Columns: steps/s before the first and after the last cut, seconds of all cuts, peak memory of a GPU before and after;
@@ -46,7 +46,7 @@ from transformers.utils import logging
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
-from hf_compressm.compat import whole
+from hf_compressm.compat import held, whole
 from hf_compressm.hub import load_tokenizer
 
 PACKAGE = Path(hf_compressm.__file__).parent
@@ -67,15 +67,15 @@ TINY_STEPS, TINY_WINDOW, TINY_SAVED = 10, 4, 2
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """A model on a number of processes; under DDP, or FSDP2, if there are several."""
+    """A model on a number of processes; `sharding` is empty for DDP, or one process alone."""
 
     model: str
     processes: int
-    fsdp2: bool
+    sharding: str = ""
 
     @property
     def way(self) -> str:
-        return f"{self.processes} FSDP2" if self.fsdp2 else f"{self.processes} DDP" if self.processes > 1 else "1"
+        return f"{self.processes} {self.sharding or 'ddp'}" if self.sharding or self.processes > 1 else "1"
 
     def __str__(self) -> str:
         return f"{self.model}-{self.way.replace(' ', '-')}"
@@ -100,8 +100,31 @@ class Watch(TrainerCallback):
                 torch.cuda.reset_peak_memory_stats()
             digest = hashlib.sha256()
             for parameter in model.parameters():
-                digest.update(whole(parameter).detach().float().cpu().numpy().tobytes())
+                digest.update(whole(held(parameter)).detach().float().cpu().numpy().tobytes())
             self.digests.append(digest.hexdigest())
+
+
+def sharding(name: str) -> dict[str, Any]:
+    """What the Trainer is given for FSDP1, FSDP2, or a stage of ZeRO."""
+    if name.startswith("fsdp"):
+        own: dict[str, Any] = {"use_orig_params": True} if name == "fsdp1" else {}
+        if own and not torch.cuda.is_available():  # which FSDP1 takes for granted there
+            own |= {
+                "sync_module_states": False,
+                "cpu_ram_efficient_loading": False,
+                "state_dict_type": "SHARDED_STATE_DICT",
+            }
+        return {"fsdp": True, "fsdp_config": {"version": int(name[-1])} | own}
+    if name.startswith("zero"):
+        auto = [
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        ]
+        zero = {"stage": int(name[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        return {"deepspeed": dict.fromkeys(auto, "auto") | {"zero_optimization": zero, "bf16": {"enabled": "auto"}}}
+    return {}
 
 
 def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
@@ -145,10 +168,10 @@ def train(args: argparse.Namespace, processes: int) -> dict[str, Any]:
         report_to=[],
         disable_tqdm=True,
         **({} if on_gpu or processes == 1 else {"ddp_backend": "gloo"}),
-        **({"fsdp": True, "fsdp_config": {"version": 2}} if args.fsdp2 else {}),
+        **sharding(args.sharding),
     )
-    if args.fsdp2 and not on_gpu:  # accelerate leaves FSDP out on CPUs
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if args.sharding.startswith("fsdp") and not on_gpu:  # accelerate leaves FSDP out on CPUs
+        PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     trainer = Trainer(
         model,
         arguments,
@@ -184,10 +207,11 @@ def train_and_leave(args: argparse.Namespace) -> None:
 def launch(args: argparse.Namespace, run: Run, out: Path, gpu: int = 0, resume: Path | None = None) -> dict[str, Any]:
     """Start a run, one process on the GPU of this number, and return its results."""
     command = [sys.executable]
-    if run.processes > 1 or run.fsdp2:  # which wants a group of processes, if only of one
+    if run.processes > 1 or run.sharding:  # which wants a group of processes, if only of one
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes)]
     command += [__file__, "--train", "--model", run.model, "--out", str(out)]
-    command += ["--tiny"] * args.tiny + ["--fsdp2"] * run.fsdp2 + (["--resume", str(resume)] if resume else [])
+    command += ["--tiny"] * args.tiny + ["--sharding", run.sharding] * bool(run.sharding)
+    command += ["--resume", str(resume)] if resume else []
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     if run.processes == 1 and torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
@@ -208,10 +232,12 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="mamba,mamba2")
-    parser.add_argument("--backends", default="ddp,fsdp2", help="of two processes")
+    parser.add_argument(
+        "--backends", default="ddp,fsdp2", help="of two processes: ddp, fsdp2, fsdp1, zero1, zero2, zero3"
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--fsdp2", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sharding", default="", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
@@ -229,23 +255,26 @@ def main() -> None:
 
         def go_on(run: Run, gpu: int = 0) -> None:
             """From its checkpoint, on the other number of processes."""
-            other = replace(run, processes=3 - run.processes)
+            # ZeRO goes on with the number of processes that it was saved with.
+            other = run if run.sharding.startswith("zero") else replace(run, processes=3 - run.processes)
             checkpoint = folder / f"{run}" / f"checkpoint-{saved}"
             again = launch(args, other, folder / f"{run}-on-{other.processes}.run", gpu, checkpoint)
             assert again["sizes"] == runs[run]["sizes"]
             runs[run]["continued"] = distance(again, runs[run])
 
         # One process of each model side by side, a GPU for each; those of two processes one after the other.
-        alone = [Run(model, 1, False) for model in models]
-        together = [Run(model, 2, backend == "fsdp2") for model in models for backend in backends]
-        ddp = [run for run in together if not run.fsdp2]
+        alone = [Run(model, 1) for model in models]
+        together = [Run(model, 2, backend if backend != "ddp" else "") for model in models for backend in backends]
+        ddp = [run for run in together if not run.sharding]
         for each, side_by_side in (
             (begin, alone),
             (begin, together),
             (go_on, together),
             (go_on, [run for run in alone if any(other.model == run.model for other in ddp)]),
         ):
-            on_one = side_by_side is alone or (each is go_on and side_by_side is together)
+            on_one = side_by_side is alone or (
+                each is go_on and not any(r.sharding.startswith("zero") for r in side_by_side)
+            )
             with ThreadPoolExecutor(2 if on_one and torch.cuda.device_count() > 1 else 1) as pool:
                 list(pool.map(each, side_by_side, itertools.cycle((0, 1))))
             print_table(runs)
@@ -262,7 +291,7 @@ def print_table(runs: dict[Run, dict[str, Any]]) -> None:
         memory = [f"{found['memory'][when]:.2f}" for when in ("before", "after")]
         cells = [run.model, run.way, f"{found['sizes'][0]}", f"{found['before']:.2f}", f"{found['after']:.2f}"]
         cells += [f"{found['cut_seconds']:.2f}", *memory, "yes" if found["equal"] else "NO"]
-        cells += [f"{distance(found, runs[Run(run.model, 1, False)]):.1e}"]
+        cells += [f"{distance(found, runs[Run(run.model, 1)]):.1e}"]
         cells += [f"{found['continued']:.1e}" if "continued" in found else "-"]
         print(f"| {' | '.join(cells)} |", flush=True)
 

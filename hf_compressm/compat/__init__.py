@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from types import MethodType
@@ -20,7 +20,11 @@ from accelerate.utils import PrefixedDataset, align_module_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",)}
+from .fsdp1 import gathered_fsdp1, part_of_fsdp1, unit_of
+from .parts import Part, shape_of
+from .zero import VERSIONS, gathered_zero3, is_zero3, part_of_zero3
+
+CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",), "deepspeed": VERSIONS}
 
 USED = {
     "transformers.configuration_utils._commit_hash": "the revision that a config was loaded from",
@@ -46,9 +50,15 @@ USED = {
     "anew for another shape. Of its attributes, those in `FSDP2_ATTRIBUTES`",
     "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule._get_fsdp_state": "where they are: _fsdp_param_groups, which before "
     "2.12 was one, _fsdp_param_group, and the fsdp_params of each",
+    "torch.distributed.fsdp._flat_param.FlatParamHandle": "all that FSDP1 keeps of a unit's parameters, made anew for other shapes "
+    "(`compat.fsdp1`), by the next one",
+    "torch.distributed.fsdp._init_utils._init_param_handle_from_params": "makes it as FSDP1's constructor does",
+    "torch.distributed.fsdp._runtime_utils._reshard": "frees what a pass outside of training left gathered",
+    "torch.distributed.fsdp.FullyShardedDataParallel._reset_lazy_init": "lets the next forward pass know the new units",
     "transformers.trainer.Trainer._load_from_checkpoint": "under FSDP2 a model must have a checkpoint's sizes before its weights are "
     "loaded, and no event comes between its sharding and that",
     "transformers.trainer.Trainer._load_best_model": "the same",
+    "transformers.trainer.Trainer._prepare_for_training": "the same, under FSDP1 and DeepSpeed",
 }
 
 FSDP2_ARGUMENTS = [
@@ -140,25 +150,62 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over several processes, as a `DTensor`; its shape is that of the whole."""
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is spread over several processes, as a `DTensor` or `Part`; its shape is that of the whole."""
+    if isinstance(tensor, Part):
+        return True
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Any:
     """A sharded tensor, gathered by all processes together; any other as it is."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if isinstance(tensor, Part):
+        return tensor.whole()
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 
 
-def sharded_like(new: Tensor, old: Tensor) -> Tensor:
+def is_in_pieces(parameter: Tensor) -> bool:
+    """Whether a parameter is spread over several processes in pieces of its flat form, by FSDP1 or ZeRO-3."""
+    return is_zero3(parameter) or unit_of(parameter) is not None
+
+
+def is_held_by_others(parameter: Tensor) -> bool:
+    """Whether a parameter is gathered only for a while, or is a piece of what FSDP1 or ZeRO-3 holds."""
+    return hasattr(parameter, "stands_for") or is_in_pieces(parameter)
+
+
+def held(parameter: Tensor) -> Any:
+    """What this process has of a parameter, without gathering it."""
+    if unit_of(parameter) is not None:
+        return part_of_fsdp1(parameter)
+    return part_of_zero3(parameter) if is_zero3(parameter) else parameter.data
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether what is held of a parameter is the same memory."""
+    if isinstance(one, Part) or isinstance(other, Part):
+        return type(one) is type(other) and one.taken == other.taken  # alike on all processes, as addresses are not
+    if is_sharded(one):
+        return one.shape == other.shape and is_same(one.to_local(), other.to_local())
+    return bool(one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Of the whole model, whatever this process holds of it."""
+    return sum(shape_of(parameter).numel() for parameter in model.parameters())
+
+
+def sharded_like(new: Any, old: Any) -> Any:
     """A whole tensor, which all processes have alike, sharded as another one is; as it is if that is whole."""
+    if isinstance(old, Part):
+        return Part.of(new, old.group)
     if not is_sharded(old):
         return new
     from torch.distributed.tensor import distribute_tensor
 
     # The source rank None: each takes its part of what it has, and nothing is sent.
-    return distribute_tensor(new, old.device_mesh, old.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return distribute_tensor(new, old.device_mesh, old.placements, src_data_rank=None)
 
 
 _ask_the_others: list[Callable[[nn.Module], object]] = []
@@ -180,36 +227,50 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     All processes must come here together, or those that did not be asked to.
     """
-    sharded = any(is_sharded(parameter) for parameter in module.parameters())
-    if sharded and _ask_the_others:
+    parameters = list(module.parameters())
+    if _ask_the_others and any(is_sharded(p) or is_in_pieces(p) for p in parameters):
         _ask_the_others[-1](module)
-    with _in_place_of_sharded(module, whole):
+    with _in_place_of(module, is_sharded, whole), gathered_zero3(parameters), gathered_fsdp1(parameters):
         yield
 
 
 @contextmanager
 def shapes_only(module: nn.Module) -> Iterator[None]:
-    """With zeros in the places of a module's sharded parameters: nothing is gathered, and no process waits for another."""
-    with _in_place_of_sharded(module, lambda p: torch.zeros(p.shape, dtype=p.dtype, device=p.device)):
+    """With zeros in the places of parameters that are spread over processes: nothing is gathered, and none waits for another."""
+
+    def zeros(parameter: Tensor) -> Tensor:
+        return torch.zeros(shape_of(parameter), dtype=parameter.dtype, device=parameter.device)
+
+    with _in_place_of(module, lambda p: is_sharded(p) or is_in_pieces(p), zeros):
         yield
 
 
 @contextmanager
-def _in_place_of_sharded(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    sharded = [
+def holding(module: nn.Module, data: Mapping[str, Tensor]) -> Iterator[None]:
+    """With other data, of any shape, in the places of some of a module's parameters, by name."""
+    new = {id(module.get_parameter(name)): value for name, value in data.items()}
+    with _in_place_of(module, lambda p: id(p) in new, lambda p: new[id(p)].detach().to(p.device, p.dtype)):
+        yield
+
+
+@contextmanager
+def _in_place_of(
+    module: nn.Module, chosen: Callable[[Tensor], bool], make: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    found = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
-        if is_sharded(parameter)
+        if chosen(parameter)
     ]
     try:
-        for owner, name, parameter in sharded:
+        for owner, name, parameter in found:
             stand_in = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
             stand_in.stands_for = parameter  # type: ignore[attr-defined]
             setattr(owner, name, stand_in)
         yield
     finally:
-        for owner, name, parameter in sharded:
+        for owner, name, parameter in found:
             setattr(owner, name, parameter)
 
 
@@ -283,6 +344,12 @@ def resize_fsdp2_(kept: Any, data: Tensor) -> None:
 def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
     """Have a `Trainer` call `prepare_` with the folder of a checkpoint before it loads weights from it. In place."""
     load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+    prepare = trainer._prepare_for_training
+
+    def prepare_for_training(steps: int, batches: Any, folder: str | None) -> Any:
+        if folder is not None and not fsdp2_units(trainer.model_wrapped):
+            prepare_(folder)
+        return prepare(steps, batches, folder)
 
     def load_from_checkpoint(folder: str, *args: Any, **kwargs: Any) -> None:
         prepare_(folder)
@@ -293,6 +360,7 @@ def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
         load_best()
 
     trainer._load_from_checkpoint, trainer._load_best_model = load_from_checkpoint, load_best_model
+    trainer._prepare_for_training = prepare_for_training
 
 
 def weights_map(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
@@ -351,6 +419,14 @@ def stock_scans(modules: Iterable[nn.Module], name: str) -> list[tuple[Any, Call
 def uncompiled(module: Any) -> Any:
     """The module inside of `torch.compile`'s wrapper, or itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def inside(wrapped: Any) -> Any:
+    """The model inside of `torch.compile`'s wrapper, DeepSpeed's engine or FSDP1's, or itself."""
+    module = uncompiled(wrapped)
+    kinds = [("deepspeed", "DeepSpeedEngine"), ("torch.distributed.fsdp", "FullyShardedDataParallel")]
+    known = tuple(getattr(sys.modules[home], name) for home, name in kinds if home in sys.modules)
+    return uncompiled(module.module) if isinstance(module, known) else module
 
 
 def calling_trainer() -> tuple[Any, dict[str, Any]]:

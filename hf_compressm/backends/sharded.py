@@ -1,0 +1,79 @@
+"""What all backends share in which each process holds a part of every parameter: they read weights, and run the model, together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..compat import asking_the_others, gathered, inside
+from ..compat.parts import States, plan_data_
+from .ddp import DDP
+
+T = TypeVar("T")
+
+
+class Sharded(DDP):
+    """Those of one mixer at a time are gathered, by all processes: a forward pass of one alone would wait for the others."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain one."""
+        plain: nn.Module = inside(self.trainer.model_wrapped)
+        return plain
+
+    def least(self, count: int) -> int:
+        """The least of the processes' numbers: a pass of the model wants all of them."""
+        least = torch.tensor(count, device=next(self.model.parameters()).device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What process 0 chooses. Where it reads the weights of a layer, the others gather them with it.
+
+        Raises:
+            ValueError, TypeError: what `choose` raised; any other error of process 0 is a RuntimeError on the others.
+        """
+        if dist.get_rank() > 0:
+            while (name := self._send()) is not None:
+                with gathered(self.model.get_submodule(name)):
+                    pass
+            return super().decide(choose)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        chosen: list[T] = []
+        refusal: Exception | None = None
+        try:
+            with asking_the_others(lambda module: self._send(names[id(module)])):
+                chosen = [choose()]
+        except Exception as error:  # raised where the others hear of it
+            refusal = error
+        finally:
+            self._send(None)  # they wait no longer
+
+        def choice() -> T:
+            if refusal is not None:
+                raise refusal
+            return chosen[0]
+
+        return super().decide(choice)
+
+    def _send(self, name: str | None = None) -> str | None:
+        """The name of a module whose weights are read, from process 0 to the others; None once there is none."""
+        sent = [name]
+        dist.broadcast_object_list(sent, src=0)
+        return sent[0]
+
+
+class Rebuilt(Sharded):
+    """Parameters and the optimizer's states lie in flat tensors, which are made anew after a cut with what is planned for them."""
+
+    def __init__(self, trainer: Any = None) -> None:
+        super().__init__(trainer)
+        self.states = States()
+
+    def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
+        """Plan new data of another shape for a parameter, until `after_cut_`."""
+        plan_data_(parameter, data)
