@@ -66,7 +66,7 @@ def test_the_processes_know_the_same_and_hold_a_part_each(results, way, name):
     for key in ("hash", "sizes", "spectra", "kept"):
         assert first[key] == second[key]
     assert first["here"] + second["here"] == first["whole"]
-    assert abs(first["here"] - second["here"]) < 0.01 * first["whole"]
+    assert abs(first["here"] - second["here"]) < 0.02 * first["whole"]
     assert first["trained"]  # all parameters are the optimizer's
 
 
