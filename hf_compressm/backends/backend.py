@@ -25,6 +25,9 @@ class Backend(ABC):
     late: ClassVar[float] = 0.0
     """Seconds by which another process may be later when training begins; none where wrapping the model waits for all."""
 
+    takes_new_parameters: ClassVar[bool] = False
+    """Whether a cut may give mixers parameters that they did not have, as projections do."""
+
     def __init__(self, trainer: Any = None) -> None:
         self.trainer = trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 class DDP(Backend):
     """Several processes, each with a whole model: all of them cut alike and stay bit-identical."""
+
+    takes_new_parameters: ClassVar[bool] = True
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:

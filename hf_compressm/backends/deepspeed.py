@@ -6,8 +6,9 @@ from typing import Any
 
 from ..compat import inside
 from ..compat.parts import take_planned_
-from ..compat.zero import check_deepspeed, read_states_, rebuild_engine_, settle_
+from ..compat.zero import check_deepspeed, is_held, read_states_, rebuild_engine_, settle_
 from .agreement import SILENCE
+from .loop import Loop
 from .sharded import Rebuilt
 
 INSTEAD = "Train with another, or with FSDP2, or call compress_pretrained before or after the training."
@@ -20,8 +21,10 @@ class DeepSpeed(Rebuilt):
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:
-        """If the trainer says so."""
-        return bool(getattr(trainer, "is_deepspeed_enabled", False))
+        """If the trainer says so, or it holds a loop's model."""
+        return bool(getattr(trainer, "is_deepspeed_enabled", False)) or (
+            isinstance(trainer, Loop) and is_held(trainer.model)
+        )
 
     def refuse(self) -> None:
         """What can't be made anew here.
@@ -29,6 +32,7 @@ class DeepSpeed(Rebuilt):
         Raises:
             ValueError: for a version, stage, offload or optimizer that this does not know, with what to do instead.
         """
+        self.refuse_loop()
         engine = self.wrapped
         check_deepspeed(engine)
         stage, zero = engine.zero_optimization_stage(), engine.config.get("zero_optimization", {})

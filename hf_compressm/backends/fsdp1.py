@@ -39,6 +39,7 @@ class FSDP1(Rebuilt):
             ValueError: if the optimizer holds flat parameters, parameters are offloaded or sharded over a mesh, or torch is of an
                 unknown version, with what to do instead.
         """
+        self.refuse_loop()
         for unit in fsdp1_units(self.wrapped):
             if not uses_original(unit):
                 raise ValueError(f"CompreSSMCallback needs FSDP1 with use_orig_params: true in fsdp_config. {INSTEAD}")

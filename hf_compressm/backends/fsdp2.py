@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..compat import fsdp2_parameters, fsdp2_units, is_sharded, resize_fsdp2_
 from .agreement import SILENCE
-from .loop import Loop
 from .sharded import Sharded
 
 
@@ -35,11 +34,7 @@ class FSDP2(Sharded):
             ValueError: if a group of parameters has several dtypes, parameters are offloaded or sharded in several ways, or
                 torch is of an unknown version.
         """
-        if isinstance(self.trainer, Loop):
-            raise ValueError(
-                "compress_ can't cut a model that FSDP2 shards: give CompreSSMCallback to a Trainer, or cut the model before it is "
-                "sharded. Nothing was changed."
-            )
+        self.refuse_loop()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for group in fsdp2_parameters(self.model):
             dtypes: dict[torch.dtype, str] = {}

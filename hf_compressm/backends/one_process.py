@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .agreement import processes
 from .backend import Backend
@@ -10,6 +10,8 @@ from .backend import Backend
 
 class OneProcess(Backend):
     """A loop or a `Trainer` in one process."""
+
+    takes_new_parameters: ClassVar[bool] = True
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..compat import asking_the_others, gathered, inside
 from ..compat.parts import States, plan_data_
 from .ddp import DDP
+from .loop import Loop
 
 T = TypeVar("T")
 
@@ -19,11 +20,25 @@ T = TypeVar("T")
 class Sharded(DDP):
     """Those of one mixer at a time are gathered, by all processes: a forward pass of one alone would wait for the others."""
 
+    takes_new_parameters: ClassVar[bool] = False
+
     @property
     def model(self) -> nn.Module:
         """The plain one."""
         plain: nn.Module = inside(self.trainer.model_wrapped)
         return plain
+
+    def refuse_loop(self) -> None:
+        """A loop of one's own.
+
+        Raises:
+            ValueError: if it is one.
+        """
+        if isinstance(self.trainer, Loop):
+            raise ValueError(
+                f"compress_ can't cut what {type(self).__name__} holds: give CompreSSMCallback to a Trainer, or cut the model before "
+                "it is sharded, or once it is saved. Nothing was changed."
+            )
 
     def least(self, count: int) -> int:
         """The least of the processes' numbers: a pass of the model wants all of them."""

@@ -30,6 +30,8 @@ MEMORY_SHARE = 0.92
 # Tokens of each sequence that a GPU decodes without being waited for in between.
 TOKENS_IN_A_ROW = 8
 KERNELS = ("mamba_ssm", "causal_conv1d")
+# Numbers in the states of a layer, of all sequences, beyond which mamba_ssm's kernels access what is not theirs.
+COUNTED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def _state_bytes(model: nn.Module, cache: Cache) -> float:
 
 
 def _decoding(model: nn.Module, ids: torch.Tensor, work: Workload, graph: bool = False) -> float:
-    cache = _cache(model(ids, use_cache=True))
+    cache = _cache(model(ids[:1], use_cache=True))
+    for states in cache.values():  # the first token of all of them at once would take more memory than decoding does
+        states.reorder_cache(cast(torch.LongTensor, torch.zeros(len(ids), dtype=torch.long, device=ids.device)))
 
     def step() -> None:
         model(ids, use_cache=True, **cache)
@@ -224,7 +228,9 @@ def _largest_batch(
     per_sequence = max(1, (peak(2 * small) - peak(small)) // small)
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    batch = int(MEMORY_SHARE * free / per_sequence)
+    (cache,) = _cache(model(tokens(1, 1), use_cache=True)).values()
+    states = max(cast(torch.Tensor, cache.get_recurrent_state(layer.index)).numel() for layer in find_layers(model))
+    batch = min(int(MEMORY_SHARE * free / per_sequence), COUNTED // states)
     while batch > 2 * small:
         speed = _or_nan(lambda b=batch: _decoding(model, tokens(b, 1), quick))  # type: ignore[misc]
         if not math.isnan(speed):

@@ -347,7 +347,8 @@ def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
     prepare = trainer._prepare_for_training
 
     def prepare_for_training(steps: int, batches: Any, folder: str | None) -> Any:
-        if folder is not None and not fsdp2_units(trainer.model_wrapped):
+        fsdp1 = trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1
+        if folder is not None and (fsdp1 or trainer.is_deepspeed_enabled):
             prepare_(folder)
         return prepare(steps, batches, folder)
 

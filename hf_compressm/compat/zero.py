@@ -71,6 +71,15 @@ def is_zero3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_held(model: Any) -> bool:
+    """Whether a model is DeepSpeed's engine, or has parameters that one holds."""
+    deepspeed: Any = sys.modules.get("deepspeed")
+    if deepspeed is None or not isinstance(model, nn.Module):
+        return False
+    held = (is_zero3(p) or getattr(p, "_hp_mapping", None) is not None for p in model.parameters())
+    return isinstance(model, deepspeed.DeepSpeedEngine) or any(held)
+
+
 @contextmanager
 def gathered_zero3(parameters: Sequence[Tensor]) -> Iterator[None]:
     """With the data of parameters that are not at hand yet; all processes must come here."""

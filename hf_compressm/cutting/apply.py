@@ -12,7 +12,7 @@ from ..backends import Backend
 from ..compat import follow_class_, keep_offloaded_, weights_at_hand
 from ..layers import Layer, Realization, new_data
 from ..modeling.state_sizes import set_state_sizes, text_configs
-from .optimizer import NewState, check_optimizers, cut_states, set_states_
+from .optimizer import NewState, check_optimizers, cut_states, hold_new_, set_states_
 
 
 @torch.no_grad()
@@ -56,6 +56,7 @@ def cut_(
             for name in new:
                 owner, _, own_name = name.rpartition(".")
                 keep_offloaded_(layer.mixer.get_submodule(owner), own_name)
+        hold_new_(optimizers, model, layer.mixer)
     if ready:
         write_sizes_(model, layers)
         _keep_trained_weights(model)

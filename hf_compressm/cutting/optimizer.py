@@ -90,17 +90,20 @@ def cut_states(
 ) -> list[NewState]:
     """The states of a parameter after its cut; nothing is changed. Sharded ones are gathered by all processes together.
 
+    Args:
+        optimizers: that may hold it.
+        name, parameter: in the model, before the cut; None for one that the cut will make, which has no state yet.
+        cut: of it.
+
     Raises:
-        ValueError: if an entry is of an unknown kind, or there was no such parameter before the cut.
+        ValueError: if an entry is of an unknown kind, or an optimizer can't be given a new parameter.
     """
-    if optimizers and parameter is None:
-        raise ValueError(
-            f"{name} would be a new parameter, which the optimizer does not hold: in training, take "
-            "realization='select', and project after it. Nothing was changed."
-        )
     states: list[NewState] = []
     for optimizer in optimizers:
-        assert parameter is not None
+        if parameter is None:
+            if isinstance(optimizer, torch.optim.Adagrad):
+                raise ValueError(f"Adagrad makes its states when it is constructed, and {name} would be new: {PLAIN}")
+            continue
         state = optimizer.state.get(parameter)
         if state:
             _check_state(name, state, parameter.shape)
@@ -110,6 +113,39 @@ def cut_states(
             new = {key: sharded_like(entry, kept[key]) for key, entry in new.items()}
             states.append((optimizer, parameter, new))
     return states
+
+
+def hold_new_(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, mixer: nn.Module) -> None:
+    """Let optimizers train the parameters that a cut has added to a mixer, in the group of its matrices. In place.
+
+    They come where the optimizer of the slim model would have them, so that the states in a checkpoint are told apart by
+    their order, as ever.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(p): group for group in groups for p in group["params"]}
+    new = [p for p in mixer.parameters() if p.requires_grad and id(p) not in held]
+    of_matrices = [held[id(p)] for p in mixer.parameters() if p.dim() > 1 and id(p) in held]
+    if not new or not of_matrices:
+        return  # none is trained, or nothing is new
+    place = {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+    for parameter in new:
+        group, (order, name) = of_matrices[0], place[id(parameter)]
+        before = [i for i, p in enumerate(group["params"]) if id(p) in place and place[id(p)][0] < order]
+        at = before[-1] + 1 if before else 0
+        group["params"].insert(at, parameter)
+        if "param_names" in group:
+            group["param_names"].insert(at, name)
+
+
+def let_go_(optimizers: Sequence[torch.optim.Optimizer], parameter: Tensor) -> None:
+    """Let optimizers no longer train a parameter. In place."""
+    for optimizer in optimizers:
+        optimizer.state.pop(parameter, None)
+        for group in optimizer.param_groups:
+            for at in [i for i, p in enumerate(group["params"]) if p is parameter]:
+                del group["params"][at]
+                if "param_names" in group:
+                    del group["param_names"][at]
 
 
 def set_states_(states: Sequence[NewState]) -> None:

@@ -58,6 +58,9 @@ class Snapshot:
             for optimizer in optimizers
             for parameter in parameters
         ]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        held = [group[key] for group in groups for key in ("params", "param_names") if key in group]
+        self.held = [(some, list(some)) for some in held]
         self.recorded = Recorded(model)
 
     def restore_(self) -> None:
@@ -76,6 +79,8 @@ class Snapshot:
                         data = data.to(parameter.device)
                     self.resize_(parameter, data)
                 parameter.grad = gradient
+            for some, before in self.held:
+                some[:] = before
             for optimizer, parameter, state in self.states:
                 if state is not None:
                     optimizer.state[parameter] = state.restore_()

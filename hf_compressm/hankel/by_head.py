@@ -48,14 +48,17 @@ class HeadPaths:
 
     Args:
         P: the heads' controllability Gramians, weighted by the output, [heads, N, N].
-        outputs: the sum over tokens of C C^T of each group, [N, N] each.
+        outputs: the sum over tokens of C C^T of each group, or of each head where these have C of their own, [N, N] each.
         there: how many states each head has, where some of the N are filled up.
+        groups: their number, if there is an output for each head.
     """
 
-    def __init__(self, P: Tensor, outputs: Sequence[Tensor], there: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, P: Tensor, outputs: Sequence[Tensor], there: Sequence[int] | None = None, groups: int | None = None
+    ) -> None:
         balanced = [balance_heads(part, output) for part, output in zip(P.chunk(len(outputs)), outputs, strict=True)]
         sigma, self._B, self._C = (torch.cat(parts) for parts in zip(*balanced, strict=True))
-        self._groups, carried = len(outputs), sigma.square()
+        self._groups, carried = groups or len(outputs), sigma.square()
         # From the smallest up, and 0 for all of them: [heads, N + 1].
         self._lost = torch.cat([carried.flip(1).cumsum(1).flip(1), carried.new_zeros(len(carried), 1)], dim=1)
         if there is not None:

@@ -2,6 +2,7 @@
 
 from .contracts import Layer, MixerInputs, Realization, ResizeParameter, new_data
 from .engines import Engine, Sizes, check_engine, engine_remarks, engine_sizes, register_engine
+from .mamba2 import keeping_maps
 from .mixer import MixerLayer
 from .parameters import ParameterCut, set_data_
 from .registry import find_layers, is_plain, plain_model, realization_of, realize, register, register_realization
@@ -21,6 +22,7 @@ __all__ = [
     "engine_sizes",
     "find_layers",
     "is_plain",
+    "keeping_maps",
     "make_room_",
     "new_data",
     "plain_model",

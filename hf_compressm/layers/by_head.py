@@ -14,7 +14,7 @@ from ..hankel.ranks import allowed_sizes
 from ..hankel.realization import Projection
 from ..modeling.modeling_compressm import project_heads_, stock_class
 from .contracts import Realization, ResizeParameter
-from .mamba2 import PROJECTION
+from .mamba2 import PROJECTION, keeping_maps
 from .parameters import ParameterCut, set_data_
 
 
@@ -52,7 +52,10 @@ class ProjectHeads(Realization):
     ) -> list[Mapping[int, Realization]]:
         """For each layer the projections of every mean size."""
         return [
-            _Path(HeadPaths(entry.P_of_heads, [group.output for group in entry.groups], entry.head_sizes), layer)
+            _Path(
+                HeadPaths(entry.P_of_heads, [group.output for group in entry.groups], entry.head_sizes, layer.groups),
+                layer,
+            )
             for layer, entry in zip(layers, statistics, strict=True)
         ]
 
@@ -89,7 +92,8 @@ class ProjectHeads(Realization):
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
         """Make the mixer one that projects by head. In place."""
-        project_heads_(layer.mixer, self.head_sizes, **new)
+        with keeping_maps(layer.mixer, resize_):
+            project_heads_(layer.mixer, self.head_sizes, **new)
 
 
 def _maps_of_heads(layer: Any) -> list[list[Tensor]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from ..hankel.mamba2 import Mamba2Statistics
 from ..hankel.ranks import allowed_sizes, powers_of_two
 from ..hankel.realization import Projection, project
 from ..hankel.selective import Mamba2System
-from ..modeling.modeling_compressm import project_, stock_class
+from ..modeling.modeling_compressm import HEAD_BUFFERS, project_, stock_class
 from .contracts import MixerInputs, Realization, ResizeParameter
 from .mixer import MixerLayer, causal_conv, linear, valid_tokens
 from .parameters import ParameterCut, set_data_
@@ -119,7 +120,18 @@ class Project(Realization):
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
         """Make the mixer one that projects. In place."""
-        project_(layer.mixer, **new)
+        with keeping_maps(layer.mixer, resize_):
+            project_(layer.mixer, **new)
+
+
+@contextmanager
+def keeping_maps(mixer: Any, resize_: ResizeParameter) -> Iterator[None]:
+    """Let the maps that a mixer is given in here take the place of those that it has, in the parameter that optimizers hold."""
+    held = dict(mixer.named_parameters(recurse=False)).get(PROJECTION)
+    yield
+    if held is not None:
+        resize_(held, mixer.BC_projection.detach())
+        mixer.BC_projection = held
 
 
 def _tuned_sizes(layer: Any, config: CompreSSMConfig) -> list[int]:
@@ -154,7 +166,7 @@ class Mamba2Layer(MixerLayer):
             "layer_idx",
         ]
     )
-    MAY_HAVE = frozenset({"mup_vector", PROJECTION, "head_order", "column_head", "column_start", "column_place"})
+    MAY_HAVE = frozenset({"mup_vector", PROJECTION, *HEAD_BUFFERS})
     SYSTEM = frozenset(["A_log", "D", "dt_bias", "in_proj", "conv1d", PROJECTION])
     family = "Mamba-2"
     keeps_samples_apart = True

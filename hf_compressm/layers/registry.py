@@ -138,11 +138,10 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
     have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
-        named = config.realization not in ("auto", "project_heads") or config.selection != "auto"
-        if in_training or named:
+        if config.realization not in ("auto", "project_heads") or config.selection != "auto":
             raise ValueError(
                 f"Each head of layer {by_head[0]} scans a projection of its own, so the model can only be cut by head: with "
-                "realization='project_heads', by compress_. Nothing was changed."
+                "realization='project_heads'. Nothing was changed."
             )
         return "project_heads"
     if config.realization == "auto":

@@ -12,6 +12,7 @@ from ..hankel.refit_mamba2 import SPAN, Reading, Rows, RowsRefit, refit_rows
 from ..kernels.chunked import CHUNK
 from .contracts import MixerInput, MixerInputs
 from .parameters import ParameterCut
+from .systems import joined
 
 HELD_OUT = 8
 """Of so many sequences, one is not fitted to."""
@@ -130,15 +131,11 @@ def parted(inputs: MixerInputs, tokens: int, device: torch.device) -> tuple[Mixe
             break
         rows.append(row)
     every = min(HELD_OUT, len(rows))
-    parts: tuple[list[MixerInputs], list[MixerInputs]] = ([], [])
-    for number, row in enumerate(rows):
-        part = parts[every > 1 and number % every == every - 1]
-        together = part and _shapes(part[-1][-1]) == _shapes(row)
-        if together and (len(part[-1]) + 1) * row[0].shape[1] <= TOGETHER:
-            part[-1].append(row)
-        else:
-            part.append([row])
-    fit, judge = ([_joined(batch, device) for batch in part] for part in parts)
+    held = [every > 1 and number % every == every - 1 for number in range(len(rows))]
+    fit, judge = (
+        list(joined((row for row, out in zip(rows, held, strict=True) if out == part), TOGETHER, device))
+        for part in (False, True)
+    )
     return fit, judge
 
 
@@ -146,14 +143,3 @@ def _sequence(read: MixerInput, i: int) -> MixerInput:
     hidden_states, mask, gradient = read
     one = slice(i, i + 1)
     return hidden_states[one], None if mask is None else mask[one], None if gradient is None else gradient[one]
-
-
-def _shapes(read: MixerInput) -> list[torch.Size | None]:
-    return [None if each is None else each.shape for each in read]
-
-
-def _joined(rows: MixerInputs, device: torch.device) -> MixerInput:
-    """On the layer's device: of many inputs, the later ones are kept on the CPU."""
-    hidden_states, *others = zip(*rows, strict=True)
-    mask, gradient = (None if each[0] is None else torch.cat([x.to(device) for x in each]) for each in others)
-    return torch.cat([x.to(device) for x in hidden_states]), mask, gradient

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .contracts import MixerInputs
+from .contracts import MixerInput, MixerInputs
 
 TOGETHER = 2**23
 """Numbers in a tensor [batch, length, channels] of a system."""
@@ -30,25 +29,37 @@ class Systems(Iterable[Any]):
         return Systems(self.layer, self.inputs, number)
 
     def __iter__(self) -> Iterator[Any]:
-        for read in self._joined():
+        """Each of them, on the layer's device."""
+        for read in joined(self.inputs, TOGETHER // self.layer.channels, self.layer.device):
             with torch.no_grad():
-                found = self.layer.read(*(None if x is None else x.to(self.layer.device) for x in read))
+                found = self.layer.read(*read)
             yield found if self._head is None else found[self._head]
 
-    def _joined(self) -> Iterator[tuple[Tensor | None, ...]]:
-        """Neighbours of one length together: many small scans would take longer."""
-        some: MixerInputs = []
-        for read in [*self.inputs, None]:
-            rows = sum(len(hidden_states) for hidden_states, _, _ in some)
-            if some and (read is None or not self._fits(some[0], rows, read)):
-                yield tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*some, strict=True))
-                some = []
-            if read is not None:
-                some.append(read)
 
-    def _fits(self, first: tuple[Any, ...], rows: int, read: tuple[Any, ...]) -> bool:
-        alike = all(
-            (a is None) == (b is None) and (a is None or (a.shape[1:] == b.shape[1:] and a.device == b.device))
-            for a, b in zip(first, read, strict=True)
-        )
-        return alike and (rows + len(read[0])) * read[0].shape[1] * self.layer.channels <= TOGETHER
+def joined(inputs: Iterable[MixerInput], tokens: int, device: torch.device) -> Iterator[MixerInput]:
+    """Neighbours of one length as one input, since many small scans would take longer.
+
+    Args:
+        inputs: on any device; of many, the later ones are kept on the CPU.
+        tokens: that are joined at most.
+        device: where they are put.
+    """
+    some: MixerInputs = []
+    for read in inputs:
+        rows = len(read[0]) + sum(len(hidden_states) for hidden_states, _, _ in some)
+        if some and (_shapes(some[0]) != _shapes(read) or rows * read[0].shape[1] > tokens):
+            yield _as_one(some, device)
+            some = []
+        some.append(read)
+    if some:
+        yield _as_one(some, device)
+
+
+def _shapes(read: MixerInput) -> list[torch.Size | None]:
+    return [None if x is None else x.shape[1:] for x in read]
+
+
+def _as_one(some: MixerInputs, device: torch.device) -> MixerInput:
+    hidden_states, *others = zip(*some, strict=True)
+    mask, gradient = (None if parts[0] is None else torch.cat([x.to(device) for x in parts]) for parts in others)
+    return torch.cat([x.to(device) for x in hidden_states]), mask, gradient

@@ -58,6 +58,9 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.mamba2 import modeling_mamba2
 
 MODULE_NAME = "modeling_compressm"
+FEW_PROGRAMS = 1024
+SHORT_CHUNK = 64
+HEAD_BUFFERS = ("head_order", "column_head", "column_start", "column_place")
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ class ProjectedMixer(_Module):  # type: ignore[misc]
             A,
             B,
             C,
-            chunk_size=self.chunk_size,
+            chunk_size=self._chunk_size(hidden_states, self.n_groups),
             D=self.D,
             z=None,
             return_final_states=return_final_states,
@@ -285,6 +288,14 @@ class ProjectedMixer(_Module):  # type: ignore[misc]
             **kwargs,
         )
         return output if return_final_states else (output, None)
+
+    def _chunk_size(self, x: torch.Tensor, pairs: int) -> int:
+        """How many tokens are scanned at once, in which each of so many pairs of B and C is multiplied.
+
+        The stock number is for kernels on a GPU; the scan in plain torch repeats the pairs for every head.
+        """
+        most: int = self.chunk_size
+        return most if x.is_cuda else min(most, SHORT_CHUNK)
 
     def map_B_C(self, B_C: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N802
         """The projected B and C, [batch, length, groups, r] each, of [batch, length, 2 groups, N]."""
@@ -376,30 +387,31 @@ class HeadwiseProjectedMixer(ProjectedMixer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the projected mixer, of [batch, S, head_dim] states, in one launch for each width."""
-        B, C = (self._fill_up(side, 2) for side in self.map_B_C(B_C))
         order, counts = self.head_order, [count for _, count in self.buckets]
+        alone = len(counts) == 1  # in their own order
         columns = [width * count for width, count in self.buckets]
         states = [None] * len(counts) if state is None else self._fill_up(state, 1).split(columns, dim=1)
+        maps = self._fill_up(self.BC_projection.to(B_C.dtype), 2).split(columns, dim=2)
         outputs, final_states = [], []
-        for (width, count), x, step, a, b, c, skip, bias, before in zip(
+        for (width, count), x, step, a, part, skip, bias, before in zip(
             self.buckets,
-            hidden_states.index_select(2, order).split(counts, dim=2),
+            [hidden_states] if alone else _TakeApart.apply(hidden_states, order, counts),  # type: ignore[no-untyped-call]
             dt.index_select(2, order).split(counts, dim=2),
             A.index_select(0, order).split(counts),
-            B.split(columns, dim=2),
-            C.split(columns, dim=2),
+            maps,
             self.D.index_select(0, order).split(counts),
             self.dt_bias.index_select(0, order).split(counts),
             states,
             strict=True,
         ):
+            B, C = self._map(B_C, part, [width * n for n in self._heads_of(width)])
             output = modeling_mamba2.mamba2_chunk_scan(
                 x,
                 step,
                 a,
-                b.unflatten(2, (count, width)),
-                c.unflatten(2, (count, width)),
-                chunk_size=self.chunk_size,
+                B.unflatten(2, (count, width)),
+                C.unflatten(2, (count, width)),
+                chunk_size=self._chunk_size(x, count),
                 D=skip,
                 z=None,
                 return_final_states=return_final_states,
@@ -413,28 +425,93 @@ class HeadwiseProjectedMixer(ProjectedMixer):
                 output, final_state = output
                 final_states.append(final_state.transpose(2, 3).flatten(1, 2))
             outputs.append(output)
-        output = torch.cat(outputs, dim=2)
-        output = torch.empty_like(output).index_copy(2, order, output)
+        output = outputs[0] if alone else _PutTogether.apply(order, counts, *outputs)  # type: ignore[no-untyped-call]
         if not return_final_states:
             return output, None
         return output, torch.cat(final_states, dim=1).index_select(1, self.column_place)
 
     def map_B_C(self, B_C: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: N802
         """The heads' B and C, [batch, length, S] each, of [batch, length, 2 groups, N]."""
-        per_group, maps = self.num_heads // self.n_groups, self.BC_projection.to(B_C.dtype)
+        per_group = self.num_heads // self.n_groups
         columns = [
             sum(self.head_state_sizes[start : start + per_group]) for start in range(0, self.num_heads, per_group)
         ]
+        return self._map(B_C, self.BC_projection.to(B_C.dtype), columns)
+
+    def _map(self, B_C: torch.Tensor, maps: torch.Tensor, columns: list[int]) -> tuple[torch.Tensor, ...]:
+        """B and C by maps [2, N, columns], of which each group has so many."""
         rows = B_C.flatten(0, 1).unflatten(1, (2, self.n_groups)).unbind(2)
         mapped = [x.transpose(0, 1) @ part for x, part in zip(rows, maps.split(columns, dim=2), strict=True)]
-        sides: tuple[torch.Tensor, ...] = torch.cat(mapped, dim=2).unflatten(1, B_C.shape[:2]).unbind(0)
+        joined = mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=2)
+        sides: tuple[torch.Tensor, ...] = joined.unflatten(1, B_C.shape[:2]).unbind(0)
         return sides
+
+    def _chunk_size(self, x: torch.Tensor, pairs: int) -> int:
+        """Short ones, since there are as many pairs as heads.
+
+        Of very long sequences longer ones, since a kernel's grid counts pairs times chunks up to 2^16.
+        """
+        most: int = self.chunk_size
+        chunk = min(most, SHORT_CHUNK)
+        while chunk < most and -(-x.shape[1] // chunk) * pairs >= 2**16:
+            chunk *= 2
+        return min(chunk, most)
+
+    def _heads_of(self, width: int) -> list[int]:
+        """How many heads of each group the scan takes in that width."""
+        per_group = self.num_heads // self.n_groups
+        return [self.widths[start : start + per_group].count(width) for start in range(0, self.num_heads, per_group)]
 
     def _fill_up(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Columns of the heads, to those that the scan takes, with zeros for what is not there."""
         shape = list(x.shape)
         shape[dim] = sum(self.widths)
         return x.new_zeros(shape).index_copy(dim, self.column_place, x)
+
+
+def take_apart(x: torch.Tensor, order: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
+    """The heads of [batch, length, heads, head_dim] in that order, so many together."""
+    return tuple(x.index_select(2, part) for part in order.split(counts))
+
+
+def put_together(parts: Sequence[torch.Tensor], order: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The heads that `take_apart` took apart."""
+    shape = list(parts[0].shape)
+    shape[2] = len(order)
+    x = parts[0].new_empty(shape)
+    for part, places in zip(parts, order.split(counts), strict=True):
+        x.index_copy_(2, places, part)
+    return x
+
+
+# Each is the other's gradient, since no head is there twice; torch's own of a selection adds all of them up.
+class _TakeApart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(order)
+        ctx.counts = counts
+        return take_apart(x, order, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return put_together(grads, order, ctx.counts), None, None
+
+
+class _PutTogether(torch.autograd.Function):
+    # Two by name: of a number that is left open, torch.compile would miscount what it calls this with.
+    @staticmethod
+    def forward(
+        ctx: Any, order: torch.Tensor, counts: list[int], narrow: torch.Tensor, wide: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.counts = counts
+        return put_together((narrow, wide), order, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return None, None, *take_apart(grad, order, ctx.counts)
 
 
 @functools.cache
@@ -538,10 +615,12 @@ def step_of_heads(
     """
     batch, heads, head_dim = x.shape
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    # Few programs wait for memory, and take many rows of it at once; of many, those of small heads would have idle rows.
+    rows = 64 if batch * heads <= FEW_PROGRAMS else 16
     _step_kernel[(heads, batch)](
         state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
         state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
-        ROWS=16, DIM=max(16, 1 << (head_dim - 1).bit_length()),
+        ROWS=rows, DIM=max(16, 1 << (head_dim - 1).bit_length()),
     )  # fmt: skip
     return output
 
@@ -667,7 +746,16 @@ def _set_projection_(mixer: Any, N: int, r: int, BC_projection: torch.Tensor) ->
     mixer.ssm_state_size = r
     like = mixer.conv1d.weight
     values = torch.empty(BC_projection.shape, dtype=like.dtype, device=like.device).copy_(BC_projection.detach())
-    mixer.BC_projection = nn.Parameter(values)
+    mixer.BC_projection = nn.Parameter(values, requires_grad=like.requires_grad)
+
+
+def unproject_(mixer: Any) -> None:
+    """Make a projected Mamba-2 mixer the stock one that scans all of B and C again. In place; its maps are dropped."""
+    mixer.ssm_state_size = mixer.unprojected_state_size
+    for name in ("BC_projection", "unprojected_state_size", "head_state_sizes", "widths", *HEAD_BUFFERS):
+        if hasattr(mixer, name):
+            delattr(mixer, name)
+    mixer.__class__ = stock_class(mixer)
 
 
 class _Stock:

@@ -18,6 +18,8 @@ class Attempt:
         contributions: how much each state contributed to the output energy of its layer, for each group.
         states: which of the states that training began with those are.
         output_error: share of the layer's output energy that the cut lost, before training went on.
+        energy_kept: share of the layer's Hankel energy that the cut kept.
+        parameters: of the model, before it.
         rank_correlation: how far the ranking of the states agrees with that of the attempt before; None where there is
             nothing to compare.
         undone: whether `rollback` took the cut back.
@@ -29,6 +31,8 @@ class Attempt:
     contributions: Mapping[int, list[list[float]]]
     states: Mapping[int, list[list[int]]]
     output_error: Mapping[int, float]
+    energy_kept: Mapping[int, float]
+    parameters: int
     rank_correlation: float | None = None
     undone: bool = False
 

@@ -27,11 +27,11 @@ from ..reporting.files import write_files_whole
 from ..reporting.history import Attempt
 from ..reporting.record import Cut, history_of, record_cut_, record_files
 from .checkpoints import ReshapeBeforeLoad, ReshapeOnLoad
-from .checks import check_alone, check_evaluation, check_everywhere, find_trainable_layers
+from .checks import check_alone, check_evaluation, check_everywhere, check_realization, find_trainable_layers
 from .logs import StepTimer, attempt_logs, say_what_was_cut, trainer_log
 from .measuring import measure_batches
 from .recording import Batch, BatchRecorder, to_device
-from .resuming import attempts_until, read_attributes, states_after, states_left
+from .resuming import attempts_until, read_attributes, states_after, states_left, states_shape
 from .rollback import Metric
 from .run_report import run_report
 from .schedule import attempt_config, attempt_steps, check_target, training_config
@@ -69,8 +69,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             numbers of their own, from the first size up.
 
     Raises:
-        ValueError: if the config asks for a projection; and when training begins, if anything in the model, optimizer,
-            schedule or launcher can't be cut.
+        ValueError: if the config asks for what is for a trained model; and when training begins, if anything in the model,
+            optimizer, schedule or launcher can't be cut.
 
     Pass it to the `Trainer`'s constructor; after `trainer.add_callback`, call `attach(trainer)` before `train`.
 
@@ -103,10 +103,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     and the optimizer's moments are those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
     refit=3`.
 
-    Mamba-2 is cut by selection, since the fused training kernel can't take a projection: call `compress_` with
-    `realization="project"` after the training. A `tolerance` is given up anew at each attempt; a `state_size` or `ratio` is
-    reached in equal steps, over sizes that the kernels take. A second `train()` with a `state_size` that is reached already
-    is an error: remove the callback first.
+    Mamba-2 is cut by selection, since the fused training kernel can't take a projection. `realization="project"` and
+    "project_heads" are taken if they are asked for, in one process and under DDP: `in_proj` and the convolution keep
+    their rows, and the maps are new parameters, which join the optimizer in the group of the mixer's matrices, without
+    a state. At a later cut they are given other values and begin without a state again. A `tolerance` is given up anew
+    at each attempt; a `state_size` or `ratio` is reached in equal steps, over sizes that the kernels take. A second
+    `train()` with a `state_size` that is reached already is an error: remove the callback first.
     """
 
     def __init__(
@@ -217,6 +219,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         check_alone(self, self.trainer)
         layers = find_trainable_layers(model)
         self._config = replace(self._config, realization=realization_of(self._config, layers, in_training=True))
+        check_realization(self._config.realization, layers, self._backend)
         if not self._goes_on(model, layers, state):
             self._begin(model, layers, state)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # what a save puts in its place
@@ -268,7 +271,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._reset()
         self._earlier = history_of(model)
         self.initial_sizes = {layer.index: layer.state_size for layer in layers}
-        self.kept = {layer.index: [list(range(layer.state_size))] * layer.groups for layer in layers}
+        shapes = {layer.index: states_shape(layer) for layer in layers}
+        self.kept = {index: [list(range(each)) for _ in range(number)] for index, (number, each) in shapes.items()}
         check_target(self._config, layers)
 
     def on_sizes_loaded(self, model: PreTrainedModel) -> None:
@@ -352,7 +356,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 if hasattr(callback, "on_compressm_cut"):
                     callback.on_compressm_cut(args, state, control, model=model, plan=plan, backend=self._backend)
         seconds = time.perf_counter() - begin
-        trainer_log(self.trainer, control, attempt_logs(plan, attempt, seconds, self._timer.take()))
+        trainer_log(self.trainer, control, attempt_logs(attempt, seconds, self._timer.take()))
         say_what_was_cut(plan, attempt, seconds)
 
     def _measure(self, model: PreTrainedModel) -> Measurement:
@@ -415,6 +419,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             contributions=contributions,
             states=states,
             output_error={row.index: row.output_error for row in plan.report.layers},
+            energy_kept={
+                row.index: row.energy_kept if row.index in plan.realizations and not undone else 1.0
+                for row in plan.report.layers
+            },
+            parameters=plan.report.parameters_before,
             rank_correlation=correlation,
             undone=undone,
         )
@@ -422,7 +431,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.attempts += 1
         self.stopped = undone
         if not undone:
-            self.kept |= {index: states_left(self.kept[index], made) for index, made in plan.realizations.items()}
+            of_index = {layer.index: layer for layer in layers}
+            self.kept |= {i: states_left(self.kept[i], made, of_index[i]) for i, made in plan.realizations.items()}
         return attempt
 
     def _report(self, model: PreTrainedModel, layers: list[Layer]) -> None:

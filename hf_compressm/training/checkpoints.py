@@ -20,10 +20,11 @@ from ..backends import find_backend
 from ..backends.deepspeed import DeepSpeed
 from ..backends.fsdp1 import FSDP1
 from ..backends.fsdp2 import FSDP2
-from ..compat import CHECKPOINTED, before_loading_, inside, is_in_pieces
+from ..compat import CHECKPOINTED, before_loading_, inside, is_in_pieces, uncompiled
 from ..cutting.apply import write_sizes_
 from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, plain_model, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
+from .forms import take_forms_
 
 
 class ReshapeOnLoad:
@@ -78,9 +79,10 @@ class ReshapeOnLoad:
 
 
 class ReshapeBeforeLoad:
-    """Gives the layers of a model that FSDP2 shards the sizes of a checkpoint before its weights are loaded.
+    """Gives the layers of a model the sizes of a checkpoint before its weights are loaded, where `ReshapeOnLoad` can't.
 
-    Each process loads into its own parts then, which must have the right shapes already.
+    Where FSDP2 shards it, each process loads into its own parts, which must have the right shapes already. Elsewhere these are
+    layers that are projected in the checkpoint or in the model.
 
     Args:
         trainer, listener: as for `ReshapeOnLoad`.
@@ -103,6 +105,9 @@ class ReshapeBeforeLoad:
             self._resize_for(trainer, sizes_in_state(folder, type(self.listener()).__name__))
             return
         if not FSDP2.takes(trainer):
+            model, listener = uncompiled(trainer.model), self.listener()
+            if take_forms_(model, folder, getattr(trainer, "optimizer", None)) and listener is not None:
+                listener.on_sizes_loaded(model)
             return
         backend, model = find_backend(trainer), plain_model(trainer.model)
         backend.settle_()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..backends import absent, processes
+from ..backends import Backend, absent, processes
 from ..layers import Layer, find_layers, is_plain
 
 
@@ -47,6 +47,19 @@ def cut_parameters(layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
         for layer in layers
         for name in layer.changed_by_a_cut()
     }
+
+
+def check_realization(name: str, layers: Sequence[Layer], backend: Backend) -> None:
+    """Refuse a cut that gives mixers new parameters where these are held by more than the model and the optimizer.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if not backend.takes_new_parameters and not all(layer.realizations[name].stock for layer in layers):
+        raise ValueError(
+            f"realization={name!r} gives the model new parameters, which {type(backend).__name__} can't take: train with "
+            "realization='select', or with DDP (torchrun) or in one process, or call compress_ after the training."
+        )
 
 
 def check_evaluation(trainer: Any) -> None:

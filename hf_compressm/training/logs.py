@@ -36,9 +36,9 @@ class StepTimer:
         return round(sum(durations) / len(durations), 6) if durations else None
 
 
-def attempt_logs(plan: Plan, attempt: Attempt, seconds: float, step_seconds: float | None) -> dict[str, float]:
+def attempt_logs(attempt: Attempt, seconds: float, step_seconds: float | None) -> dict[str, float]:
     """What `trainer.log` gets of an attempt."""
-    sizes, energies = list(attempt.sizes.values()), _energies(plan, attempt)
+    sizes, energies = list(attempt.sizes.values()), list(attempt.energy_kept.values())
     logs = {
         "compressm/state_size_mean": sum(sizes) / len(sizes),
         "compressm/energy_kept": sum(energies) / len(energies),
@@ -57,7 +57,7 @@ def say_what_was_cut(plan: Plan, attempt: Attempt, seconds: float) -> None:
     if not plan.realizations or attempt.undone:
         return
     old, new = [layer.old_size for layer in plan.report.layers], list(attempt.sizes.values())
-    energies = _energies(plan, attempt)
+    energies = list(attempt.energy_kept.values())
     logger.info(
         f"hf_compressm: step {attempt.step}: state size {sum(old) / len(old):.1f} -> {sum(new) / len(new):.1f} (mean of "
         f"{len(new)} layers, {min(new)} to {max(new)}), Hankel energy kept {sum(energies) / len(energies):.1%}, "
@@ -71,10 +71,3 @@ def trainer_log(trainer: Any, control: Any, logs: dict[str, float]) -> None:
     should_log = control.should_log
     trainer.log(logs)
     control.should_log = should_log
-
-
-def _energies(plan: Plan, attempt: Attempt) -> list[float]:
-    return [
-        layer.energy_kept if layer.index in plan.realizations and not attempt.undone else 1.0
-        for layer in plan.report.layers
-    ]

@@ -60,7 +60,7 @@ def _wrong(
     tables = [initial, kept]
     for attempt in history:
         tables += [attempt.sizes, attempt.hankel_singular_values, attempt.contributions, attempt.states]
-        tables += [attempt.output_error]
+        tables += [attempt.output_error, attempt.energy_kept]
     if any(table.keys() != sizes.keys() for table in tables):
         return f"not all of it is about layers {sorted(sizes)}"
     for layer in layers:
@@ -68,10 +68,11 @@ def _wrong(
         now = history[-1].sizes[layer.index] if history else initial[layer.index]
         if now != size:
             return f"{name} has {size} states and not {now}"
-        groups = kept[layer.index]
+        groups, (number, each) = kept[layer.index], states_shape(layer)
         first = range(initial[layer.index])  # later ones were mixed of others
-        if len(groups) != layer.groups or any(
-            len(group) != size or not (set(group) <= set(first) or min(group) >= len(first)) for group in groups
+        if len(groups) != number or any(
+            len(group) != each or not (set(group) <= set(first) or min(group) >= len(first) or layer.head_state_sizes)
+            for group in groups
         ):
             return f"{name} does not keep {size} of {initial[layer.index]} states"
         for attempt in history:
@@ -81,6 +82,7 @@ def _wrong(
             if not before == spectra == contributions or len(before) != 1:
                 return f"{name} had several sizes at step {attempt.step}"
             sum(map(sum, attempt.hankel_singular_values[layer.index]), attempt.output_error[layer.index])  # numbers
+            attempt.energy_kept[layer.index] + attempt.parameters
     return None
 
 
@@ -92,16 +94,25 @@ def attempts_until(sizes: Mapping[int, int], initial: Mapping[int, int], history
     return 0 if initial == sizes else None
 
 
-def states_left(before: list[list[int]], made: Realization) -> list[list[int]]:
+def states_shape(layer: Layer) -> tuple[int, int]:
+    """The number of a layer's groups of states, and of the states in each: of heads, that of the largest."""
+    sizes = layer.head_state_sizes
+    return (layer.groups, layer.state_size) if sizes is None else (len(sizes), max(sizes))
+
+
+def states_left(before: list[list[int]], made: Realization, layer: Layer) -> list[list[int]]:
     """The names of the states of a layer that a cut leaves, a list for each group: new ones where it mixed them.
 
     Args:
         before: of those before the cut.
         made: what the layer has become.
+        layer: that has become so.
     """
     if made.kept:
         return [[old[s] for s in new] for old, new in zip(before, made.kept, strict=True)]
-    return [list(range(1 + max(old), 1 + max(old) + made.size)) for old in before]
+    number, each = states_shape(layer)
+    first = 1 + max(map(max, before))
+    return [list(range(first, first + each)) for _ in range(number)]
 
 
 def states_after(count: int, kept: States, history: Sequence[Attempt]) -> States:

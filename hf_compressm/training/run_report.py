@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
@@ -37,12 +36,12 @@ def run_report(
         return None
     rows = []
     for layer in layers:
-        energy = output = 1.0
+        energy, output, before = 1.0, 1.0, initial_sizes[layer.index]
         for attempt in history:
-            spectra, size = attempt.hankel_singular_values[layer.index], attempt.sizes[layer.index]
-            if size < len(spectra[0]):
-                energy *= sum(sum(s[:size]) for s in spectra) / (sum(map(sum, spectra)) or 1.0)
+            if attempt.sizes[layer.index] < before:
+                energy *= attempt.energy_kept[layer.index]
                 output *= 1 - attempt.output_error[layer.index]
+            before = attempt.sizes[layer.index]
         rows.append(
             LayerReport(
                 index=layer.index,
@@ -52,12 +51,8 @@ def run_report(
                 energy_kept=energy,
                 output_error=1 - output,
                 channels=layer.channels,
+                head_sizes=None if layer.head_state_sizes is None else list(layer.head_state_sizes),
             )
         )
     after = parameter_count(model)
-    removed = sum(_count(layer, initial_sizes[layer.index]) - _count(layer, layer.state_size) for layer in layers)
-    return CompressionReport(rows, name, after + removed, after)
-
-
-def _count(layer: Layer, size: int) -> int:
-    return sum(math.prod(shape) for shape in layer.shapes(size).values())
+    return CompressionReport(rows, name, history[0].parameters, after)

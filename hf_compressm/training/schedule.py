@@ -52,7 +52,7 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
     """The config as it is meant in training, with its own defaults.
 
     Raises:
-        ValueError: if a projection is asked for.
+        ValueError: if healing or a quality budget is asked for, which are for a trained model.
     """
     if config.heal:
         raise ValueError("heal is for a cut after training; while it goes on, training heals: drop heal.")
@@ -60,12 +60,6 @@ def training_config(config: CompreSSMConfig) -> CompreSSMConfig:
         raise ValueError(
             "max_divergence is for a trained model: what a cut costs now says little, since training goes on. Give a "
             "tolerance, ratio or state_size, and rollback for a bound on the evaluation set's metric."
-        )
-    if config.realization in ("project", "project_heads"):
-        raise ValueError(
-            f"realization={config.realization!r} is not for training: its parameters are new to the optimizer, and the fused Mamba-2 "
-            f"kernel can't take them. Train with realization='select', or call compress_ with {config.realization!r} after "
-            "training."
         )
     tolerance = config.tolerance if config.has_target else TOLERANCE
     return replace(

@@ -24,17 +24,15 @@ def rank_correlation(
     """
     from scipy.stats import spearmanr
 
-    values = []
+    correlations = []
     for index, groups in states.items():
-        for group, names in enumerate(groups):
-            known = dict(zip(states_before[index][group], contributions_before[index][group], strict=True))
-            pairs = [
-                (known[state], value)
-                for state, value in zip(names, contributions[index][group], strict=True)
-                if state in known
-            ]
+        before = zip(states_before[index], contributions_before[index], strict=True)
+        # Heads that were cut on their own are more groups than before, of states with names of their own.
+        for old, names, values in zip(before, groups, contributions[index], strict=False):
+            known = dict(zip(*old, strict=True))
+            pairs = [(known[state], value) for state, value in zip(names, values, strict=True) if state in known]
             if len(pairs) >= 3:
                 value = float(spearmanr(*zip(*pairs, strict=True)).statistic)
                 if value == value:
-                    values.append(value)
-    return sum(values) / len(values) if values else None
+                    correlations.append(value)
+    return sum(correlations) / len(correlations) if correlations else None

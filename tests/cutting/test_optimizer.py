@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.optimization import Adafactor
 
 from hf_compressm import CompreSSMConfig, compress_, measure
+from hf_compressm.cutting import apply
 from hf_compressm.layers import find_layers
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 
@@ -222,11 +223,62 @@ def test_an_unknown_state_is_refused_before_anything_changes():
     assert model.config.state_size == 8
 
 
-def test_a_projection_with_an_optimizer_is_refused_before_anything_changes():
+def groups_of(model):
+    """As a Trainer has them: weights that decay, and the others."""
+    named = list(model.named_parameters())
+    return [{"params": [(n, p) for n, p in named if ("norm" in n) == other]} for other in (False, True)]
+
+
+@pytest.mark.parametrize("realization", ["project", "project_heads"])
+def test_the_maps_of_a_projection_join_the_optimizer(realization):
+    """Where that of the slim model has them. At the next cut the same parameter gets other maps, which begin without a state."""
     model = tiny_mamba2()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match="select"):
-        compress_(model, CompreSSMConfig(state_size=8), batches(1)[0], optimizer=optimizer)
+    optimizer = torch.optim.AdamW(groups_of(model), lr=1e-3)
+    train(model, optimizer, batches(1))
+    maps: list = []
+
+    def moments():
+        named = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
+        return {name: state["exp_avg"].clone() for name, state in named if state}
+
+    for size in (8, 4):
+        before = moments()
+        config = CompreSSMConfig(state_size={0: size}, realization=realization)
+        compress_(model, config, batches(1)[0], optimizer=optimizer)
+        fresh = torch.optim.AdamW(groups_of(model))
+        for mine, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            assert mine["param_names"] == new["param_names"]
+            assert all(p is q for p, q in zip(mine["params"], new["params"], strict=True))
+        maps.append(model.backbone.layers[0].mixer.BC_projection)
+        after, of_maps = moments(), "backbone.layers.0.mixer.BC_projection"
+        assert after.keys() == before.keys() - {of_maps}
+        assert all(torch.equal(moment, before[name]) for name, moment in after.items())
+        old = maps[0].detach().clone()
+        train(model, optimizer, batches(1))
+        assert moments().keys() == after.keys() | {of_maps}
+        assert not torch.equal(maps[0], old)
+    assert maps[0] is maps[1]
+
+
+def test_an_optimizer_that_can_not_take_maps_or_a_cut_that_fails_leaves_all_as_it_was(monkeypatch):
+    model = tiny_mamba2()
+    plan = measure(model, batches(1)[0]).plan(CompreSSMConfig(state_size=8, realization="project_heads"))
+    with pytest.raises(ValueError, match=r"Adagrad .*BC_projection would be new"):
+        plan.apply_(model, torch.optim.Adagrad(model.parameters()))
+    optimizer = torch.optim.AdamW(groups_of(model))
+    before = copy.deepcopy(optimizer.state_dict()), [p for group in optimizer.param_groups for p in group["params"]]
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(apply, "write_sizes_", fail)
+    with pytest.raises(MemoryError):
+        plan.apply_(model, optimizer)
+    assert optimizer.state_dict() == before[0]
+    assert all(
+        p is q for p, q in zip((p for g in optimizer.param_groups for p in g["params"]), before[1], strict=True)
+    )
+    assert {id(p) for p in model.parameters()} == {id(p) for p in before[1]}
     assert model.config.state_size == 16
 
 

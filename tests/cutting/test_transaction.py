@@ -107,6 +107,7 @@ def picture(model: Any, optimizer: Any) -> dict[str, Any]:
             tensors |= {f"{key} of {names[parameter]}": torch.as_tensor(entry).clone() for key, entry in state.items()}
     return {
         "modules": modules,
+        "held": [[names[p] for p in group["params"]] for group in getattr(optimizer, "param_groups", ())],
         "config": model.config.to_dict(),
         "history": [cut.report for cut in history_of(model)],
         "report": getattr(model, "compression_report", None),
@@ -158,8 +159,8 @@ CUTS = {
     "read-out": (tiny_mamba, {"state_size": {0: 5, 1: 3}, "refit": 0}, True),
     "refit": (tiny_mamba, {"ratio": 0.5, "refit": 1}, True),
     "refit, no optimizer": (tiny_mamba, {"state_size": 4, "uniform": True, "refit": 1}, False),
-    "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}, False),
-    "project_heads": (projected, {"state_size": {0: 4, 1: 3}, "realization": "project_heads"}, False),
+    "project": (tiny_mamba2, {"state_size": {0: 4, 1: 9}}, True),
+    "project_heads": (projected, {"state_size": {0: 4, 1: 3}, "realization": "project_heads"}, True),
     "project again": (projected, {"state_size": 4}, False),
     "select of projected": (projected, {"state_size": 4, "realization": "select"}, True),
 }

@@ -1,8 +1,8 @@
 """Looked at and left: states by channel in Mamba, and maps that Mamba-2 heads share.
 
 `python tests/gpu/by_channel.py FOLDER...` prints for each layer of a Mamba model the share of the energy of the states'
-contributions to the output that goes with half and with three quarters of the states: if all channels keep the same states, and
-if each keeps its own, as many as carry most. For each layer of a Mamba-2 model, what its heads lose of their outputs at a mean of
+contributions to the output that goes with half and with three quarters of the states: if all channels keep the same states, if
+each keeps its own, as many as carry most, and if those of a bucket of channels keep the same number of the same states. For each layer of a Mamba-2 model, what its heads lose of their outputs at a mean of
 16 states: with a map each; if the heads of a pair share one, at the same states, and at the same parameters, which is twice the
 states; and with one map for all. Pairs are those that lose least by it.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_compressm import CompreSSMConfig, measure
@@ -23,7 +24,7 @@ MEAN = 16
 
 
 def by_channel(system) -> list[float]:
-    """Of a Mamba layer: lost at 1/2 by layer and by channel, and at 1/4."""
+    """Of a Mamba layer: lost at 1/2 by layer, by channel, and by channel in buckets; and at 1/4."""
     energy = torch.zeros_like(system.A, dtype=torch.float64)
     for time, h in mamba_states(system.u, system.delta, system.A, system.B):
         gated = system.gate[:, time, :, None] * h * system.C[:, time, None, :]
@@ -32,8 +33,26 @@ def by_channel(system) -> list[float]:
     lost = []
     for r in (N // 2, N // 4):
         kept = [energy.sum(0).topk(r).values.sum(), energy.flatten().topk(channels * r).values.sum()]
-        lost += [float(1 - one / energy.sum()) for one in kept]
+        lost += [float(1 - one / energy.sum()) for one in (*kept, in_buckets(energy, r))]
     return lost
+
+
+def in_buckets(energy: Tensor, mean: int) -> Tensor:
+    """What is kept if each channel has the first of its states, in an order that all share, as many as a bucket's width.
+
+    So that a stock scan of each bucket reads the first rows of B and C. The widths are chosen by the price of a state.
+    """
+    N = energy.shape[1]
+    ordered = energy[:, energy.sum(0).argsort(descending=True)]
+    widths = torch.tensor([0, N // 8, N // 4, N // 2, N])
+    kept = F.pad(ordered.cumsum(1), (1, 0))[:, widths]
+    low, high = 0.0, float(kept.max())
+    for _ in range(60):
+        price = (low + high) / 2
+        chosen = (kept - price * widths).argmax(1)
+        low, high = (price, high) if widths[chosen].double().mean() > mean else (low, price)
+    chosen = (kept - high * widths).argmax(1, keepdim=True)
+    return kept.gather(1, chosen).sum()
 
 
 def shared_maps(P: Tensor, output: Tensor) -> list[float]:
@@ -72,9 +91,9 @@ def main() -> None:
         config = CompreSSMConfig(state_size=8, refit=3, weights="gate")
         measurement = measure(model, ids, config)
         mamba = model.config.model_type == "mamba"
-        columns = ["1/2 by layer", "by channel", "1/4 by layer", "by channel"]
+        columns = [f"{share} {kind}" for share in ("1/2", "1/4") for kind in ("by layer", "by channel", "in buckets")]
         columns = columns if mamba else ["a map a head", "a pair", "a pair, same parameters", "all"]
-        print(f"{folder.name}: lost\n| layer | {' | '.join(columns)} |\n|---|---|---|---|---|")
+        print(f"{folder.name}: lost\n| layer | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
         for layer, statistics in zip(measurement.layers, measurement.statistics, strict=True):
             with torch.no_grad():
                 if mamba:

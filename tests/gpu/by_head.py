@@ -25,6 +25,7 @@ from hf_compressm.cli.speed import (
     Workload,
     _cache,
     _decoding,
+    _largest_batch,
     _or_nan,
     _seconds,
     _state_bytes,
@@ -95,41 +96,56 @@ def by_head_(model: Mamba2ForCausalLM, mean: int) -> None:
         project_heads_(layer.mixer, sizes, torch.randn(2, N, sum(sizes), device=model.device) / N**0.5)
 
 
-def timing(config: Mamba2Config, means: Sequence[int], device: torch.device, work: Workload) -> None:
-    """The table of one shape."""
+def timing(
+    config: Mamba2Config, means: Sequence[int], device: torch.device, work: Workload, largest: bool = True
+) -> None:
+    """The table of one shape, each number as soon as it is known: first what needs no tuning of kernels."""
     with device:
         full = Mamba2ForCausalLM(config)
+    models = {f"N={config.state_size}": full}
+    for mean in means:
+        models[f"project to {mean}"], models[f"by head, mean {mean}"] = copy.deepcopy(full), copy.deepcopy(full)
+        cut_to_first_states_(models[f"project to {mean}"], mean, "project")
+        by_head_(models[f"by head, mean {mean}"], mean)
     print(
-        f"\nhidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_heads} heads of {config.head_dim}, N={config.state_size}; tokens/s\n"
-        f"| | training | prefill | {' | '.join(f'decode {b}' for b in work.decode_batches)} | bytes |",
+        f"\nhidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_heads} heads of {config.head_dim}, "
+        f"N={config.state_size}; training and prefill {work.train_batch} x {work.length}; tokens/s",
         flush=True,
     )
-    for name, mean in [("full", 0), *((name, mean) for mean in means for name in ("project", "project_heads"))]:
-        model = copy.deepcopy(full)
-        if name == "project":
-            cut_to_first_states_(model, mean, name)
-        elif name == "project_heads":
-            by_head_(model, mean)
-            print(model.backbone.layers[0].mixer.buckets, flush=True)
+    table: dict[str, dict[str, float]] = {name: {} for name in models}
 
-        def ids(batch: int, length: int) -> torch.Tensor:
-            return torch.randint(config.vocab_size, (batch, length), device=device)
+    def put(name: str, column: str, value: float) -> None:
+        table[name][column] = value
+        print(f"{name}: {column} {value:,.0f}", flush=True)
 
-        cells = [_or_nan(lambda m=model, i=ids: _training(m, i(work.train_batch, work.length), work))]
-        model = model.eval().requires_grad_(False).to(work.dtype)
-        prompt = ids(work.prefill_batch, work.length)
-        with torch.no_grad():
-            cells.append(
-                prompt.numel() / _seconds(lambda m=model, p=prompt: m(p, use_cache=True), device, work.repeats)
-            )
-            for batch in work.decode_batches:
-                graph = device.type == "cuda"
-                cells.append(_or_nan(lambda m=model, b=batch, i=ids, g=graph: _decoding(m, i(b, 1), work, g)))
+    def ids(batch: int, length: int) -> torch.Tensor:
+        return torch.randint(config.vocab_size, (batch, length), device=device)
+
+    slim = {name: copy.deepcopy(model).eval().requires_grad_(False).to(work.dtype) for name, model in models.items()}
+    graph = device.type == "cuda"
+    with torch.no_grad():
+        _decoding(slim[f"N={config.state_size}"], ids(1, 1), work, graph)  # a process's first graph is quicker
+        for name, model in slim.items():
             (cache,) = _cache(model(ids(1, 1), use_cache=True)).values()
-        print(
-            f"| {name} {mean or config.state_size} | {' | '.join(f'{cell:,.0f}' for cell in cells)} | {_state_bytes(model, cache):,.0f} |",
-            flush=True,
-        )
+            put(name, "bytes", _state_bytes(model, cache))
+            for batch in work.decode_batches:
+                put(name, f"decode {batch}", _or_nan(lambda m=model, b=batch: _decoding(m, ids(b, 1), work, graph)))
+        prompt = ids(work.prefill_batch, work.length)
+        for name, model in slim.items():
+            seconds = _seconds(lambda m=model: m(prompt, use_cache=True), device, work.repeats)
+            put(name, "prefill", prompt.numel() / seconds)
+        for name, model in slim.items():
+            if graph and largest:
+                batch, speed = _largest_batch(model, ids, work)
+                put(name, "largest batch", batch)
+                put(name, "decode it", speed)
+    del slim
+    for name, model in models.items():
+        put(name, "training", _or_nan(lambda m=model: _training(m, ids(work.train_batch, work.length), work)))
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    print(f"\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, row in table.items():
+        print(f"| {name} | {' | '.join(f'{row[column]:,.0f}' for column in columns)} |")
 
 
 @torch.no_grad()
@@ -186,12 +202,13 @@ def main() -> None:
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--mean", type=int, nargs="+", default=[32, 16])
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=8, help="of training and prefill")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=16, help="of training and prefill")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--no-largest", action="store_true", help="leave out the largest batch that fits")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.check:
@@ -208,7 +225,7 @@ def main() -> None:
             n_groups=1,
         )
         work = Workload(args.length, args.batch, args.batch, tuple(args.decode), repeats=5)
-        timing(config, args.mean, torch.device(args.device), work)
+        timing(config, args.mean, torch.device(args.device), work, not args.no_largest)
 
 
 if __name__ == "__main__":

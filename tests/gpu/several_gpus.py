@@ -75,7 +75,7 @@ class Run:
 
     @property
     def way(self) -> str:
-        return f"{self.processes} {self.sharding or 'ddp'}" if self.sharding or self.processes > 1 else "1"
+        return f"{self.processes} {(self.sharding or 'ddp').upper()}" if self.sharding or self.processes > 1 else "1"
 
     def __str__(self) -> str:
         return f"{self.model}-{self.way.replace(' ', '-')}"

@@ -209,10 +209,13 @@ def test_mamba2_statistics_are_those_of_the_plain_scan(monkeypatch, mean_lti):
 
 @needs_interpreter
 @dtypes
-def test_a_step_of_heads_of_any_sizes(dtype):
+@pytest.mark.parametrize("few", [0, 100])
+def test_a_step_of_heads_of_any_sizes(monkeypatch, dtype, few):
     """The decoding step of the mixer by head, with inputs that are parts of larger tensors."""
+    from hf_compressm.modeling import modeling_compressm
     from hf_compressm.modeling.modeling_compressm import step_of_heads, step_of_heads_reference
 
+    monkeypatch.setattr(modeling_compressm, "FEW_PROGRAMS", few)
     sizes, generator = [5, 0, 40, 16], torch.Generator().manual_seed(0)
     S, heads, head_dim = sum(sizes), len(sizes), 12
 

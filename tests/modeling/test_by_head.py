@@ -96,6 +96,8 @@ def test_compiling_breaks_no_graph():
     mixer, hidden_states = mixers(model)[0], torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(mixer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(hidden_states), mixer(hidden_states))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(hidden_states), mixer(hidden_states))
     compiled, caches = torch.compile(model, backend="eager", fullgraph=True), []
     for _ in range(2):
         caches.append(cache_of(model(tokens(), use_cache=True)))

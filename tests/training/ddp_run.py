@@ -23,6 +23,9 @@ VARIANTS = {
     "plain": {},
     "none": {},
     "mamba2": {},
+    # A mixer has new parameters at the first cut, and these have other sizes at the second. They are right up to rotations,
+    # after which plain descent goes the same way.
+    "by head": {"optim": "sgd", "learning_rate": 0.1},
     "accumulation": {"gradient_accumulation_steps": 2},
     "resume": {"save_strategy": "steps", "save_steps": 2},
     "large": {},  # 8 states count as too many to fit all: 5 candidates are chosen
@@ -54,8 +57,9 @@ def digest(model: Any, optimizer: Any) -> str:
 
 
 def run(out: Path, variant: str, processes: int, rank: int, checkpoint: str | None = None) -> dict:
-    model = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
-    target = {"state_size": 8} if variant == "mamba2" else {"ratio": 0.5}
+    model = tiny_mamba2() if variant in ("mamba2", "by head") else tiny_mamba()
+    target = {"state_size": 8} if variant in ("mamba2", "by head") else {"ratio": 0.5}
+    target |= {"realization": "project_heads"} if variant == "by head" else {}
     config = CompreSSMConfig(start=0, end=4, num_reductions=2, calibration_batches=2, **target)
     settings = {"max_steps": 7, "per_device_train_batch_size": 4 // processes}
     settings |= {"ddp_backend": "gloo"} if processes > 1 else {}

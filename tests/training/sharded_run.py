@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, compat
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compat, compress_
 from hf_compressm.backends import find_backend
 from hf_compressm.backends.fsdp1 import FSDP1
 from hf_compressm.backends.fsdp2 import FSDP2
@@ -295,7 +295,9 @@ def refused_zero(out: Path, processes: int, way: str) -> dict[str, Any]:
     with patch.dict(VARIANTS, {"adagrad": {"args": {"optim": "adagrad"}}}):
         found["optimizer"] = message(make(out, "adagrad", processes, "zero2")[0].train)
     with patch.dict(VARIANTS, {"plain": {}}), patch.object(zero_room, "VERSIONS", ("0.1.",)):
-        found["version"] = message(make(out, "plain", processes, "zero2")[0].train)
+        trainer = make(out, "plain", processes, "zero2")[0]
+        found["version"] = message(trainer.train)
+    found["loop"] = message(lambda: compress_(trainer.model, CompreSSMConfig(ratio=0.5), dataset(4)))
     return found
 
 

@@ -10,6 +10,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertConfig, BertForMaskedLM, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, hankel_singular_values
+from hf_compressm.backends.ddp import DDP
+from hf_compressm.backends.fsdp2 import FSDP2
+from hf_compressm.layers import find_layers
+from hf_compressm.training.checks import check_realization
 from hf_compressm.training.settling import rank_correlation
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
@@ -299,14 +303,12 @@ def test_what_can_not_work_is_refused_before_the_first_step(tmp_path, make, conf
     assert not steps
 
 
-@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_training_is_refused(tmp_path, flag):
-    model = tiny_mamba()
-    callback = CompreSSMCallback(CompreSSMConfig(end=4))
-    trainer = make_trainer(tmp_path, model, callbacks=[callback])
-    setattr(trainer, flag, True)
-    with pytest.raises(ValueError, match="torchrun"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+def test_new_parameters_are_refused_where_the_model_is_sharded():
+    layers = find_layers(tiny_mamba2())
+    with pytest.raises(ValueError, match="new parameters, which FSDP2 can't take"):
+        check_realization("project_heads", layers, FSDP2())
+    check_realization("select", layers, FSDP2())
+    check_realization("project_heads", layers, DDP())
 
 
 def test_rank_correlation_looks_at_the_states_that_both_have():

@@ -23,11 +23,9 @@ pytestmark = [
 ]
 
 STAGES = ["zero1", "zero2", "zero3"]
-RUNS = [f"full:{way}" for way in STAGES]
-RUNS += [f"full:{way}@full-{way}-2/checkpoint-3" for way in STAGES]
-RUNS += ["sharded:zero3", "options:zero2", "options:zero3", "fitted:zero3"]
-RUNS += [f"{name}:{way}" for way in ("zero2", "zero3") for name in ("none", "rollback", "failing", "mixed")]
-RUNS += ["refused_zero:zero2"]
+RUNS = [f"full:{way}" for way in STAGES] + [f"full:{way}@full-{way}-2/checkpoint-3" for way in ("zero2", "zero3")]
+RUNS += [f"{name}:zero3" for name in ("sharded", "options", "fitted", "none", "rollback")]
+RUNS += [f"{name}:zero2" for name in ("failing", "mixed", "refused_zero")]
 ALONE = ["none", "full", "sharded", "options", "fitted"]
 UNIVERSAL = ["zero2", "zero3"]
 stages = pytest.mark.parametrize("way", STAGES)
@@ -84,7 +82,6 @@ def test_the_processes_know_the_same(results, entry):
     [
         *((way, "full") for way in STAGES),
         ("zero3", "sharded"),
-        ("zero2", "options"),
         ("zero3", "options"),
         ("zero3", "fitted"),
     ],
@@ -98,7 +95,7 @@ def test_it_follows_the_run_of_one_process(results, way, name):
     assert distance(alone, results("alone", "none")) > 1e-3
 
 
-@stages
+@pytest.mark.parametrize("way", UNIVERSAL)
 def test_a_resumed_run_is_the_whole_run(results, way):
     """From a checkpoint between the cuts."""
     whole, resumed = results(way, "full"), results(way, "full-resumed")
@@ -123,26 +120,23 @@ def test_the_best_model_has_other_sizes_and_loads_anywhere(folder, results, way)
     assert digest(loaded) == best["weights"]
 
 
-@pytest.mark.parametrize("way", ["zero2", "zero3"])
-def test_an_undone_cut_leaves_no_trace(results, way):
-    assert results(way, "rollback")["hash"] == results(way, "none")["hash"]
-    assert results(way, "rollback")["losses"] == results(way, "none")["losses"]
+def test_an_undone_cut_leaves_no_trace(results):
+    assert results("zero3", "rollback")["hash"] == results("zero3", "none")["hash"]
+    assert results("zero3", "rollback")["losses"] == results("zero3", "none")["losses"]
 
 
-@pytest.mark.parametrize("way", ["zero2", "zero3"])
-def test_nor_does_one_that_fails(results, way):
-    failing = results(way, "failing")
+def test_nor_does_one_that_fails(results):
+    failing = results("zero2", "failing")
     assert failing["during"] != failing["before"][1:]
-    assert failing["before"] == failing["after"] == results(way, "failing", 1)["after"]
+    assert failing["before"] == failing["after"] == results("zero2", "failing", 1)["after"]
     assert failing["message"] == "on purpose"
     assert failing["evaluated"] > 0  # the model still runs
 
 
-@pytest.mark.parametrize("way", ["zero2", "zero3"])
-def test_weights_in_float32_follow_those_in_bfloat16(results, way):
-    mixed = results(way, "mixed")
+def test_weights_in_float32_follow_those_in_bfloat16(results):
+    mixed = results("zero2", "mixed")
     assert sum(mixed["sizes"]) == 8
-    assert distance(mixed, results(way, "full")) < 0.05
+    assert distance(mixed, results("zero2", "full")) < 0.05
 
 
 def test_what_does_not_work_is_refused_with_the_cure(results):
@@ -151,3 +145,4 @@ def test_what_does_not_work_is_refused_with_the_cure(results):
     assert "offload_optimizer" in refused["offload"]
     assert "take AdamW" in refused["optimizer"]
     assert "checked on DeepSpeed" in refused["version"]
+    assert "what DeepSpeed holds" in refused["loop"]

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.distributed
 VARIANTS = [
     "plain",
     "mamba2",
+    "by head",
     "accumulation",
     "large",
     "resume",
@@ -35,7 +36,7 @@ VARIANTS = [
 def results(tmp_path_factory):
     def make(folder: Path) -> None:
         launch(folder, 2, run_all, folder, VARIANTS, 2)
-        for name in ("plain", "mamba2", "accumulation", "large", "none"):
+        for name in ("plain", "mamba2", "by head", "accumulation", "large", "none"):
             result = run(folder / "one" / name, name, 1, 0)
             (folder / f"{name}-1-0.json").write_text(json.dumps(result))
 
@@ -59,11 +60,11 @@ def test_the_processes_stay_bit_identical(results, name):
     assert first["spectra"] == second["spectra"]
 
 
-@pytest.mark.parametrize("name", ["plain", "mamba2", "accumulation", "large"])
+@pytest.mark.parametrize("name", ["plain", "mamba2", "by head", "accumulation", "large"])
 def test_two_processes_follow_the_run_of_one(results, name):
     two, one = results(name, 2, 0), results(name, 1, 0)
     assert two["sizes"] == one["sizes"]
-    assert sum(two["sizes"]) < 16 * (2 if name == "mamba2" else 1)
+    assert sum(two["sizes"]) < 16 * (2 if name in ("mamba2", "by head") else 1)
     assert distance(two, one) < 1e-4
     assert distance(results("none", 2, 0), results("none", 1, 0)) < 1e-4
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_
 from hf_compressm.layers import find_layers
@@ -103,12 +103,15 @@ def test_a_run_that_began_without_the_callback_is_resumed_with_it(tmp_path):
     assert sizes(again) == [4, 4]
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("best_step", [1, 3])
-def test_the_report_and_the_record_are_about_the_best_model_that_was_loaded(tmp_path, best_step):
+def test_the_report_and_the_record_are_about_the_best_model_that_was_loaded(tmp_path, best_step, by_head):
     """Before the first cut, and between two."""
-    model = tiny_mamba()
+    model, options = (tiny_mamba2(), {"realization": "project_heads"}) if by_head else (tiny_mamba(), {})
+    before = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+    N, after_one, target = (16, 12, 8) if by_head else (8, 6, 4)
     scores = iter([1.0 if step == best_step else 0.0 for step in range(1, 6)])
-    callback = CompreSSMCallback(CompreSSMConfig(state_size={1: 4}, **WINDOW))
+    callback = CompreSSMCallback(CompreSSMConfig(state_size={1: target}, **options, **WINDOW))
     trainer = make_trainer(
         tmp_path / "run",
         model,
@@ -116,6 +119,7 @@ def test_the_report_and_the_record_are_about_the_best_model_that_was_loaded(tmp_
         max_steps=5,
         save_strategy="steps",
         save_steps=1,
+        save_total_limit=2,
         eval_strategy="steps",
         eval_steps=1,
         eval_dataset=dataset(2),
@@ -125,22 +129,31 @@ def test_the_report_and_the_record_are_about_the_best_model_that_was_loaded(tmp_
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "best"))
-    assert sizes(model) == {1: [8, 8], 3: [8, 6]}[best_step]
-    assert [len(groups[0]) for groups in callback.kept.values()] == sizes(model)
+    assert sizes(model) == [N, N if best_step == 1 else after_one]
+    assert [layer.head_state_sizes is None for layer in find_layers(model)] == [True, best_step == 1 or not by_head]
+    assert [len(groups[0]) for groups in callback.kept.values()] == [
+        max(layer.head_state_sizes or [layer.state_size]) for layer in find_layers(model)
+    ]
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{best_step}")
+    assert all(torch.equal(best.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict().get("per_layer_config") == best.config.to_dict().get("per_layer_config")
     if best_step == 1:
+        assert [(name, parameter.shape) for name, parameter in model.named_parameters()] == before
+        assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)
         assert model.compression_report is None
         assert history_of(model) == ()
         assert not (tmp_path / "best" / "compressm.json").exists()
         return
     report = model.compression_report
-    assert report.sizes == {0: 8, 1: 6}
+    assert report.sizes == {0: N, 1: after_one}
     first = callback.history[0]
     spectrum = first.hankel_singular_values[1][0]
-    assert report.layers[1].energy_kept == pytest.approx(sum(spectrum[:6]) / sum(spectrum))
+    assert report.layers[1].energy_kept == pytest.approx(sum(spectrum[:after_one]) / sum(spectrum))
+    assert report.parameters_before == sum(shape.numel() for _, shape in before)
     assert report.layers[1].output_error == pytest.approx(first.output_error[1])
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
     record = json.loads((tmp_path / "best" / "compressm.json").read_text())
-    assert [[row["new_size"] for row in cut["report"]["layers"]] for cut in record["cuts"]] == [[8, 6]]
+    assert [[row["new_size"] for row in cut["report"]["layers"]] for cut in record["cuts"]] == [[N, after_one]]
 
 
 @pytest.fixture(scope="module")

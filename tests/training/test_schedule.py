@@ -114,8 +114,3 @@ def test_the_ratio_falls_in_equal_steps():
 def test_targets_that_can_not_be_reached_are_refused(target):
     with pytest.raises(ValueError):
         check_target(training_config(CompreSSMConfig(**target)), find_layers(tiny_mamba(8)))
-
-
-def test_a_projection_is_refused():
-    with pytest.raises(ValueError, match="select"):
-        training_config(CompreSSMConfig(realization="project"))
