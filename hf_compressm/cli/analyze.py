@@ -63,7 +63,7 @@ def analyze(
         data = calibration_text(loaded, tokenizer, calibration)
         with measuring(progress):
             if frontier:
-                measurement = measure(loaded, data, tokenizer=tokenizer)
+                measurement = measure(loaded, data, CompreSSMConfig(), tokenizer=tokenizer)
                 reports = [measurement.plan(CompreSSMConfig(max_divergence=b)).report for b in BUDGETS]
             else:
                 reports = [hankel_singular_values(loaded, data, tokenizer=tokenizer)]

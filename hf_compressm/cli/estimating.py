@@ -15,16 +15,20 @@ from transformers import AutoModelForCausalLM
 from ..config import CompreSSMConfig
 from ..cutting.budget import TRIALS
 from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS, seconds_for
+from ..cutting.passes import sequences_together
 from ..cutting.scans import quick_scans
 from ..cutting.sensitivity import POINTS
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
 from ..data.texts import LENGTH
 from ..layers import Layer, find_layers, realization_of
+from ..layers.systems import TOGETHER
 
 SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
-TIMED = 256
-"""Tokens of the sequence that is timed, at most."""
+FITTING = 5.0
+"""Seconds that fits are timed for."""
+TIMED = {"cpu": 512, "cuda": 2048}
+"""Tokens that are timed: on a GPU fewer would take as long."""
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,24 @@ def _seconds(
     """Of each step, about: passes are counted, and a layer, a head and a fit are timed on this machine with random weights."""
     layer = _with_weights(layers[0], device, dtype)
     width = model.get_input_embeddings().weight.shape[1]
-    hidden = torch.randn(1, TIMED, width, device=device, dtype=dtype)
+    length = min(TIMED.get(device.type, 2048), LENGTH)
+    together = min(TIMED.get(device.type, 2048) // length, sequences_together([layer], length))
+    hidden = torch.randn(together, length, width, device=device, dtype=dtype)
+    timed = together * length
     statistics = layer.statistics(mean_lti=False)
+    if not layer.realizations[name].reads_contributions:
+        statistics.without_contributions_()
     advance()
     with quick_scans([layer]):
-        forward = _timed(lambda: layer.mixer(hidden), device) / TIMED
+        forward = _timed(lambda: layer.mixer(hidden), device) / timed
     advance()
-    reading = _timed(lambda: statistics.update(layer.read(hidden, None)), device) / TIMED
+    reading = _timed(lambda: statistics.update(layer.read(hidden, None)), device) / timed
     advance()
     # Of the rest of the model, all of it counts as matrix products: attention, MLPs, experts and the head.
     in_layers = sum(parameter.numel() for each in layers for parameter in each.mixer.parameters())
     rest = model.num_parameters() - in_layers
     square = torch.randn(width, 4 * width, device=device, dtype=dtype)
-    product = _timed(lambda: hidden[0] @ square, device) / (TIMED * square.numel())
+    product = _timed(lambda: hidden @ square, device) / (timed * square.numel())
     token = len(layers) * forward + rest * product
 
     on_cpu = device.type == "cpu"
@@ -147,25 +156,41 @@ def _seconds(
     bound = seconds_for(model.num_parameters(), device) if bound is None else bound
     found = {"measure": min(measuring, bound)}  # which goes as far as it gets then
     if options.state_size is None:
-        few = min(SENSITIVITY_TOKENS["cpu" if on_cpu else "cuda"], SENSITIVITY_SEQUENCES * LENGTH)
+        few = min(SENSITIVITY_TOKENS, SENSITIVITY_SEQUENCES * LENGTH)
         # Each begins at its layer: on average half of the blocks, and the head.
         head = model.get_input_embeddings().weight.numel() * product
         found["sizes, layer by layer"] = len(layers) * len(POINTS) * few * ((token - head) / 2 + head)
     if options.max_divergence is not None:
         found["trials on held-out text"] = TRIALS / 2 * tokens / 4 * token
     if options.refits and name == "select":
-        first = layer.realizations[name].of_first_states(layer, max(1, layer.state_size // 2))
-        start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
         advance()
-        begin = time.perf_counter()
-        if start.refit(layer, [(hidden, None, None)], options.fit_rounds) is not start:  # a family that has one
-            _synchronize(device)
-            once = time.perf_counter() - begin
-            # Iterations take what it takes to begin them on a GPU, and on a CPU they are fewer where there are many tokens.
-            once *= 1 if first.fits_differ else tokens / TIMED
-            # Sizes that a trial changes are fitted anew: about as many again.
-            found["refit"] = len(layers) * once * (2 if options.max_divergence is not None else 1)
+        once = _fit_seconds(layer, name, options.fit_rounds, hidden.flatten(0, 1), tokens)
+        # Sizes that a trial changes are fitted anew: about as many again.
+        found |= {"refit": len(layers) * once * (2 if options.max_divergence is not None else 1)} if once else {}
     return found
+
+
+def _fit_seconds(layer: Layer, name: str, rounds: int, hidden: torch.Tensor, tokens: int) -> float:
+    """Of one fit of a layer to so many tokens; 0 where the family has none.
+
+    Fits are timed on what the mixer would read, [tokens, hidden], in as many sequences as a fit takes together, and on half of it: a
+    GPU takes most of the time to begin their steps, whatever the tokens, and a CPU takes as much longer as there are more of them.
+    """
+    rows = min(8, max(1, TOGETHER // (LENGTH * layer.channels)))
+    hidden = hidden[: len(hidden) // rows * rows].unflatten(0, (rows, -1))
+    first = layer.realizations[name].of_first_states(layer, max(1, layer.state_size // 2))
+    start = replace(first, groups=tuple(replace(group, error=math.inf) for group in first.groups))
+
+    def seconds(hidden: torch.Tensor) -> float:
+        return _timed(lambda: start.refit(layer, [(hidden, None, None)], rounds), hidden.device, FITTING)
+
+    half = hidden[:, : hidden.shape[1] // 2]
+    if start.refit(layer, [(half, None, None)], rounds) is start:
+        return 0.0
+    whole = seconds(hidden)
+    if first.fits_differ:  # these stop by themselves, the sooner the more tokens there are
+        return whole
+    return whole + max(0.0, whole - seconds(half)) * (2 * tokens / hidden[..., 0].numel() - 2)
 
 
 def _with_weights(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:
@@ -183,16 +208,19 @@ def _with_weights(layer: Layer, device: torch.device, dtype: torch.dtype) -> Lay
     return other
 
 
-def _timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, of the quickest of three after one that is not counted: other programs only ever make it slower."""
-    times = []
-    for _ in range(4):
+def _timed(step: Callable[[], Any], device: torch.device, seconds: float = math.inf) -> float:
+    """Seconds, of the quickest of three after one that is not counted, or of as many as fit into some seconds.
+
+    Other programs only ever make it slower, and the first has to start threads and fill caches.
+    """
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < seconds:
         _synchronize(device)
         begin = time.perf_counter()
         step()
         _synchronize(device)
         times.append(time.perf_counter() - begin)
-    return min(times[1:])
+    return min(times[1:] or times)
 
 
 def _synchronize(device: torch.device) -> None:

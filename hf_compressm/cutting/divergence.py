@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
 from .observing import hooks
-from .passes import called_with, in_passes, sequences_to_head
+from .passes import called_with, in_passes, replaced_forwards
 from .progress import followed
 from .resuming import Outputs
 from .trials import cut_copy
@@ -32,38 +33,67 @@ class Divergence:
     Args:
         model: as it is before any cut.
         batches: what to predict on, each with `input_ids` and `attention_mask`.
-        layer_by_layer: the layers will be cut one at a time: each pass begins where the model differs.
+        mixers_only: nothing but mixers will change: predictions that are many are then not kept, but made again from the
+            last hidden states.
+        layer_by_layer: of them, too, only one at a time: each pass begins where the model differs.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]], *, layer_by_layer: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        mixers_only: bool = False,
+        layer_by_layer: bool = False,
+    ) -> None:
         self.model = model
-        layers = find_layers(model)
-        self._outputs = Outputs(model, layers if layer_by_layer else [])
-        self.parts = [
-            on(device_of(model), part)
-            for batch in batches
-            for part in in_passes(batch, layers, sequences_to_head(model, layers, *reversed(batch["input_ids"].shape)))
-        ]
-        self.has_head = False
-        self.full: list[Tensor] = []
-        for predictions in self._predictions(self._outputs.kept):
-            held = sum(tensor.nbytes for tensor in self.full)
-            rows = predictions.flatten(0, -2)
-            device = rows.device if held + 4 * rows.numel() <= budgets.PREDICTIONS else torch.device("cpu")
-            kept = torch.empty(rows.shape, dtype=torch.float32, device=device)
-            for place, some in self._split(predictions):
-                kept[place] = some.to(device)
-            self.full.append(kept)
+        self._layers = find_layers(model)
+        self._outputs = Outputs(model, self._layers if layer_by_layer else [])
+        self.parts = [on(device_of(model), part) for batch in batches for part in in_passes(batch, self._layers)]
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.has_head = False
+        self._hidden: list[Any] = []
+        self._full: dict[tuple[int, int], Tensor] = {}
+        held = 0
+        for number, part in enumerate(self.parts):
+            hidden = self._hidden_states(part, self._outputs.kept(number))
+            for rows, predictions in self._predictions(part, hidden):
+                held += predictions.nbytes
+                if held <= budgets.PREDICTIONS:
+                    self._full[number, rows.start] = predictions
+                elif not mixers_only:
+                    self._full[number, rows.start] = predictions.cpu()
+            self._hidden.append(hidden if mixers_only else None)
 
     @torch.no_grad()
-    def _predictions(self, around: Callable[[int], AbstractContextManager[None]]) -> Iterator[Tensor]:
-        with evaluating(self.model):
-            for number, part in enumerate(self.parts):
-                with around(number):
-                    output = self.model(**called_with(part), use_cache=False)
-                self.has_head = hasattr(output, "logits")
-                yield output.logits if self.has_head else output[0]
+    def _hidden_states(self, part: Mapping[str, Tensor], around: AbstractContextManager[None]) -> Any:
+        """What the model gives below its head."""
+        with evaluating(self.model), around:
+            return self.model.base_model(**called_with(part), use_cache=False)
+
+    @torch.no_grad()
+    def _predictions(self, part: Mapping[str, Tensor], hidden: Any) -> Iterator[tuple[slice, Tensor]]:
+        """What the head makes of that, of some sequences after the other; the last hidden states of a model without one."""
+        sequences, length = part["input_ids"].shape
+        if self.model.base_model is self.model:
+            yield slice(0, sequences), hidden[0]
+            return
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        # Predictions of the model as it is now, and as it was.
+        together = max(1, budgets.ACTIVATIONS // (2 * hidden[0].element_size() * vocabulary * length))
+        for rows in (slice(start, start + together) for start in range(0, sequences, together)):
+            yield rows, self._from_head(_rows(part, rows), hidden, rows)
+
+    @torch.no_grad()
+    def _from_head(self, part: Mapping[str, Tensor], hidden: Any, rows: slice) -> Tensor:
+        """The predictions for a batch that is some rows of one that gave `hidden`."""
+        given = replace(hidden, **{next(iter(hidden)): hidden[0][rows]})  # mostly `last_hidden_state`
+        as_given = replaced_forwards([self.model.base_model], lambda forward: lambda *args, **kwargs: given)
+        with evaluating(self.model), as_given:
+            output = self.model(**called_with(part), use_cache=False)
+        self.has_head = hasattr(output, "logits")
+        predictions: Tensor = output.logits if self.has_head else output[0]
+        return predictions
 
     def _split(self, predictions: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of predictions [..., classes] after the other, as log-probabilities; hidden states as they are."""
@@ -77,20 +107,26 @@ class Divergence:
     def __call__(self, first: Layer | None = None) -> float:
         """Of the model as it is now; with `first`, the first layer that is not as it was, it is run from there on."""
         moved = of = 0.0
-
-        def around(number: int) -> AbstractContextManager[None]:
-            return nullcontext() if first is None else self._outputs.resumed(number, first)
-
-        for part, full, predictions in zip(self.parts, self.full, self._predictions(around), strict=True):
-            mask = part["attention_mask"].flatten().to(predictions.device).double()
-            if len(mask) != len(full):  # such as the last hidden states of a model that pools
-                mask = mask.new_ones(len(full))
-            for rows, now in self._split(predictions):
-                then = full[rows].to(now.device)
-                each = (then.exp() * (then - now)).sum(-1) if self.has_head else (then - now).square().sum(-1)
-                moved += float((each * mask[rows]).sum())
-                of += float(mask[rows].sum() if self.has_head else (then.square().sum(-1) * mask[rows]).sum())
+        for number, part in enumerate(self.parts):
+            around = nullcontext() if first is None else self._outputs.resumed(number, first)
+            for rows, predictions in self._predictions(part, self._hidden_states(part, around)):
+                some, full = _rows(part, rows), self._full.get((number, rows.start))
+                if full is None:
+                    full = self._from_head(some, self._hidden[number], rows)
+                mask = some["attention_mask"].flatten().to(predictions.device).double()
+                if len(mask) != predictions[..., 0].numel():  # such as the last hidden states of a model that pools
+                    mask = mask.new_ones(predictions[..., 0].numel())
+                for (at, now), (_, then) in zip(
+                    self._split(predictions), self._split(full.to(predictions.device)), strict=True
+                ):
+                    each = (then.exp() * (then - now)).sum(-1) if self.has_head else (then - now).square().sum(-1)
+                    moved += float((each * mask[at]).sum())
+                    of += float(mask[at].sum() if self.has_head else (then.square().sum(-1) * mask[at]).sum())
         return max(0.0, moved / of) if of else 0.0
+
+
+def _rows(batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: tensor[rows] for name, tensor in batch.items()}
 
 
 def on(device: torch.device, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -71,6 +71,12 @@ class Measurement:
         ):
             raise ValueError("The model was cut since it was measured: measure it again.")
         name = realization_of(config, self.layers)
+        selects = any(layer.realizations[name].reads_contributions for layer in self.layers)
+        if selects and not all(entry.contributions for entry in self.statistics):
+            raise ValueError(
+                f"The measurement was for a projection and left out what realization={name!r} chooses states by: measure with this "
+                "config."
+            )
         fits = config.refits and any(layer.realizations[name].has_fit for layer in self.layers)
         if fits and self.inputs is None:
             raise ValueError(

@@ -31,9 +31,9 @@ from .scans import quick_scans
 logger = logging.get_logger(__name__)
 
 # What the layers' cost curves are measured on, some forward passes for each layer: divergences need few tokens. At most so
-# many sequences, and as many as make so many tokens.
+# many sequences, and as many as make so many tokens; four times as many gave well-trained models no better sizes.
 SENSITIVITY_SEQUENCES = 4
-SENSITIVITY_TOKENS = {"cpu": 1024, "cuda": 2048}
+SENSITIVITY_TOKENS = 512
 # What measuring on the package's own text or on samples may take for each so many parameters, if the config names no time.
 SECONDS, MODEL = {"cpu": 60.0, "cuda": 10.0}, 130e6
 # Tokens of a step, at most: on a CPU few, so that the time is kept and the bar moves.
@@ -60,7 +60,8 @@ def measure(
             tell all.
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
             realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
-            any other cut an eighth, if there are eight sequences.
+            any other cut an eighth, if there are eight sequences; where it means a projection, what selections are chosen by is
+            left out, which takes a third of the time. Without one, all but the inputs is measured.
         tokenizer: for texts.
         backend: of a training loop on several processes: each measures on its own data, the statistics are summed and what
             is held out and what layers are refitted on is put together.
@@ -70,6 +71,7 @@ def measure(
             module is to keep a `max_divergence` or to be healed.
         TypeError: if the data is of an unknown kind.
     """
+    for_any = config is None
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     backend = backend or OneProcess()
     layers = find_layers(model)
@@ -118,9 +120,9 @@ def measure(
                         model.base_model(**called_with(part), use_cache=False)
         return statistics
 
-    statistics = measured_together(layers, config, backend, run, parts, inputs)
-    tokens = SENSITIVITY_TOKENS.get(device.type, 2048)
-    few = min(SENSITIVITY_SEQUENCES, max(1, tokens // batches[0]["input_ids"].shape[1]))
+    contributions = for_any or any(layer.realizations[name].reads_contributions for layer in layers)
+    statistics = measured_together(layers, config, backend, run, parts, inputs, contributions)
+    few = min(SENSITIVITY_SEQUENCES, max(1, SENSITIVITY_TOKENS // batches[0]["input_ids"].shape[1]))
     sample = {name: tensor[:few] for name, tensor in batches[0].items()}
     return Measurement(model, layers, statistics, config.estimator, weights, inputs, sample, held_out)
 
@@ -132,6 +134,7 @@ def measured_together(
     run: Callable[[list[Statistics], Sequence[Any], Inputs | None], list[Statistics]],
     batches: Sequence[Any],
     inputs: Inputs | None,
+    contributions: bool = True,
 ) -> list[Statistics]:
     """The statistics of all processes' data.
 
@@ -139,16 +142,23 @@ def measured_together(
         layers, config, backend: what is measured, and how.
         run: adds batches of this process to statistics, keeps what mixers read in the inputs, and returns the statistics.
         batches, inputs: for it; the inputs are brought to process 0, which fits.
+        contributions: whether the realization reads them.
 
     Raises:
         ValueError: as `check_measured`.
     """
 
     def empty() -> list[Statistics]:
-        return empty_statistics(layers, config, budgets.STATISTICS)
+        return empty_statistics(layers, config, budgets.STATISTICS, contributions)
+
+    def first_look() -> list[Statistics]:
+        statistics = empty()
+        for entry in statistics:
+            entry.contributions_alone_()
+        return run(statistics, batches[:1], None)
 
     statistics = empty()
-    backend.share_candidates_(statistics, lambda: run(empty(), batches[:1], None))
+    backend.share_candidates_(statistics, first_look)
     backend.together("measuring", lambda: run(statistics, batches, inputs))
     backend.sum_(statistics)
     if inputs is not None and backend.processes > 1:
@@ -181,16 +191,21 @@ def seconds_for(parameters: int, device: torch.device) -> float:
     return SECONDS.get(device.type, SECONDS["cuda"]) * max(1.0, parameters / MODEL)
 
 
-def empty_statistics(layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None) -> list[Statistics]:
+def empty_statistics(
+    layers: Sequence[Layer], config: CompreSSMConfig, budget: int | None = None, contributions: bool = True
+) -> list[Statistics]:
     """For each layer an accumulator that has seen nothing.
 
     Args:
         layers, config: what is measured, and how.
         budget: bytes of them that may be on a device; further Gramians are added up on the CPU.
+        contributions: of the states; without them, most of the work may be spared.
     """
     statistics, held = [], dict.fromkeys([layer.device for layer in layers], 0)
     for layer in layers:
         entry = layer.statistics(mean_lti=config.estimator == "mean_lti")
+        if not contributions:
+            entry.without_contributions_()
         held[layer.device] += sum(total.numel() * total.element_size() for total in entry.sums())
         if budget is not None and held[layer.device] > budget:
             entry.offload_()

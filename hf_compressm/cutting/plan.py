@@ -167,12 +167,13 @@ def make_plan(
         lost = errors(layers, statistics, paths, weights)
         if sample is None or len(layers) == 1:
             return lost
-        distance = Divergence(model, [sample], layer_by_layer=True)
+        distance = Divergence(model, [sample], mixers_only=True, layer_by_layer=True)
         return cost_curves(model, layers, paths, choices, lost, distance, try_fit)
 
     divergence, tradeoff = None, None
     if config.max_divergence is not None:
-        ladder, distance = Ladder(costs(), choices, config.uniform), Divergence(model, held_out)
+        ladder = Ladder(costs(), choices, config.uniform)
+        distance = Divergence(model, held_out, mixers_only=True)
 
         def trial(made: Mapping[int, Realization]) -> float:
             with cut_for_a_while(model, layers, made):

@@ -92,7 +92,7 @@ def _mamba2(stock: Callable[..., Any]) -> Callable[..., Any]:
         delta = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         delta = (F.softplus(delta) if dt_softplus else delta).clamp(*dt_limit).float()
         x = x.float()
-        y = ChunkedScan(x, delta, A.float(), B.shape[2])(B.float(), C.float())
+        y = ChunkedScan(delta[..., None] * x, delta * A.float(), B.shape[2])(B.float(), C.float())
         return (y if D is None else y + D[:, None] * x).contiguous()  # FalconH1Mixer wants another view of it
 
     return scan

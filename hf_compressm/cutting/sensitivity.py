@@ -39,8 +39,7 @@ def errors(
     for layer, entry, path in zip(layers, statistics, paths, strict=True):
         scales = [1.0] * len(path[1].groups)
         if weights == "fisher":  # heads that are systems of their own count together in their group
-            energies = [float(moments.contribution.sum() / (2 * entry.tokens)) for moments in entry.groups]
-            scales = np.array(energies).reshape(len(scales), -1).sum(1).tolist()
+            scales = (entry.output_energies() / (2 * entry.tokens)).reshape(len(scales), -1).sum(1).tolist()
         curves.append(
             torch.tensor(
                 [

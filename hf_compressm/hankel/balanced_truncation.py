@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .factorisations import in_parts
+from .factorisations import svd
 from .singular_values import cross_factor, gramian_factor
 from .systems import DiagonalSystem, StateSpace
 
@@ -74,7 +74,7 @@ def balance(L_Q: Tensor, L_P: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     n = L_P.shape[-1]
     if not 1 <= r <= n:
         raise ValueError(f"the reduced state size must be in 1..{n}, not {r}")
-    U, sigma, Vh = in_parts(torch.linalg.svd, cross_factor(L_Q, L_P))
+    U, sigma, Vh = svd(cross_factor(L_Q, L_P))
     scale = torch.where(_is_significant(sigma), sigma.rsqrt(), 0)[..., None, :r]
     Rm = L_P.to(Vh.dtype) @ Vh.mH[..., :r] * scale
     Lm = L_Q.to(U.dtype) @ U[..., :r] * scale

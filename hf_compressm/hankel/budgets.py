@@ -8,7 +8,7 @@ A peak of the model's own bytes, the activations of one calibration sequence in 
 | what the mixers read, for fits | `INPUTS` | on the CPU, in the model's own precision |
 | systems that a layer is fitted to | `SYSTEMS` | computed anew in each pass of the fit |
 | what its blocks give, to begin trials with | `OUTPUTS` | on the CPU |
-| predictions of the full model | `PREDICTIONS` | on the CPU |
+| predictions of the full model | `PREDICTIONS` | made again from its last hidden states; on the CPU where the head will change, too |
 | a forward pass | `ACTIVATIONS` in one layer, or one sequence | one sequence after the other |
 | a backward pass | `CHECKPOINTS`, the inputs of all blocks | on the CPU |
 | weights that a cut replaces, in case it is undone | `REPLACED` | on the CPU |

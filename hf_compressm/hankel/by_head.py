@@ -10,16 +10,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from .factorisations import on_threads
 from .realization import Projection, share
 from .singular_values import check_finite, gramian_factor
 
@@ -102,20 +100,10 @@ def balance_heads(P: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     check_finite(P, "controllability Gramian P")
     L = gramian_factor(output.cpu(), "second moment of C").to(P.device)
-    eigenvalues, V = _eigh((L.mT @ P.double() @ L).cpu())
-    sigma, V = eigenvalues.flip(1).clamp_min(0).sqrt(), V.flip(2).to(P.device)
+    balanced = L.mT @ P.double() @ L
+    eigenvalues, V = on_threads(np.linalg.eigh, (balanced + balanced.mT) / 2)
+    sigma, V = eigenvalues.flip(1).clamp_min(0).sqrt().cpu(), V.flip(2)
     significant = sigma > RANK_TOLERANCE * sigma[:, :1]
     scale = torch.where(significant, sigma.rsqrt(), 0).to(P.device)[:, None]
     B_maps = L @ V * scale
     return sigma, B_maps, P.double() @ B_maps * scale.square()
-
-
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Of symmetric matrices on the CPU, [n, N, N], on threads: no GPU solver takes large ones as a batch."""
-    symmetric = ((matrices + matrices.mT) / 2).numpy()
-    workers = min(os.cpu_count() or 1, len(symmetric))
-    # LAPACK's own threads would only get into the way of these.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(np.linalg.eigh, np.array_split(symmetric, workers)))
-    values, vectors = zip(*parts, strict=True)
-    return torch.from_numpy(np.concatenate(values)), torch.from_numpy(np.concatenate(vectors))

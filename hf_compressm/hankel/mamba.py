@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,9 @@ from .systems import lti_gramian
 FIRST_TOKENS = 16
 # States whose K_t are computed at once by the kernel, which holds a token's in registers.
 TOGETHER = 64
+# Above so many states, Gramians are those of some channels, spread over all of them: each wants eigenvalues of its own, and memory
+# with the square of the states. The others count by these; nothing but spectra and baseline scores comes from Gramians.
+FEW_STATES, GRAMIAN_CHANNELS = 32, 256
 # Numbers in the largest temporary tensor of a fused update.
 WORKING_SET = 2**24
 
@@ -35,24 +40,37 @@ class MambaStatistics(Statistics):
         channels, size: of the layer.
         mean_lti: use the paper's surrogate, Abar at the mean step size with second moments of its inputs and outputs,
             instead of the time-varying scan.
+
+    Attributes:
+        some: the channels that have Gramians, weights and rates here, [c]; None for all of them.
     """
 
     def __init__(self, channels: int, size: int, device: torch.device, *, mean_lti: bool = False) -> None:
         self.mean_lti = mean_lti
+        self.some: Tensor | None = None
+        if size > FEW_STATES and channels > GRAMIAN_CHANNELS:
+            self.some = torch.linspace(0, channels - 1, GRAMIAN_CHANNELS, device=device).round().long()
+            channels = GRAMIAN_CHANNELS
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros(channels, dtype=torch.float64, device=device)
         self.rates = torch.zeros(channels, size, dtype=torch.float64, device=device)
         self.P = torch.zeros(channels, size, size, device=device)
         self.Q = torch.zeros(channels, size, size, device=device)
         self.groups = [ReadoutMoments(size, device, readout=True)]
+        self._alone = False
+
+    def contributions_alone_(self) -> None:
+        """Leave out what candidates for a read-out are not chosen by: in kernels, nearly all work."""
+        self._alone = True
 
     def update(self, system: MambaSystem) -> None:
         """Add the tokens of a batch."""
         self.tokens += system.valid.sum()
-        self.weight += system.gate.square().sum((0, 1))
-        self.rates += (system.delta * system.valid[..., None]).sum((0, 1))[:, None] * system.A
+        some = self._part(system)
+        self.weight += some.gate.square().sum((0, 1))
+        self.rates += (some.delta * some.valid[..., None]).sum((0, 1))[:, None] * some.A
         if self.mean_lti:
-            drive = (system.delta * system.u).square() * system.valid[..., None]
+            drive = (some.delta * some.u).square() * some.valid[..., None]
             P = torch.einsum("bld,bli,blj->dij", drive, system.B, system.B)
             self._add(P, torch.einsum("bl,bli,blj->ij", system.valid, system.C, system.C))
         if kernels.fused(system.u):
@@ -60,14 +78,25 @@ class MambaStatistics(Statistics):
         else:
             self._update_by_chunks(system)
 
+    def _part(self, system: MambaSystem) -> MambaSystem:
+        """The channels that have Gramians."""
+        if self.some is None:
+            return system
+        u, delta, gate = (x[..., self.some] for x in (system.u, system.delta, system.gate))
+        return replace(system, u=u, delta=delta, gate=gate, A=system.A[self.some])
+
     def _update_fused(self, system: MambaSystem) -> None:
         """The scans as kernels, some rows of the batch at a time."""
         from ..kernels.contribution import contribution
         from ..kernels.mamba import chunk_starts, gramians, output_gram
 
         u, delta, A, B, C, gate = system.u, system.delta, system.A, system.B, system.C, system.gate
+        if self._alone:
+            self.groups[0].contribution += contribution(u, delta, A, B, C, gate)
+            return
         if not self.mean_lti:
-            self._add(*gramians(u, delta, A, B, C, system.valid))
+            part = self._part(system)
+            self._add(*gramians(part.u, part.delta, part.A, B, C, part.valid))
         (moments,) = self.groups
         size = moments.size
         if not len(moments.candidates):
@@ -104,10 +133,12 @@ class MambaStatistics(Statistics):
             gated = system.gate[:, time, :, None] * h
             self.groups[0].update((gated.mT @ gated).flatten(0, 1), system.C[:, time].flatten(0, 1))
             if not self.mean_lti:
-                channel_states = (h * system.valid[:, time, None, None]).flatten(0, 1).permute(1, 2, 0)
+                of = h if self.some is None else h[:, :, self.some]
+                channel_states = (of * system.valid[:, time, None, None]).flatten(0, 1).permute(1, 2, 0)
                 self.P += channel_states @ channel_states.mT
         if not self.mean_lti:
-            self.Q += observability_gramian(system.delta, system.A, system.C, system.valid)
+            some = self._part(system)
+            self.Q += observability_gramian(some.delta, some.A, some.C, some.valid)
 
     def _add(self, P: Tensor, Q: Tensor) -> None:
         self.P += P.to(self.P.device)
@@ -120,7 +151,7 @@ class MambaStatistics(Statistics):
             moments.offload_()
 
     def gramians(self) -> tuple[Tensor, Tensor]:
-        """P and Q per token in float64, [channels, N, N]."""
+        """P and Q per token in float64, [c, N, N]."""
         P, Q = (X.to(self.weight.device).double() / self.tokens for X in (self.P, self.Q))
         if not self.mean_lti:
             return P, Q

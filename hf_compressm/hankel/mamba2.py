@@ -10,13 +10,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.reference import mamba2_states, observability_reach
+from ..kernels import chunked
+from ..kernels.chunked import ChunkedScan
+from ..kernels.reference import observability_reach
 from .moments import ReadoutMoments
 from .selective import Mamba2System
 from .statistics import Statistics
@@ -42,6 +44,7 @@ class Mamba2Statistics(Statistics):
         rates: sum over tokens of Delta A, [heads]; for `mean_lti`.
         controllable: sum over tokens of w P_t, [heads, N, N]; with `mean_lti`, of B B^T times the input's energy.
         observable: sum over tokens of Q_t, [heads, N, N]; with `mean_lti` none, it is the groups' C C^T.
+        energy: without the contributions, sum over tokens of the groups' output energies, [groups].
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Mamba2Statistics(Statistics):
         self.controllable = zeros(heads, size, size)
         self.observable = zeros(0 if mean_lti else heads, size, size)
         self.groups = [ReadoutMoments(size, device, readout=False) for _ in range(groups)]
+        self.energy = zeros(groups)
 
     @property
     def state_size(self) -> int:
@@ -78,41 +82,31 @@ class Mamba2Statistics(Statistics):
             self.controllable += _outer_products(drive * system.valid[..., None], system.B).to(
                 self.controllable.device
             )
-        if kernels.fused(system.x):
-            self._update_fused(system)
-        else:
-            self._update_by_chunks(system)
-
-    def _update_fused(self, system: Mamba2System) -> None:
-        """The scans as kernels."""
-        from ..kernels.mamba2 import contribution, controllability
-
-        x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
+        self._update_groups(system)
         if not self.mean_lti:
-            P, reach = controllability(x, delta, A, B, gate, system.valid)
+            P, reach = _gramians(system)
             self.controllable += P.to(self.controllable.device)
-            self.observable += _outer_products(reach * system.valid[..., None], C).to(self.observable.device)
-        output = torch.einsum("blgi,blgj->gij", C.double(), C.double())
-        contributions = contribution(x, delta, A, B, C, gate)
-        for moments, part, M in zip(self.groups, output, contributions, strict=True):
-            moments.output += part
-            moments.contribution += M
-
-    def _update_by_chunks(self, system: Mamba2System) -> None:
-        """The same in plain torch, a few tokens at a time."""
-        groups = system.B.shape[2]
-        for time, h in mamba2_states(system.x, system.delta, system.A, system.B):
-            gated = system.gate[:, time, ..., None] * h
-            if not self.mean_lti:
-                rows = gated.movedim(2, 0).flatten(1, 3)
-                self.controllable += (rows.mT @ rows).to(self.controllable.device)
-            gated = gated.unflatten(2, (groups, -1)).flatten(3, 4)
-            K = gated.mT @ gated  # [batch, time, groups, N, N]
-            for group, moments in enumerate(self.groups):
-                moments.update(K[:, :, group].flatten(0, 1), system.C[:, time, group].flatten(0, 1))
-        if not self.mean_lti:
-            reach = observability_reach(system.delta, system.A, system.valid)
             self.observable += _outer_products(reach * system.valid[..., None], system.C).to(self.observable.device)
+
+    def _update_groups(self, system: Mamba2System) -> None:
+        """Second moments of C, and how the states contribute to the output or else only its energy."""
+        x, delta, A, B, C, gate = system.x, system.delta, system.A, system.B, system.C, system.gate
+        for moments, part in zip(self.groups, torch.einsum("blgi,blgj->gij", C.double(), C.double()), strict=True):
+            moments.output += part
+        if self.contributions:
+            for moments, M in zip(self.groups, _contribution(x)(x, delta, A, B, C, gate), strict=True):
+                moments.contribution += M
+        else:
+            y = ChunkedScan(delta[..., None] * x, delta * A, len(self.groups))(B, C)
+            self.energy += (gate * y).square().sum((0, 1, 3)).unflatten(0, (len(self.groups), -1)).sum(1)
+
+    def without_contributions_(self) -> None:
+        """Leave the states' contributions out, which take most of the time."""
+        self.contributions = False
+
+    def output_energies(self) -> Tensor:
+        """Of each group, summed over tokens, [groups]."""
+        return super().output_energies() if self.contributions else self.energy
 
     def offload_(self) -> None:
         """Add up the Gramians on the CPU."""
@@ -161,6 +155,24 @@ class Mamba2Statistics(Statistics):
         """Sums of the heads added up over each group by weight, where they lie: what comes back is [groups, N, N]."""
         by_group = zip(*(tensor.unflatten(0, (len(self.groups), -1)) for tensor in (weight, sums)), strict=True)
         return torch.stack([torch.tensordot(w.to(X.device), X, 1) for w, X in by_group]).to(weight.device)
+
+
+def _gramians(system: Mamba2System) -> tuple[Tensor, Tensor]:
+    """The sum of w P over the tokens, [heads, N, N], and how far C C^T reach in Q, [batch, length, heads]."""
+    x, delta, A, B, gate, valid = system.x, system.delta, system.A, system.B, system.gate, system.valid
+    if not kernels.fused(x):
+        return chunked.controllability(x, delta, A, B, gate), observability_reach(delta, A, valid)
+    from ..kernels.mamba2 import controllability
+
+    return controllability(x, delta, A, B, gate, valid)
+
+
+def _contribution(x: Tensor) -> Callable[..., Tensor]:
+    if not kernels.fused(x):
+        return chunked.contribution
+    from ..kernels.mamba2 import contribution
+
+    return contribution
 
 
 def _outer_products(weight: Tensor, x: Tensor) -> Tensor:

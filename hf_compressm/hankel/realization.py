@@ -226,23 +226,23 @@ def safe_ridge(normal: Tensor, ridge: float) -> float:
     return ridge
 
 
-def project(moments: ReadoutMoments, P: Tensor) -> dict[int, Projection]:
+def project(outputs: Tensor, P: Tensor) -> list[dict[int, Projection]]:
     """Balance the state against P and E[C C^T] and keep its first r directions, for every r (Mamba-2).
 
     Every invertible map of the state commutes with a dynamics that is a scalar times the identity, so the oblique
     projection is carried by B and C alone and makes no error that time could amplify.
 
     Args:
-        moments: of the group.
-        P: the group's controllability Gramian, weighted by the output, [N, N].
+        outputs: the sums over tokens of C C^T of some groups, [groups, N, N].
+        P: their controllability Gramians, weighted by the output, [groups, N, N].
     """
-    sigma, C_projection, B_projection = balance(gramian_factor(moments.output), gramian_factor(P), moments.size)
+    sigma, C_projection, B_projection = balance(gramian_factor(outputs), gramian_factor(P), P.shape[-1])
     # From the smallest up, and 0 for all of them.
-    lost = [*sigma.square().flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    return {
-        r: Projection(B_projection[:, :r], C_projection[:, :r], share(lost[r], lost[0]))
-        for r in range(1, moments.size + 1)
-    }
+    lost = torch.nn.functional.pad(sigma.square().flip(1).cumsum(1).flip(1), (0, 1)).tolist()
+    return [
+        {r: Projection(B[:, :r], C[:, :r], share(row[r], row[0])) for r in range(1, len(row))}
+        for B, C, row in zip(B_projection, C_projection, lost, strict=True)
+    ]
 
 
 def share(part: float, whole: float) -> float:

@@ -119,7 +119,7 @@ class Reading:
     def __init__(self, u: Tensor, system: Mamba2System, act: Callable[[Tensor], Tensor]) -> None:
         self.u, self.act, self.valid, self.gate = u, act, system.valid, system.gate
         self.groups = system.B.shape[2]
-        self.scan = ChunkedScan(system.x, system.delta, system.A, self.groups)
+        self.scan = ChunkedScan(system.delta[..., None] * system.x, system.delta * system.A, self.groups)
         self.y = self.scan(system.B, system.C)
         self.energy = self._by_group(self.y)
         self.K = controllability(system)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .factorisations import in_parts
+from .factorisations import eigh, in_parts
 from .systems import double
 
 
@@ -40,7 +40,7 @@ def gramian_factor(P: Tensor, name: str = "Gramian") -> Tensor:
     """
     check_finite(P, name)
     P = double(P)
-    eigenvalues, eigenvectors = in_parts(torch.linalg.eigh, (P + P.mH) / 2)
+    eigenvalues, eigenvectors = eigh((P + P.mH) / 2)
     return eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
 
 

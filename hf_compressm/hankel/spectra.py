@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .factorisations import TOGETHER
+from .factorisations import BATCHED, TOGETHER, on_threads
 from .singular_values import check_finite, hankel_singular_values
 from .statistics import Statistics
-
-# The largest matrices that the factorisations of a GPU take many at a time.
-BATCHED = 32
 
 
 def hankel_spectra(statistics: Sequence[Statistics]) -> list[Tensor]:
@@ -56,17 +50,12 @@ def _on_threads(P: Tensor, Q: Tensor) -> Tensor:
     Gramians hold, and takes half the time of the singular values of L_Q^T L_P.
     """
 
-    def spectra(P: Tensor, Q: Tensor) -> np.ndarray:
-        eigenvalues, eigenvectors = np.linalg.eigh(P.cpu().numpy())
+    def spectra(P: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray]:
+        eigenvalues, eigenvectors = np.linalg.eigh(P)
         L = eigenvectors * np.sqrt(eigenvalues.clip(0))[:, None]
-        balanced = L.swapaxes(1, 2) @ Q.cpu().numpy() @ L
-        values: np.ndarray = np.sqrt(np.linalg.eigvalsh(balanced).clip(0))[:, ::-1]
-        return values
+        balanced = L.swapaxes(1, 2) @ Q @ L
+        return (np.sqrt(np.linalg.eigvalsh(balanced).clip(0))[:, ::-1],)
 
     check_finite(P, "controllability Gramian P")
     check_finite(Q, "observability Gramian Q")
-    workers = min(os.cpu_count() or 1, len(P))
-    # LAPACK's own threads would only get into the way of these.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(spectra, P.chunk(4 * workers), Q.chunk(4 * workers)))
-    return torch.from_numpy(np.concatenate(parts)).to(P.device)
+    return on_threads(spectra, P, Q)[0]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .moments import ReadoutMoments
@@ -19,10 +20,12 @@ class Statistics(ABC):
     Attributes:
         tokens: that were seen, a float64 scalar.
         groups: the read-out moments of each group of states that is chosen on its own.
+        contributions: whether the groups' contribution Grams are added up.
     """
 
     tokens: Tensor
     groups: list[ReadoutMoments]
+    contributions: bool = True
 
     @property
     def state_size(self) -> int:
@@ -48,6 +51,16 @@ class Statistics(ABC):
     @abstractmethod
     def state_power(self) -> Tensor:
         """The diagonal of P, summed over the channels with their output weights, [groups, N]."""
+
+    def without_contributions_(self) -> None:
+        """Leave out what only selections are chosen by, where that takes time."""
+
+    def contributions_alone_(self) -> None:
+        """Leave out what candidates for a read-out are not chosen by, where that takes time."""
+
+    def output_energies(self) -> Tensor:
+        """Of each group, summed over tokens, [groups]."""
+        return torch.stack([moments.contribution.sum() for moments in self.groups])
 
     def offload_(self) -> None:
         """Add up on the CPU what grows with the square of the state size, where it is not there already."""

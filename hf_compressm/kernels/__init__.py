@@ -1,4 +1,4 @@
-"""Scans over time: `reference` in plain torch, for any device; the other modules in Triton, for CUDA.
+"""Scans over time: `reference` and `chunked` in plain torch, for any device; the other modules in Triton, for CUDA.
 
 Triton is imported by those modules alone, and they only where `fused` says so.
 """

@@ -23,6 +23,7 @@ class ProjectHeads(Realization):
 
     name = kind = "project_heads"
     stock = False
+    reads_contributions = False
 
     @property
     def head_sizes(self) -> list[int]:

@@ -147,6 +147,8 @@ class Realization(ABC):
     "project_heads"."""
     has_fit: ClassVar[bool] = False
     """Whether `refit` wants what the mixers read."""
+    reads_contributions: ClassVar[bool] = True
+    """Whether `paths` wants the contribution Grams of the states."""
     fits_differ: ClassVar[bool] = False
     """Whether it takes much of the error away in one layer and little in another, so that sizes have to know."""
     stock: ClassVar[bool] = True

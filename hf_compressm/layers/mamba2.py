@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +71,7 @@ class Project(Realization):
 
     name = kind = "project"
     stock = False
+    reads_contributions = False
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -93,10 +95,18 @@ class Project(Realization):
         cls, layers: Sequence[Any], statistics: Sequence[Any], config: CompreSSMConfig
     ) -> list[dict[int, Realization]]:
         """For each layer the projection to every size."""
-        found = [
-            [project(moments, P) for moments, P in zip(entry.groups, entry.P, strict=True)] for entry in statistics
+        together: dict[tuple[int, torch.device], list[int]] = {}
+        for position, entry in enumerate(statistics):
+            together.setdefault((entry.state_size, entry.tokens.device), []).append(position)
+        found: dict[int, list[dict[int, Projection]]] = {}
+        for positions in together.values():
+            groups = [statistics[i].groups for i in positions]
+            outputs = torch.stack([moments.output for some in groups for moments in some])
+            paths = iter(project(outputs, torch.cat([statistics[i].P for i in positions])))
+            found |= {i: list(islice(paths, len(some))) for i, some in zip(positions, groups, strict=True)}
+        return [
+            {size: cls(tuple(path[size] for path in found[i])) for size in found[i][0]} for i in range(len(layers))
         ]
-        return [{size: cls(tuple(path[size] for path in paths)) for size in paths[0]} for paths in found]
 
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:

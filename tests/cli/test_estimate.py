@@ -50,7 +50,7 @@ def test_sizes(make, arguments, after, tmp_path):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_architecture(model_type, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimating, "TIMED", 16)
+    monkeypatch.setattr(estimating, "TIMED", {"cpu": 16})
     result = run(build(model_type), tmp_path, "--ratio", "0.5")
     assert result.exit_code == 0, result.output
     for row in ("layers with a state", "memory of a cut, at most", "seconds to measure"):

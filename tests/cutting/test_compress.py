@@ -103,7 +103,7 @@ def test_projection_at_full_rank_is_exact(token_ids):
     expected = logits(model, token_ids)
     layers = find_layers(model)
     for layer, entry in zip(layers, measure(model, token_ids).statistics, strict=True):
-        cut = project(entry.groups[0], entry.P[0])[layer.state_size]
+        cut = project(entry.groups[0].output[None], entry.P)[0][layer.state_size]
         project_(layer.mixer, torch.stack([cut.B_projection, cut.C_projection]))
     torch.testing.assert_close(logits(model, token_ids), expected, rtol=1e-3, atol=1e-3)
 

@@ -42,7 +42,8 @@ def test_the_gradient_is_that_of_the_loss_by_the_scans_output(token_ids, name):
 def test_every_architecture_can_be_weighed_by_its_loss(model_type):
     model = build(model_type)
     before = model(tokens()).logits
-    measurement = measure(model, tokens(4, 16), CompreSSMConfig(weights="fisher", tolerance=0))
+    config = CompreSSMConfig(weights="fisher", tolerance=0, realization="select")
+    measurement = measure(model, tokens(4, 16), config)
     assert measurement.weights == "fisher"
     for entry in measurement.statistics:
         assert entry.tokens == 64
@@ -58,9 +59,10 @@ def test_costs_are_nats(name):
     """Of a cut small enough for the second order, the predicted divergence is the measured one, in its order of size."""
     model = MODELS[name]()
     ids = torch.randint(0, VOCABULARY, (24, 40), generator=torch.Generator().manual_seed(5))
-    measurement = measure(model, ids, CompreSSMConfig(weights="fisher", tolerance=0))
+    config = CompreSSMConfig(weights="fisher", tolerance=0, selection="greedy")
+    measurement = measure(model, ids, config)
     layers = measurement.layers
-    paths = realize(layers, measurement.statistics, CompreSSMConfig(selection="greedy"), "select")
+    paths = realize(layers, measurement.statistics, config, "select")
     divergence = Divergence(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     for layer, path, lost in zip(layers, paths, errors(layers, measurement.statistics, paths, "fisher"), strict=True):
         size = layer.state_size - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_one_measurement_serves_many_plans(token_ids):
         plan.apply_(one)
         compress_(two, CompreSSMConfig(**options), token_ids)
         assert torch.equal(one(token_ids).logits, two(token_ids).logits)
+
+
+@pytest.mark.parametrize("weights", ["fisher", "gate"])
+def test_a_measurement_for_a_projection_leaves_out_what_only_selections_want(token_ids, weights):
+    model = tiny_mamba2(groups=2)
+    config = CompreSSMConfig(ratio=0.5, weights=weights, multiple_of=1, refit=0)
+    select = replace(config, realization="select")
+    some, every = (measure(model, token_ids, each) for each in (config, select))
+    for one, other in zip(some.statistics, every.statistics, strict=True):
+        assert not any(moments.contribution.any() for moments in one.groups)
+        torch.testing.assert_close(one.output_energies(), other.output_energies(), rtol=1e-5, atol=0)
+    assert some.plan(config).report == every.plan(config).report
+    assert every.plan(select).realizations
+    with pytest.raises(
+        ValueError, match="left out what realization='select' chooses states by: measure with this config"
+    ):
+        some.plan(select)
 
 
 def test_the_report_of_a_measurement_is_the_spectra(token_ids):

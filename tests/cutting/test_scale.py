@@ -80,6 +80,17 @@ def test_a_part_holds_fewer_matrices_the_larger_they_are(n, together):
     assert sum(taken) == 1200
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (5,), ()])
+def test_large_matrices_are_factorised_on_threads(monkeypatch, shape):
+    X = torch.randn(*shape, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(factorisations, "_is_large", lambda X: True)
+    U, sigma, Vh = factorisations.svd(X)
+    torch.testing.assert_close(U * sigma[..., None, :] @ Vh, X)
+    values, vectors = factorisations.eigh(X + X.mT)
+    torch.testing.assert_close(vectors * values[..., None, :] @ vectors.mT, X + X.mT)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(X + X.mT))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_goes_beyond_a_budget_changes_no_result(monkeypatch, name):
     """With no budget at all, everything that would wait on a CPU, or be computed anew, does."""
@@ -148,12 +159,15 @@ def test_a_trial_holds_one_cut_mixer_at_a_time_and_shares_what_it_does_not_cut(m
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "zamba2", "jamba", "falcon_h1", "nemotron_h"])
 @torch.no_grad()
-def test_passes_that_begin_at_a_layer_give_what_whole_ones_give(name):
+def test_passes_that_begin_at_a_layer_give_what_whole_ones_give(monkeypatch, name):
     model = MODELS[name]() if name in MODELS else build(name)
     layers, ids = find_layers(model), IDS[:4]
     config = CompreSSMConfig(ratio=0.5, weights="gate", refit=0, realization="select")
     plan = measure(model, ids, config).plan(config)
     resumed = Divergence(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], layer_by_layer=True)
+    with monkeypatch.context() as patch:  # its predictions are not kept
+        patch.setattr(budgets, "PREDICTIONS", 0)
+        again = Divergence(model, resumed.parts, mixers_only=True)
     ran: list[nn.Module] = []
     for layer in layers:
         layer.mixer.register_forward_pre_hook(lambda mixer, args: ran.append(mixer))
@@ -161,6 +175,7 @@ def test_passes_that_begin_at_a_layer_give_what_whole_ones_give(name):
         if layer.index in plan.realizations:
             with cut_for_a_while(model, [layer], plan.realizations):
                 whole = resumed()
+                assert again() == whole
                 ran.clear()
                 assert resumed(layer) == whole
                 assert whole > 0 or name in ("zamba2", "nemotron_h")  # there it is rounding

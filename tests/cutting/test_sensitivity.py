@@ -81,7 +81,7 @@ def test_a_model_without_a_head_moves_by_its_hidden_states(token_ids):
 @pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2])
 def test_cost_curves_are_what_was_measured_where_it_was(token_ids, make):
     model = make()
-    measurement = measure(model, token_ids, CompreSSMConfig(tolerance=0))
+    measurement = measure(model, token_ids, CompreSSMConfig(tolerance=0, realization="select"))
     layers, paths = (
         measurement.layers,
         realize(measurement.layers, measurement.statistics, CompreSSMConfig(), "select"),

@@ -82,9 +82,10 @@ def main() -> None:
             for seed in range(3 if "random" in name else 1):
                 config = CompreSSMConfig(**options, seed=seed)
                 key = config.weights if config.weights != "auto" else "fisher" if config.max_divergence else "gate"
-                way = key, config.realization
+                way = key, config.realization, config.uniform, config.selection
                 if way not in measured:
-                    asked = CompreSSMConfig(max_divergence=0.01, weights=key, realization=config.realization)
+                    names = dict(zip(("weights", "realization", "uniform", "selection"), way, strict=True))
+                    asked = CompreSSMConfig(max_divergence=0.01, **names)
                     measured[way] = measure(full, known, asked)
                 model = copy.deepcopy(full)
                 plan = measured[way].plan(config)

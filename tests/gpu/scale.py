@@ -5,8 +5,8 @@ and sizes), refit, cut and save, with its seconds and the most memory that it to
 have no more of the GPU than that. Weights are bfloat16 (`--dtype`), half of the states are kept (`--ratio`; with a `--state-size` no
 layer is tried). Without
 mamba_ssm, the stock scan of Mamba-1 is a loop over tokens: name a short `--length` for it. On a CPU (`--device cpu`) the
-memory is the most that the process ever had. `--spread` puts the model on all GPUs, as `device_map="auto"` does, and tells the most
-memory of any; `--estimate` prints what `hf-compressm estimate` expects of a cut on the text that the package ships, which is 64 x 512
+memory is the most that the process ever had. `--spread 5` puts 5 GiB of the model on each GPU and the rest on the CPU, as `device_map="auto"`
+would on smaller ones, and tells the most memory of any; `--estimate` prints what `hf-compressm estimate` expects of a cut on the text that the package ships, which is 64 x 512
 tokens on a GPU and 16 x 512 on a CPU.
 """
 
@@ -15,13 +15,13 @@ import math
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -141,12 +141,11 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
-def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on all GPUs, some blocks on each."""
-    whole = {"no_split_module_classes": model._no_split_modules}
-    memory = get_balanced_memory(model, **whole)
-    device_map = infer_auto_device_map(model, memory, **whole)
-    print(f"on {sorted(map(str, set(device_map.values())))}", flush=True)
+def spread(model: PreTrainedModel, gib: float) -> PreTrainedModel:
+    """The model with so much of it on each GPU, and the rest on the CPU."""
+    memory: dict[Any, int] = {gpu: round(gib * GIB) for gpu in range(torch.cuda.device_count())} | {"cpu": 2**40}
+    device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    print(f"parts on each device: {Counter(map(str, device_map.values()))}", flush=True)
     return dispatch_model(model, device_map)
 
 
@@ -156,19 +155,22 @@ def gpus(device: torch.device) -> range:
 
 @contextmanager
 def timed(row: str, name: str, device: torch.device, before: list[int]) -> Iterator[None]:
-    """Print the step's seconds and the most memory beside the model, of the GPU that has most."""
+    """Print the step's seconds, on a CPU those that all its threads computed, and the most memory beside the model, of the GPU that
+    has most."""
     for gpu in gpus(device):
         torch.cuda.synchronize(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)
-    begin = time.perf_counter()
+    begin, computed = time.perf_counter(), time.process_time()
     yield
     for gpu in gpus(device):
         torch.cuda.synchronize(gpu)
+    seconds = f"{time.perf_counter() - begin:.1f}"
     if device.type == "cuda":
         peak = max(torch.cuda.max_memory_allocated(gpu) - before[gpu] for gpu in gpus(device)) / GIB
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    print(f"| {name} | {row} | {time.perf_counter() - begin:.1f} | {peak:.2f} |", flush=True)
+        seconds += f" (CPU {time.process_time() - computed:.1f})"
+    print(f"| {name} | {row} | {seconds} | {peak:.2f} |", flush=True)
 
 
 def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
@@ -176,7 +178,8 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
     model = build(name, device, getattr(torch, args.dtype))
     own = sum(p.nbytes for p in model.parameters())
     if args.spread:
-        model = spread(model.cpu())
+        model = spread(model.cpu(), args.spread)
+        torch.cuda.empty_cache()
     before = [torch.cuda.memory_allocated(gpu) for gpu in gpus(device)]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (args.sequences, args.length), generator=torch.Generator().manual_seed(0))
@@ -194,17 +197,19 @@ def run(name: str, device: torch.device, args: argparse.Namespace) -> None:
         print("| " + " | ".join(f"{step}: {seconds:.1f}" for step, seconds in expected.items()) + " |", flush=True)
     with timed("measure", name, device, before):
         measurement = measure(model, ids, config)
-    fitting = [0.0, 0.0]  # since when, and how long
+    begun: dict[str, float] = {}
+    parts: dict[str, float] = {}
 
     def watch(text: str, done: int, total: int) -> None:
-        if text == "refitting layers" and done == 0:
-            fitting[0] = time.perf_counter()
-        elif text == "refitting layers" and done == total:
-            fitting[1] += time.perf_counter() - fitting[0]
+        if done == 0:
+            begun[text] = time.perf_counter()
+        parts[text] = parts.get(text, 0.0) + time.perf_counter() - begun[text]
+        begun[text] = time.perf_counter()
 
-    with listening(watch), timed("plan, with the refit", name, device, before):
+    with listening(watch), timed("plan", name, device, before):
         plan = measurement.plan(config)
-    print(f"| {name} | of that refit | {fitting[1]:.1f} | |", flush=True)
+    for text, seconds in parts.items():
+        print(f"| {name} | of that {text} | {seconds:.1f} | |", flush=True)
     del measurement
     with timed("cut", name, device, before):
         report = plan.apply_(model)
@@ -232,7 +237,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cap-gib", type=float)
     parser.add_argument("--no-save", action="store_true")
-    parser.add_argument("--spread", action="store_true")
+    parser.add_argument("--spread", type=float, metavar="GIB")
     parser.add_argument("--estimate", action="store_true")
     args = parser.parse_args()
     logging.disable_progress_bar()

@@ -184,6 +184,8 @@ def launch(args: argparse.Namespace, shape: str, processes: int, out: Path) -> d
     command += [__file__, shape, "--out", str(out), "--batch", str(args.batch), "--length", str(args.length)]
     command += ["--tiny"] * args.tiny + (["--layers", str(args.layers)] if args.layers else [])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    if processes == 1:  # which would take all of them as one, by DataParallel
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if subprocess.run(command, env=environment, stdout=sys.stderr).returncode:
         raise RuntimeError("failed")
     return json.loads(out.read_text())

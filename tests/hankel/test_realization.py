@@ -146,7 +146,7 @@ def test_projection_is_exact_where_the_state_has_low_rank():
     moments = ReadoutMoments(N, torch.device("cpu"), readout=False)
     K = h.mT @ h
     moments.update(K, C)
-    cut = project(moments, K.sum(0))[2]
+    cut = project(moments.output[None], K.sum(0)[None])[0][2]
     y = torch.einsum("tdn,tn->td", h, C)
     projected = torch.einsum("tdr,tr->td", h @ cut.B_projection, C @ cut.C_projection)
     torch.testing.assert_close(projected, y)

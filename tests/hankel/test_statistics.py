@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_compressm.hankel import mamba
+from hf_compressm.hankel.singular_values import hankel_singular_values
 from hf_compressm.hankel.spectra import hankel_spectra
 from hf_compressm.layers import find_layers
 from tests.conftest import tiny_mamba, tiny_mamba2
@@ -82,3 +84,23 @@ def test_two_halves_added_up_are_the_whole(family, mean_lti):
     for total, more in zip(half.sums(), other.sums(), strict=True):
         total += more
     assert_same(half, whole)
+
+
+@pytest.mark.parametrize("mean_lti", [False, True])
+def test_of_many_states_some_channels_have_gramians(monkeypatch, mean_lti):
+    """They are those that they would have among all, and what selections are chosen by is that of all."""
+    layer = find_layers(tiny_mamba())[0]
+    batch = padded(rows(layer.mixer.in_proj.in_features), "left")
+    every = measured(layer, [batch], mean_lti)
+    monkeypatch.setattr(mamba, "FEW_STATES", layer.state_size - 1)
+    monkeypatch.setattr(mamba, "GRAMIAN_CHANNELS", 5)
+    few = measured(layer, [batch], mean_lti)
+    assert few.some.tolist() == [0, 12, 24, 35, 47]
+    for one, other in zip(few.gramians(), every.gramians(), strict=True):
+        torch.testing.assert_close(one, other[few.some] if len(other) == layer.channels else other)
+    torch.testing.assert_close(few.weight, every.weight[few.some])
+    assert torch.equal(few.groups[0].normal_pairs, every.groups[0].normal_pairs)
+    P, Q = every.gramians()
+    sigma = hankel_singular_values(*(X[few.some] if len(X) == layer.channels else X for X in (P, Q)))
+    weight = every.weight[few.some]
+    torch.testing.assert_close(hankel_spectra([few])[0], (weight / weight.sum() @ sigma)[None], rtol=1e-4, atol=1e-6)

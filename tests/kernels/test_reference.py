@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_compressm.kernels import chunked
 from hf_compressm.kernels.reference import mamba2_states, mamba_states, observability_gramian
 
 
@@ -81,3 +82,22 @@ def test_float32_stays_close_to_float64_over_a_long_scan():
     single = observability_gramian(delta.float(), A.float(), C.float(), valid.float())
     double = observability_gramian(delta, A, C, valid)
     assert (single - double).norm() < 1e-5 * double.norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(**sizes(batch=(1, 2), length=(1, 150), groups=(1, 2), per_group=(1, 2), n=(1, 6), pad=(0, 5), seed=(0, 1000)))
+def test_gramians_by_chunks_are_those_of_the_states(batch, length, groups, per_group, n, pad, seed):
+    generator = torch.Generator().manual_seed(seed)
+    heads, head_dim = groups * per_group, 3
+    valid = (torch.arange(length) >= pad).double()[None, :, None, None]
+    x, gate = (valid * torch.randn(batch, length, heads, head_dim, generator=generator).double() for _ in range(2))
+    delta = torch.rand(batch, length, heads, generator=generator).double()
+    A = -8 * torch.rand(heads, generator=generator).double()
+    B, C = (torch.randn(batch, length, groups, n, generator=generator).double() for _ in range(2))
+    states = torch.cat([h.clone() for _, h in mamba2_states(x, delta, A, B)], dim=1)
+    gated = gate[..., None] * states
+    P = torch.einsum("blhpi,blhpj->hij", gated, gated)
+    f = (gated * C.repeat_interleave(per_group, dim=2)[:, :, :, None]).unflatten(2, (groups, -1)).flatten(3, 4)
+    M = torch.einsum("blgpi,blgpj->gij", f, f)
+    torch.testing.assert_close(chunked.controllability(x, delta, A, B, gate), P)
+    torch.testing.assert_close(chunked.contribution(x, delta, A, B, C, gate), M)
