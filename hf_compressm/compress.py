@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backends import Backend, Loop, find_backend, processes
+from .backends import Backend, Loop, find_backend, join, processes
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import Plan, measure
 from .cutting.apply import replaced_parameters
@@ -47,6 +47,9 @@ def compress_pretrained(
 ) -> PreTrainedModel:
     """Make a slim model of a checkpoint or a model.
 
+    Healing takes all processes that torchrun or `accelerate launch` started, each of which calls this with the same arguments, on a
+    GPU of its own (`device_map={"": local_rank}`). They get the same model: save it in one.
+
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
             model, which is changed in place.
@@ -73,7 +76,7 @@ def compress_pretrained(
     config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
-        if processes() > 1:
+        if max(processes(), int(os.environ.get("WORLD_SIZE", "1"))) > 1:
             raise ValueError(
                 "Several processes would push the same model: drop push_to_hub, and push it from one of them."
             )
@@ -122,11 +125,24 @@ def compress_(
     """Make the state of a model's SSM layers smaller, in place.
 
     Everything is measured and planned before anything is changed: an error or interrupt leaves the model as it was, or
-    cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their data, except that a projection
-    adds one to each mixer.
+    cut with its config and optimizer, and as far healed as it was best. Parameters keep their identity and only change their
+    data, except that a projection adds one to each mixer.
 
     In a loop of several processes, call it on all of them between two steps: the statistics of each process's data are summed,
-    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other.
+    process 0 decides, and all cut alike or, after an error on any of them, none. They wait 45 s for each other: let them wait before
+    (`accelerator.wait_for_everyone()`) if one has much to do alone. With `heal`, which also joins the processes that torchrun or
+    `accelerate launch` started, all measure the data of all of them together and share it out to learn from, each on its device;
+    the healed weights are the same on all. Parameters stay the same objects, so schedulers and param groups need nothing. A
+    Mamba-2 that shall go on with transformers' fused kernel wants `realization="select"`.
+
+        model, optimizer = accelerator.prepare(model, optimizer)
+        ...
+        report = compress_(model, CompreSSMConfig(state_size=8), recent_batches, optimizer=optimizer)
+        accelerator.save_state("state")
+        accelerator.unwrap_model(model).config.save_pretrained("state")  # the sizes: accelerate saves no config
+
+        model = AutoModelForCausalLM.from_pretrained("state")  # elsewhere; then prepare it, and:
+        accelerator.load_state("state")
 
     Args:
         model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
@@ -141,12 +157,14 @@ def compress_(
     Raises:
         ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
             calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
-            weights; and with `heal`, if the model has no head, is in float16 or in part offloaded, there is a single sequence
-            of text, or there are several processes.
+            weights; and with `heal`, if the model has no head, is in float16, in part offloaded, sharded, or on the GPU of
+            another process, or nothing of the text is left to learn from.
         TypeError: if the calibration data is of an unknown kind.
         RuntimeError: if another process failed, ended, or did not call this.
     """
     loop = Loop(model)
+    if CompreSSMConfig.of(config).heal:
+        join(loop.model)
     backend = find_backend(loop)
     config, model = backend.together("compress_", lambda: _checked(loop.model, config, optimizer, backend))
     if backend.processes > 1:
@@ -155,10 +173,15 @@ def compress_(
         measurement = measure(model, calibration_data, config, tokenizer=tokenizer, backend=backend)
         plan = backend.decide(lambda: measurement.plan(config).cpu())
         return _cut_(model, plan, optimizer, backend)
-    text = HealingText(calibration_data, model, tokenizer, config.heal)
-    measurement = measure(model, text.measured, config)
-    plan = measurement.plan(replace(config, heal=0))
-    return cut_and_heal_(model, plan, text, measurement.held_out, config, optimizer)
+    text = backend.together(
+        "reading the text to heal on", lambda: HealingText(calibration_data, model, tokenizer, config.heal)
+    )
+    text.pool_(backend.gather)
+    measurement = backend.together("measuring", lambda: measure(model, text.measured, config))
+    plan = backend.decide(lambda: measurement.plan(replace(config, heal=0)).cpu())
+    return cut_and_heal_(
+        model, plan, lambda: _cut_(model, plan, optimizer, backend), text, measurement.held_out, config, backend
+    )
 
 
 def _checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -81,6 +82,7 @@ def _run(rank: int, count: int, port: int, output: Path, target: Callable[..., A
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        gc.freeze()  # a collection, which each cut and each Trainer makes, takes a second for what was imported
         target(*args)
         sys.stdout.flush()
     if dist.is_initialized():

@@ -1,6 +1,6 @@
 """What a cut needs of the processes that train a model, behind one interface: one module for each way to train."""
 
-from .agreement import absent, agree, announce, processes, together
+from .agreement import absent, agree, announce, join, processes, together
 from .backend import Backend
 from .find import find_backend, register
 from .loop import Loop
@@ -14,6 +14,7 @@ __all__ = [
     "agree",
     "announce",
     "find_backend",
+    "join",
     "processes",
     "register",
     "together",

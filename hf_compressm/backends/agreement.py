@@ -7,6 +7,7 @@ process that never comes, and then say no more than that.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,19 @@ _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": Ty
 def processes() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join(model: Any) -> None:
+    """Have the processes that a launcher started find each other, where nothing has yet: by Accelerate, as a `Trainer` does.
+
+    Args:
+        model: that this one has. If it is on a GPU, each has one of its own, which becomes its current one.
+    """
+    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if launched and processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not any(parameter.is_cuda for parameter in model.parameters()))
 
 
 def together(what: str, part: Callable[[], T], silence: float | None = None) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -131,6 +132,10 @@ def compress(
     from ..reporting.record import set_report_
     from ..reporting.rows import Perplexity
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise fail(
+            "Several processes would write the same model: start one, or call compress_pretrained in a script of yours."
+        )
     if output is None and push_to_hub is None and not dry_run:
         raise fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
     if output is not None and not dry_run:

@@ -70,6 +70,11 @@ def measure(
         ValueError: if the model has no SSM layer or weights that can't be cut, the data does not fit the model, or a plain
             module is to keep a `max_divergence` or to be healed.
         TypeError: if the data is of an unknown kind.
+
+    Example:
+        measurement = measure(model, token_ids)
+        print(measurement.plan(CompreSSMConfig(max_divergence=0.003)).report)  # nothing is changed
+        measurement.plan(CompreSSMConfig(max_divergence=0.01)).apply_(model)
     """
     for_any = config is None
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)

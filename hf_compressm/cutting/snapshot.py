@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import held, is_same, weights_map
+from ..compat import held as held_of
+from ..compat import is_same, weights_map
 from ..compat.parts import Part, forget_planned_
 from ..hankel import budgets
 from ..interrupts import uninterrupted
@@ -47,10 +48,10 @@ class Snapshot:
         self.collections = [
             Contents(value) for module in modules for value in vars(module).values() if isinstance(value, dict | set)
         ]
-        elsewhere = {id(p) for p in replaced if p.device.type != "cpu" and not isinstance(held(p), Part)}
+        elsewhere = {id(p) for p in replaced if p.device.type != "cpu" and not isinstance(held_of(p), Part)}
         if sum(p.nbytes for p in replaced) <= budgets.REPLACED:
             elsewhere.clear()
-        self.parameters = [(p, p.data.cpu() if id(p) in elsewhere else held(p), p.grad) for p in parameters]
+        self.parameters = [(p, p.data.cpu() if id(p) in elsewhere else held_of(p), p.grad) for p in parameters]
         offloaded = [found[0] for module in modules if (found := weights_map(module)) is not None]
         self.collections += [Contents(weights) for weights in {id(weights): weights for weights in offloaded}.values()]
         self.states = [
@@ -72,7 +73,7 @@ class Snapshot:
                 contents.restore_()
             for parameter, data, gradient in self.parameters:
                 forget_planned_(parameter)
-                if not is_same(held(parameter), data):
+                if not is_same(held_of(parameter), data):
                     if not isinstance(data, Part):
                         if parameter.dtype != data.dtype:
                             parameter.data = parameter.data.to(data.dtype)  # `set_data_` passes through another

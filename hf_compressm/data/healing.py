@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -34,15 +35,17 @@ class HealingText:
         tokens: to learn from.
 
     Attributes:
-        measured: batches to measure on: all of it, or, where it is much, some sequences that are spread over it or the first
-            of a stream.
+        shared: whether all processes read this text and share it out, or each has a stream of its own.
+        rows: to learn from, once some are held out: a dataset of sequences [1, length].
 
     Raises:
         ValueError: if there are less than two sequences.
     """
 
     def __init__(self, data: Any, model: PreTrainedModel, tokenizer: Any, tokens: int) -> None:
-        most = sequences_for(model)
+        self._most = most = sequences_for(model)
+        self.shared = True
+        self.rows: list[Batch] | IterableDataset[Batch] = []
         self._stream: Callable[[], Iterator[Batch]] | None = None
         if data is None and tokenizer is not None:
             data = every_window(CALIBRATION.read_text(encoding="utf-8"), tokenizer)
@@ -70,9 +73,25 @@ class HealingText:
                 f"Healing learns from some of the text and is judged by the rest, and there is one sequence: give at least "
                 f"two, better as many as there are tokens to learn from ({tokens})."
             )
-        count = min(most, len(self._rows))
+
+    def pool_(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Put the texts of all processes together, if they are not the same. In place.
+
+        Args:
+            gather: the items of all processes, from those of each.
+        """
+        mine = sha256()
+        for row in self._rows:
+            mine.update(_key(row))
+        if len(set(gather([mine.digest()]))) > 1:
+            self._rows, self.shared = gather(self._rows), self._stream is None
+
+    @property
+    def measured(self) -> list[Batch]:
+        """What to measure on: all of it, or, where it is much, some sequences that are spread over it or the first of a stream."""
+        count = min(self._most, len(self._rows))
         spread = torch.linspace(0, len(self._rows) - 1, count).round().long().tolist()
-        self.measured = [collate([self._rows[i] for i in spread[at : at + BATCH]]) for at in range(0, count, BATCH)]
+        return [collate([self._rows[i] for i in spread[at : at + BATCH]]) for at in range(0, count, BATCH)]
 
     @property
     def tokens_per_sequence(self) -> float:
@@ -84,12 +103,19 @@ class HealingText:
         """The length of the longest sequence."""
         return max(row["input_ids"].shape[1] for row in self._rows)
 
-    def without(self, held_out: Iterable[Mapping[str, Tensor]]) -> Sequence[Batch] | IterableDataset[Batch]:
-        """The sequences to learn from, a dataset of rows [1, length]: all that are not held out."""
+    def hold_out_(self, held_out: Iterable[Mapping[str, Tensor]]) -> None:
+        """Learn from all sequences but these. In place.
+
+        Raises:
+            ValueError: if there are no others.
+        """
         held = {_key(row) for row in _rows(held_out)}
-        if self._stream is not None:
-            return _Stream(self._stream, held)
-        return [row for row in self._rows if _key(row) not in held]
+        others = [row for row in self._rows if _key(row) not in held]
+        if not others:
+            raise ValueError(
+                "Healing learns from text that is not held out, and all sequences are the same: give others. Nothing was changed."
+            )
+        self.rows = others if self._stream is None else _Stream(self._stream, held)
 
 
 class _Stream(IterableDataset[Batch]):

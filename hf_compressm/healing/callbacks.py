@@ -67,8 +67,12 @@ class Bar(TrainerCallback):
     def __init__(self, steps: int) -> None:
         self._steps = followed("healing", range(steps))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Another step."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """None is done."""
+        next(self._steps, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Another is."""
         next(self._steps, None)
 
     def close(self) -> None:

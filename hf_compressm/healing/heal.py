@@ -6,16 +6,17 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..backends import processes
-from ..compat import device_of, recompute_activations_
+from ..backends import Backend, processes
+from ..compat import device_of, is_sharded, recompute_activations_
 from ..config import CompreSSMConfig
 from ..cutting import Plan
 from ..cutting.divergence import Divergence
@@ -57,20 +58,39 @@ def check_can_heal(model: Any, config: CompreSSMConfig) -> None:
         why = "gradients vanish in float16: load the model with dtype=torch.bfloat16 or torch.float32"
     elif any(parameter.device.type == "meta" for parameter in model.parameters()):
         why = "some weights are offloaded: load the whole model on GPUs or on the CPU"
-    elif (several := max(processes(), int(os.environ.get("WORLD_SIZE", "1")))) > 1:
-        why = f"this is one of {several} processes: heal in one, and load the healed model in all"
+    elif any(is_sharded(parameter) for parameter in model.parameters()):
+        why = "it is sharded: heal it before (compress_pretrained on as many processes), then shard the slim one"
     else:
-        return
-    raise ValueError(f"This model can't be healed here: {why}, or drop heal={config.heal}. Nothing was changed.")
+        why = _what_keeps_apart(device_of(model))
+    if why:
+        raise ValueError(f"This model can't be healed here: {why}, or drop heal={config.heal}. Nothing was changed.")
+
+
+def _what_keeps_apart(device: torch.device) -> str:
+    """Why this process can't heal a model on a device together with the others that there are; nothing if it can."""
+    if processes() == 1:
+        several = os.environ.get("WORLD_SIZE", "1")
+        why = (
+            f"this is one of {several} processes (WORLD_SIZE), and does not know the others: start them with torchrun or "
+            "accelerate launch, or unset it"
+        )
+        return why if int(several) > 1 else ""
+    here = int(os.environ.get("LOCAL_RANK", device.index or 0))
+    if device.type == "cuda" and device.index != here:
+        return f"it is on {device}, and this is process {here} of its machine: load it with device_map={{'': {here}}}"
+    if device.type == "cpu" and dist.get_backend() == "nccl":
+        return f"it is on the CPU, and the processes talk by NCCL: load it with device_map={{'': {here}}}"
+    return ""
 
 
 def cut_and_heal_(
     model: PreTrainedModel,
     plan: Plan,
+    cut: Callable[[], CompressionReport],
     text: HealingText,
     held_out: Sequence[Mapping[str, Tensor]],
     config: CompreSSMConfig,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    backend: Backend,
 ) -> CompressionReport:
     """Make a cut, and train the model to predict as it did before. In place.
 
@@ -78,19 +98,22 @@ def cut_and_heal_(
     text: those of the cut if none were better. No other trace of the training is left in the model or the process.
 
     Args:
-        model, plan, optimizer: as for `Plan.apply_`. The optimizer is not used to heal.
+        model, plan: what is cut, and how.
+        cut: makes the cut.
         text: to learn from.
         held_out: to judge by.
         config: with `heal` tokens.
+        backend: of the loop that calls. Its processes have the same plan, text that is shared, and held-out text.
 
     Returns:
         the model's report, which tells what healing did, too.
 
     Raises:
-        ValueError: as `Plan.apply_`; nothing is changed then.
+        ValueError: as `cut`; nothing is changed then.
     """
     if not plan.realizations:
-        return plan.apply_(model, optimizer)
+        return cut()
+    text.hold_out_(held_out)
     layers = [layer for layer in find_layers(model) if layer.index in plan.realizations]
     changed = {
         layer.name: {*layer.system_parameters(), *plan.realizations[layer.index].parameter_cuts(layer)}
@@ -100,10 +123,12 @@ def cut_and_heal_(
     full = FullModel(model, {} if every else changed)
     with quick_scans(layers):  # where no gradient is wanted
         divergence = Divergence(model, held_out)
-        plan.apply_(model, optimizer)
+        cut()
         names = {f"{mixer}.{name}" for mixer in changed for name in changed[mixer]}
         parameters = [parameter for name, parameter in model.named_parameters() if every or name in names]
-        return heal_(model, full, parameters, text, divergence, config)
+        report = heal_(model, full, parameters, text, divergence, config, backend)
+        backend.after_cut_()  # a reducer counts each backward pass
+        return report
 
 
 def heal_(
@@ -113,6 +138,7 @@ def heal_(
     text: HealingText,
     divergence: Divergence,
     config: CompreSSMConfig,
+    backend: Backend,
 ) -> CompressionReport:
     """Train some parameters of a model that was cut to predict as the full one does. See `cut_and_heal_`."""
     keep, began = KeepBest(parameters, PATIENCE), time.perf_counter()
@@ -128,7 +154,7 @@ def heal_(
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        _train_(model, full, text, divergence, config, keep)
+        _train_(model, full, text, divergence, config, keep, backend)
     report = cast(CompressionReport, model.compression_report)
     healing = cast(Healing, report.healing)
     if healing.after < healing.before:
@@ -151,22 +177,24 @@ def _train_(
     divergence: Divergence,
     config: CompreSSMConfig,
     keep: KeepBest,
+    backend: Backend,
 ) -> None:
     from .trainer import HealingArguments, HealingTrainer  # a Trainer takes seconds to import
 
     device = device_of(model)
-    rows = text.without(divergence.parts)
+    rows = text.rows
     vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     sequences = max(1, round(STEP_TOKENS / text.tokens_per_sequence))
-    if isinstance(rows, Sequence):
+    if isinstance(rows, list):
+        rows = rows * math.ceil(backend.processes / len(rows))  # one for each at least
         sequences = min(sequences, len(rows))
-    parts = math.ceil(sequences / max(1, CLASSES // (vocabulary * text.longest)))
-    together = math.ceil(sequences / parts)
-    steps = max(1, round(config.heal / (parts * together * text.tokens_per_sequence)))
-    rate = learning_rate(keep.parameters, divergence, config.seed)
-    logger.info(
-        f"hf_compressm: healing in {steps} steps of {parts} x {together} sequences, at a learning rate of {rate:.2g}."
-    )
+    each = max(1, sequences // backend.processes)
+    parts = math.ceil(each / max(1, CLASSES // (vocabulary * text.longest)))
+    together = math.ceil(each / parts)
+    of_all = backend.processes * parts * together
+    steps = max(1, round(config.heal / (of_all * text.tokens_per_sequence)))
+    rate = learning_rate(keep.parameters, lambda: backend.decide(divergence), config.seed)
+    logger.info(f"hf_compressm: healing in {steps} steps of {of_all} sequences, at a learning rate of {rate:.2g}.")
     bar = Bar(steps)
     if sum(p.numel() for p in model.parameters()) >= LARGE and model.supports_gradient_checkpointing:
         recompute_activations_(model)
@@ -180,6 +208,7 @@ def _train_(
             gradient_accumulation_steps=parts,
             dataloader_drop_last=True,
             remove_unused_columns=False,
+            accelerator_config={"dispatch_batches": False},  # which would join batches of several lengths
             lr_scheduler_type="cosine",
             warmup_steps=round(WARMUP * steps),
             eval_strategy="steps",
@@ -198,12 +227,15 @@ def _train_(
             model,
             full,
             divergence,
+            backend,
+            shared=text.shared,
             args=arguments,
             train_dataset=rows,
             callbacks=[keep, bar],
             optimizers=(MasterAdamW(keep.parameters, lr=rate, weight_decay=0.0), None),
         )
         trainer.train()
+        trainer.model_wrapped = model  # no reducer is left to hear of later backward passes
         trainer.accelerator.free_memory()
 
 

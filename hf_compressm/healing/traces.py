@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from ..compat import accelerate_state
+from ..backends import processes
+from ..compat import accelerate_state, device_of
 from ..cutting.snapshot import Contents
 from ..interrupts import restoring
 
-# By which launchers tell a Trainer of processes, precision and sharding, all of which are the model's business here.
+# By which launchers tell a Trainer of processes, precision and sharding. What of it counts here, the model and its process tell.
 LAUNCHERS = ("ACCELERATE_", "FSDP_", "LOCAL_RANK")
 
 
@@ -58,7 +60,18 @@ def without_trace(model: Any) -> Iterator[None]:
             torch.cuda.set_device(gpu)
 
     with restoring(restore):
+        here = _place(model)
         for name in list(os.environ):
             if name.startswith(LAUNCHERS):
                 del os.environ[name]
+        os.environ.update(here)
         yield
+
+
+def _place(model: Any) -> dict[str, str]:
+    """What tells a Trainer that this process is one of several, and which; nothing where it is alone."""
+    if processes() == 1:
+        return {}
+    rank, device = dist.get_rank(), device_of(model)
+    local = device.index if device.type == "cuda" else os.environ.get("LOCAL_RANK", rank)
+    return {name: str(value) for name, value in (("RANK", rank), ("WORLD_SIZE", processes()), ("LOCAL_RANK", local))}

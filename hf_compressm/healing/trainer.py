@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from ..backends import Backend
 from ..compat import device_of
 from ..cutting.divergence import Divergence
 from ..data.healing import collate
@@ -46,17 +48,28 @@ class HealingTrainer(Trainer):
         model: that was cut.
         full: that it was.
         divergence: on held-out text, that the best weights are chosen by.
+        backend: of the processes.
+        shared: whether they share in the data, or all of it is this process's.
         kwargs: as for `Trainer`.
 
     Attributes:
-        tokens: that were learnt from.
+        tokens: that this process learnt from.
     """
 
-    def __init__(self, model: Any, full: FullModel, divergence: Divergence, **kwargs: Any) -> None:
-        self.full, self.divergence = full, divergence
+    def __init__(
+        self, model: Any, full: FullModel, divergence: Divergence, backend: Backend, *, shared: bool, **kwargs: Any
+    ) -> None:
+        self.full, self.divergence, self.backend, self.shared = full, divergence, backend, shared
         self.tokens = torch.zeros((), dtype=torch.int64, device=device_of(model))
         super().__init__(model, data_collator=collate, eval_dataset=divergence.parts, **kwargs)
         self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of this process's share."""
+        if self.shared:
+            return super().get_train_dataloader()
+        mine = cast("IterableDataset[Any]", self.train_dataset)
+        return DataLoader(mine, batch_size=self.args.per_device_train_batch_size, collate_fn=self.data_collator)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -73,6 +86,7 @@ class HealingTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The divergence on held-out text."""
-        metrics = {"eval_divergence": self.divergence(), "eval_tokens": int(self.tokens)}
+        tokens = self.accelerator.reduce(self.tokens)
+        metrics = {"eval_divergence": self.backend.decide(self.divergence), "eval_tokens": int(tokens)}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -46,7 +46,7 @@ class ChunkedScan:
         self.from_start, self.to_end = passed.exp().to(dtype), (total[..., None] - passed).exp().to(dtype)
         # From the end of chunk d to the start of chunk c > d, [batch, group, head, c, d].
         ends, starts = ((before + total).movedim(1, -1), before.movedim(1, -1))
-        self.across = decays(starts, ends).tril(-1).to(dtype)
+        self.across = decays(starts, ends, -1).to(dtype)
         inputs = self._chunks(inputs).unflatten(3, (groups, -1))
         self.inputs = inputs.permute(0, 1, 3, 4, 2, 5).contiguous()  # [batch, chunks, group, head, token, head_dim]
         self.stored = self.inputs * self.to_end[..., None]
@@ -68,9 +68,12 @@ class ChunkedScan:
         return chunks
 
 
-def decays(to: Tensor, since: Tensor) -> Tensor:
-    """exp(to - since) of all pairs, [..., to, since], lower triangular."""
-    return (to[..., :, None] - since[..., None, :]).tril().exp().tril()
+def decays(to: Tensor, since: Tensor, diagonal: int = 0) -> Tensor:
+    """exp(to - since) of all pairs, [..., to, since], lower triangular up to a diagonal.
+
+    What is above it may overflow, and is masked before, too, so that it has no gradient.
+    """
+    return (to[..., :, None] - since[..., None, :]).tril(diagonal).exp().tril(diagonal)
 
 
 def controllability(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     differs. If one fails or ends in a cut, the others undo theirs and say which it was.
 
     With `refit`, the layers are fitted at each cut, on what the mixers of all processes read of the first of these batches,
-    and the optimizer's moments are those of the kept slices, as without. In Mamba-2 language models cuts pay late in the run and fitted: `start=0.7, end=0.85,
-    refit=3`.
+    and the optimizer's moments are those of the kept slices, as without. In Mamba-2 language models cuts pay late in the
+    run and fitted: `start=0.7, end=0.85, refit=3`.
 
     Mamba-2 is cut by selection, since the fused training kernel can't take a projection. `realization="project"` and
     "project_heads" are taken if they are asked for, in one process and under DDP: `in_proj` and the convolution keep

@@ -162,7 +162,6 @@ def refusals() -> dict[str, Any]:
         ),
         "target": lambda: compress_(ddp, CompreSSMConfig(state_size=99), TEXT, optimizer=optimizer),
         "projection": lambda: compress_(ddp, CompreSSMConfig(realization="project", ratio=0.5), TEXT),
-        "heal": lambda: compress_(ddp, CompreSSMConfig(ratio=0.5, heal=1000), TEXT),
         "cut": lambda: compress_(ddp, CONFIG, TEXT, optimizer=optimizer),
     }
     calls = iter(range(100))

@@ -26,7 +26,6 @@ MESSAGES = {
     "sharded optimizer": "state in other processes",
     "target": "can't be cut to 99",
     "projection": "needs the Mamba-2 layers",
-    "heal": "one of 2 processes: heal in one",
     "cut": "no memory left",
 }
 

@@ -28,7 +28,7 @@ from tests.conftest import tiny_mamba, tiny_mamba2
 
 PACKAGE = str(Path(hf_compressm.__file__).parent)
 EVERY_LINE = bool(os.environ.get("COMPRESSM_EVERY_LINE"))
-pytestmark = pytest.mark.timeout(7200 if EVERY_LINE else 120)
+pytestmark = pytest.mark.timeout(7200 if EVERY_LINE else 300)
 IDS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
 
 Place = tuple[str, int, int]
@@ -45,11 +45,12 @@ def traced(call: Callable[[], Any], files: Callable[[str], bool], on_line: Calla
             on_line(frame.f_code.co_filename, frame.f_lineno)
         return in_file
 
+    before = sys.gettrace()  # that which measures coverage
     sys.settrace(lambda frame, kind, argument: in_file if files(frame.f_code.co_filename) else None)
     try:
         call()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 def places(call: Callable[[], Any]) -> list[Place]:

@@ -158,14 +158,6 @@ def test_sampling_leaves_all_random_numbers_where_they_were(mamba, monkeypatch):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_sampling_leaves_a_gpus_random_numbers_where_they_were(mamba, device):
-    state = torch.cuda.get_rng_state()
-    sample(mamba.to(device), 2, 12)
-    assert torch.equal(torch.cuda.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
     ("stream", "ids", "mask"),
     [

@@ -11,9 +11,12 @@ once and by way of twice the states, healed on the same tokens in all. Mamba's s
 
 import argparse
 import copy
+import functools
 import itertools
+import os
 import sysconfig
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mamba import modeling_mamba
 from transformers.utils import logging
 
-from hf_compressm import CompreSSMConfig, Measurement, compress_, measure
+from hf_compressm import CompreSSMConfig, Measurement, compress_, compress_pretrained, measure
+from hf_compressm.backends import OneProcess
 from hf_compressm.cutting.divergence import Divergence
-from hf_compressm.data.evaluation import evaluate
+from hf_compressm.cutting.trials import mixers_for_a_while
+from hf_compressm.data.evaluation import evaluate, evaluating
 from hf_compressm.data.healing import HealingText
 from hf_compressm.data.texts import EVALUATION, LENGTH, windows
 from hf_compressm.healing import cut_and_heal_, heal, rate
 from hf_compressm.healing.callbacks import KeepBest
+from hf_compressm.healing.full import FullModel
+from hf_compressm.healing.trainer import HealingTrainer
 
 CUTS: dict[str, dict[str, dict[str, Any]]] = {
     "mamba": {
@@ -120,6 +127,25 @@ def print_curve() -> None:
     KeepBest.on_evaluate = on_evaluate
 
 
+def compare_hidden_states(weight: float) -> None:
+    """Add to the loss so many times the share of the hidden states' energy that differs, the mean over the layers."""
+    stock = HealingTrainer.compute_loss
+
+    def predictions(self: FullModel, batch: Any) -> Tensor:
+        with torch.no_grad(), mixers_for_a_while(self.model, self.mixers), evaluating(self.model):
+            output = self.model(**(batch | {"output_hidden_states": True}), use_cache=False)
+        self.hidden = output.hidden_states
+        return output.logits.float().log_softmax(-1)
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss, output = stock(self, model, inputs | {"output_hidden_states": True}, return_outputs=True)
+        pairs = zip(output.hidden_states, self.full.hidden, strict=True)
+        shares = [(one - other).square().sum() / other.square().sum() for one, other in pairs]
+        return loss + weight * torch.stack(shares[1:]).mean()
+
+    FullModel.__call__, HealingTrainer.compute_loss = predictions, compute_loss
+
+
 def patch_scan() -> None:
     """Mamba's scan by Triton, forward and backward, where it would be a loop over tokens."""
     from train_reference_models import CHUNK, Scan
@@ -148,6 +174,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="a file to keep the tokens to heal on in")
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 4e6])
     parser.add_argument("--only", nargs="+", default=[""], help="cuts whose name begins with one of these")
+    parser.add_argument("--refit", type=int, help="rounds of the fit, if not those of the default")
     parser.add_argument("--parameters", nargs="+", default=["cut"], help="cut, all")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument(
@@ -155,9 +182,13 @@ def main() -> None:
     )
     parser.add_argument("--step", type=int, nargs="+", default=[heal.STEP_TOKENS], help="tokens of a step")
     parser.add_argument("--text", nargs="+", default=["corpus"], help="corpus, shipped, samples")
+    parser.add_argument("--hidden", type=float, default=0.0, help="weight of the hidden states' error in the loss")
     parser.add_argument("--without-masters", action="store_true", help="let AdamW move bfloat16 weights themselves")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--curve", action="store_true", help="print each evaluation of the healing")
+    parser.add_argument(
+        "--together", action="store_true", help="a quarter by layer, in all processes that torchrun started"
+    )
     parser.add_argument("--steps", nargs="*", choices=list(STEPS), help="compare these cuts in one step and in two")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -165,6 +196,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     if args.without_masters:
         heal.MasterAdamW = torch.optim.AdamW
+    if args.hidden:
+        compare_hidden_states(args.hidden)
     if args.curve:
         print_curve()
     if args.device == "cuda":
@@ -174,7 +207,9 @@ def main() -> None:
     corpus = read_corpus(args, int(max(args.tokens)), tokenizer)
     print(f"corpus of {corpus.numel():,} tokens after {time.perf_counter() - begin:.0f} s", flush=True)
     for folder in args.folder:
-        if args.steps:
+        if args.together:
+            heal_together(folder, args, tokenizer, corpus)
+        elif args.steps:
             cut_in_steps(folder, args, tokenizer, corpus)
         else:
             heal_every_cut(folder, args, tokenizer, corpus)
@@ -204,6 +239,27 @@ def cut_in_steps(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus:
             )
 
 
+def heal_together(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
+    """Print a row for each number of tokens: what all processes of torchrun come to, each with a GPU of its own."""
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    where = f"cuda:{local}" if args.device == "cuda" else args.device
+    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
+    base = evaluate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(where), unseen)
+    for tokens in args.tokens:
+        config = CompreSSMConfig(ratio=0.25, heal=int(tokens), calibration_seconds=1e9)
+        begin = time.perf_counter()
+        model = compress_pretrained(folder, config, calibration_data=corpus, device_map={"": where})
+        row, found = model.compression_report.healing, evaluate(model, unseen)
+        weights = sha256(b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in model.parameters()))
+        print(
+            f"| process {rank} of {os.environ.get('WORLD_SIZE', '1')} on {where} | {row.tokens / 1e6:.2f}M | "
+            f"{row.before:.4f} -> {row.after:.4f} | {found.perplexity / base.perplexity - 1:+.2%} | "
+            f"{found.recall / base.recall - 1:+.2%} | {row.seconds:.1f} of {time.perf_counter() - begin:.1f} s | "
+            f"{weights.hexdigest()[:8]} |",
+            flush=True,
+        )
+
+
 def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpus: Tensor) -> None:
     """Print the table of one model."""
     unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, LENGTH)
@@ -219,6 +275,7 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
     for name, options in CUTS[full.config.model_type].items():
         if not any(name.startswith(part) for part in args.only):
             continue
+        options = options | ({} if args.refit is None else {"refit": args.refit})
         weights = "fisher" if {"ratio", "max_divergence"} & options.keys() else "gate"
         if options.get("state_size", 1) < 1:
             options = options | {"state_size": int(options["state_size"] * full.config.state_size)}
@@ -243,7 +300,8 @@ def heal_every_cut(folder: Path, args: argparse.Namespace, tokenizer: Any, corpu
                     config = CompreSSMConfig(**options, heal=int(tokens), heal_parameters=what)
                     data = corpus if kind == "corpus" else None
                     text = HealingText(data, model, None if kind == "samples" else tokenizer, config.heal)
-                    row = cut_and_heal_(model, plan, text, measured[key].held_out, config).healing
+                    cut = functools.partial(plan.apply_, model)
+                    row = cut_and_heal_(model, plan, cut, text, measured[key].held_out, config, OneProcess()).healing
                     assert row is not None
                     seconds, held_out = row.seconds, f"{row.before:.4f} -> {row.after:.4f}"
                     healed = f"{row.tokens / 1e6:.1f}M, {what}, noise {rate.NOISE}, step {heal.STEP_TOKENS}, {kind}, {dtype}"

@@ -1,117 +1,170 @@
-"""A Mamba-2 language model cut late in its training: with and without a fit at the cut, moments carried or reset.
+"""When to cut a Mamba-2 language model that trains: early, late, with and without a fit at the cut, or small from the start.
 
-`python tests/gpu/late_cut.py FOLDER --tokens FILE.npy` goes on training a trained model, with a learning rate that falls to 0
-over `--steps` steps, and cuts it to a quarter of its states after `--warm` of them. Columns: perplexity on the package's
-evaluation text right after the cut and at the end, and the training loss over the last fifth of the steps. `--scratch` begins
-with random weights, and adds a model that is that small from the start.
+`python tests/gpu/late_cut.py --corpus FILE.pt` trains `mamba2-small` of `train_reference_models.py` from random weights, on the
+token ids [n, 512] that `healing.py --corpus` keeps, and prints a row for each seed and run: perplexity and recall on the
+package's evaluation text right after the cut and at the end, the training loss over the last tenth of the steps, and the sizes.
+All runs of a seed begin with the same weights and see the same batches; those that are cut go on from one model that is not.
 """
 
 import argparse
 import copy
+import dataclasses
+import math
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import train_reference_models
+from train_reference_models import RECIPES, build_model, make_optimizer, mean_loss
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_compressm import CompreSSMConfig, compress_
-from hf_compressm.data.evaluation import perplexity
+from hf_compressm.data.evaluation import Evaluation, evaluate
 from hf_compressm.data.texts import EVALUATION, windows
 from hf_compressm.layers import find_layers
 
 RUNS = {
-    "not cut": None,
-    "no fit": (0, False),
-    "fit": (3, False),
-    "fit, moments of B and C reset": (3, True),
-    "no fit, moments reset": (0, True),
+    "cut late, fit": (0.75, 3, False),
+    "cut early, no fit": (0.1, 0, False),
+    "cut late, no fit": (0.75, 0, False),
+    "cut early, fit": (0.1, 3, False),
+    "cut late, fit, moments of B and C reset": (0.75, 3, True),
 }
-SCRATCH = ["not cut", "no fit", "fit"]
+"""The share of the steps before the cut, rounds of the fit, and whether the optimizer forgets."""
+SMALL, WHOLE = "small from the start", "not cut"
+KNOWN = 64
+"""Sequences of the last batches that a cut is measured on."""
+
+
+class Training:
+    """Of one seed: the batches and the schedule."""
+
+    def __init__(self, args: argparse.Namespace, seed: int, ids: torch.Tensor) -> None:
+        self.steps, self.lr = args.steps, args.lr
+        generator = torch.Generator().manual_seed(seed)
+        self.order = torch.randint(len(ids), (args.steps, args.batch), generator=generator)
+        self.ids, self.device = ids, args.device
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Windows [batch, length + 1]."""
+        return self.ids[self.order[step]].to(self.device)
+
+    def run(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: range) -> float:
+        """Train, and return the mean loss of the last tenth."""
+        losses = []
+        model.train()
+        for step in steps:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * min(1, (step + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * step / self.steps))
+            loss = mean_loss(model, self.batch(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            if step % 20 == 0:
+                loss.item()
+        return float(torch.stack(losses[-max(1, self.steps // 10) :]).mean()) if losses else math.nan
+
+
+def copied(model: PreTrainedModel, optimizer: torch.optim.Optimizer, lr: float) -> tuple[Any, Any]:
+    """Both, once more."""
+    one = copy.deepcopy(model)
+    mine = make_optimizer(one, lr)
+    mine.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return one, mine
+
+
+def cut_(model: Any, optimizer: Any, training: Training, step: int, ratio: float, rounds: int, reset: bool) -> None:
+    """As the callback does, on the last batches."""
+    count = max(1, KNOWN // training.order.shape[1])
+    known = torch.cat([training.batch(i)[:, :-1] for i in range(max(0, step - count), step)])
+    config = CompreSSMConfig(ratio=ratio, realization="select", refit=rounds)
+    compress_(model, config, known, optimizer=optimizer)
+    for layer in find_layers(model) if reset else []:
+        for part in (layer.mixer.in_proj, layer.mixer.conv1d):
+            for parameter in part.parameters():
+                optimizer.state[parameter]["exp_avg"].zero_()
+                optimizer.state[parameter]["exp_avg_sq"].zero_()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--warm", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--scratch", action="store_true")
-    parser.add_argument("--limit", type=float, default=1e9)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--model", default="mamba2-small")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("hf_compressm/reference/mamba2-small"), help="for its tokenizer"
+    )
+    parser.add_argument("--ratio", type=float, default=1 / 8)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", choices=[SMALL, WHOLE, *RUNS], default=[SMALL, WHOLE, *list(RUNS)[:4]])
+    parser.add_argument(
+        "--compile", action="store_true", help="pays where nothing is cut: it compiles anew for each size"
+    )
+    parser.add_argument("--windows", type=int, default=64, help="of 512 tokens, to evaluate on")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no run is begun")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = torch.from_numpy(np.load(args.tokens).astype("int64"))[:, : args.length]
+    torch.set_float32_matmul_precision("high")
+    if not args.compile:
+        train_reference_models.run = lambda function: function
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, 32, args.length)
+    stream = torch.load(args.corpus).flatten()
+    ids = stream[: (len(stream) - 1) // 512 * 512 + 1].unfold(0, 513, 512)
+    unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.windows)
+    recipe = RECIPES[args.model]
+    small = dataclasses.replace(
+        recipe,
+        architecture=recipe.architecture | {"state_size": round(args.ratio * recipe.architecture["state_size"])},
+    )
     begin = time.time()
-    print("| seed | run | after the cut | at the end | training loss | sizes |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| seed | run | after the cut | at the end | training loss | sizes | s |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+
+    def said(found: Evaluation) -> str:
+        return f"{found.perplexity:.3f}, {found.recall:.3f}"
+
+    def report(seed: int, name: str, after: str, model: PreTrainedModel, loss: float) -> None:
+        sizes = " ".join(str(layer.state_size) for layer in find_layers(model))
+        end = said(evaluate(model, unseen))
+        print(f"| {seed} | {name} | {after} | {end} | {loss:.4f} | {sizes} | {time.time() - begin:.0f} |", flush=True)
+
     for seed in args.seeds:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randint(len(ids), (args.steps, args.batch), generator=generator)
-        model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).to(device).train()
-        if args.scratch:
+        training = Training(args, seed, ids)
+        if SMALL in args.runs:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(model.config).to(device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-
-        def train(model, optimizer, steps: range, order: torch.Tensor) -> float:
-            losses = []
-            for step in steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
-                rows = ids[order[step]].to(device)
-                with torch.autocast(device, torch.bfloat16):
-                    logits = model(rows).logits[:, :-1].float()
-                loss = F.cross_entropy(logits.mT, rows[:, 1:])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-            last = losses[-max(1, args.steps // 5) :]
-            return sum(last) / len(last)
-
-        if args.scratch:
-            config = copy.deepcopy(model.config)
-            config.state_size //= 4
-            torch.manual_seed(seed)
-            small = AutoModelForCausalLM.from_config(config).to(device).train()
-            loss = train(small, torch.optim.AdamW(small.parameters(), lr=args.lr), range(args.steps), order)
-            print(
-                f"| {seed} | small from the start | | {perplexity(small.eval(), unseen):.3f} | {loss:.4f} | "
-                f"{config.state_size} | {time.time() - begin:.0f} s",
-                flush=True,
-            )
-        train(model, optimizer, range(args.warm), order)
-        for name, run in RUNS.items():
-            if args.scratch and name not in SCRATCH:
-                continue
+            model = build_model(small, tokenizer.eos_token_id).to(args.device)
+            loss = training.run(model, make_optimizer(model, args.lr), range(args.steps))
+            report(seed, SMALL, "", model, loss)
+        cuts = [name for name in args.runs if name in RUNS]
+        if args.runs == [SMALL]:
+            continue
+        torch.manual_seed(seed)
+        model = build_model(recipe, tokenizer.eos_token_id).to(args.device)
+        optimizer, done, starts = make_optimizer(model, args.lr), 0, {}
+        for share in sorted({RUNS[name][0] for name in cuts}):
+            step = round(share * args.steps)
+            training.run(model, optimizer, range(done, step))
+            done, starts[share] = step, copied(model, optimizer, args.lr)
+        if WHOLE in args.runs:
+            loss = training.run(model, optimizer, range(done, args.steps))
+            report(seed, WHOLE, "", model, loss)
+        for name in cuts:
             if time.time() - begin > args.limit:
                 return
-            one = copy.deepcopy(model)
-            mine = torch.optim.AdamW(one.parameters(), lr=args.lr)
-            mine.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            if run is not None:
-                rounds, reset = run
-                config = CompreSSMConfig(ratio=0.25, realization="select", refit=rounds)
-                compress_(one, config, ids[order[args.warm - 4 : args.warm].flatten()], optimizer=mine)
-                for layer in find_layers(one) if reset else []:
-                    for part in (layer.mixer.in_proj, layer.mixer.conv1d):
-                        for parameter in part.parameters():
-                            mine.state[parameter]["exp_avg"].zero_()
-                            mine.state[parameter]["exp_avg_sq"].zero_()
-            after = perplexity(one.eval(), unseen)
-            loss = train(one.train(), mine, range(args.warm, args.steps), order)
-            kept = [layer.state_size for layer in find_layers(one)]
-            print(
-                f"| {seed} | {name} | {after:.3f} | {perplexity(one.eval(), unseen):.3f} | {loss:.4f} | {kept} | "
-                f"{time.time() - begin:.0f} s",
-                flush=True,
-            )
+            share, rounds, reset = RUNS[name]
+            step = round(share * args.steps)
+            one, mine = copied(*starts[share], args.lr)
+            cut_(one, mine, training, step, args.ratio, rounds, reset)
+            after = said(evaluate(one, unseen))
+            loss = training.run(one, mine, range(step, args.steps))
+            report(seed, name, after, one, loss)
 
 
 if __name__ == "__main__":

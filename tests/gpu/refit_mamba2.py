@@ -1,11 +1,12 @@
 """What fitting the kept rows of B and C does for a stock Mamba-2 cut: quality and seconds, against other ways.
 
 `python tests/gpu/refit_mamba2.py FOLDER ...` for Mamba-2 language models with tokenizers; on the code and prose that the
-package ships. Columns: states of a layer on average, change of the perplexity, change of that of tokens whose bigram occurred
-earlier in the window, seconds to plan with the fits, and how many layers the fit changed.
+package ships. Columns: sequences of 512 tokens that it was calibrated on (`--known`: of the package's text, of `--corpus`, which
+`healing.py` keeps, or samples of the model), states of a layer on average, change of the perplexity, change of that of tokens
+whose bigram occurred earlier in the window, seconds to plan with the fits, and how many layers the fit changed.
 
 `--groups 4` makes a model of so many groups of one with one group: B and C are copied to each, and the model, whose gated norm
-is another one then, is trained on `--tokens FILE.npy` (ids of the model's tokenizer, [n, L]) for `--steps` steps first.
+is another one then, is trained on `--corpus` for `--steps` steps first, and kept in `--save` for `healing.py`.
 """
 
 import argparse
@@ -15,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_compressm import CompreSSMConfig, compress_, measure
 from hf_compressm.cutting import Measurement, Plan
+from hf_compressm.data.calibration import sample
 from hf_compressm.data.evaluation import Evaluation, evaluate
 from hf_compressm.data.texts import CALIBRATION, EVALUATION, LENGTH, windows
 from hf_compressm.hankel.refit_mamba2 import OwnLoss, RowsRefit
@@ -97,32 +98,54 @@ def cut(
     return model, plan, time.perf_counter() - begin
 
 
-def table(name: str, full: PreTrainedModel, known: torch.Tensor, unseen: torch.Tensor, wanted: Callable, until: float):
+def known_text(kinds: str, args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> torch.Tensor:
+    """Token ids [n, length], such as of "shipped:64+samples:192"."""
+    parts = []
+    for kind, count in ((part.split(":")[0], int(part.split(":")[1])) for part in kinds.split("+")):
+        if kind == "shipped":
+            parts.append(windows(CALIBRATION.read_text(encoding="utf-8"), tokenizer, count, args.length))
+        elif kind == "samples":
+            parts.append(sample(model, count, args.length).cpu())
+        else:
+            corpus = torch.load(args.corpus)[:, : args.length]
+            parts.append(corpus[torch.linspace(0, len(corpus) - 1, count).round().long()])
+    return torch.cat(parts)
+
+
+def table(
+    name: str,
+    full: PreTrainedModel,
+    texts: dict[str, torch.Tensor],
+    unseen: torch.Tensor,
+    wanted: Callable,
+    until: float,
+):
     base: Evaluation = evaluate(full, unseen)
     N = find_layers(full)[0].state_size
     print(
         f"\n{name}: N={N}, {full.config.n_groups} groups, perplexity {base.perplexity:.3f}, recall {base.recall:.3f}"
     )
     print(
-        "| model | cut | how | states | perplexity | recall | s | fitted |\n|---|---|---|---|---|---|---|---|",
+        "| model | calibration | cut | how | states | perplexity | recall | s | fitted |\n|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
-    measured: dict = {}
-    for label, options in CUTS.items():
-        sizes = {"state_size": int(N * options["state_size"])} if "state_size" in options else options
-        for row in ROWS:
-            if not wanted(f"{label}: {row}") or (row == "two steps" and "1/4" not in label) or time.time() > until:
-                continue
-            model, plan, seconds = cut(row, full, known, sizes, measured)
-            found = evaluate(model, unseen)
-            fitted = sum(one.kind == "refit" for one in plan.realizations.values())
-            kept = [layer.state_size for layer in find_layers(model)]
-            print(
-                f"| {name} | {label} | {row} | {sum(kept) / len(kept):.1f} | "
-                f"{100 * (found.perplexity / base.perplexity - 1):+.2f}% | {100 * (found.recall / base.recall - 1):+.2f}% | "
-                f"{seconds:.1f} | {fitted} | {' '.join(map(str, kept))}",
-                flush=True,
-            )
+    for of, known in texts.items():
+        measured: dict = {}
+        for label, options in CUTS.items():
+            sizes = {"state_size": int(N * options["state_size"])} if "state_size" in options else options
+            for row in ROWS:
+                if not wanted(f"{label}: {row}") or (row == "two steps" and "1/4" not in label) or time.time() > until:
+                    continue
+                model, plan, seconds = cut(row, full, known, sizes, measured)
+                found = evaluate(model, unseen)
+                fitted = sum(one.kind == "refit" for one in plan.realizations.values())
+                kept = [layer.state_size for layer in find_layers(model)]
+                print(
+                    f"| {name} | {of} | {label} | {row} | {sum(kept) / len(kept):.1f} | "
+                    f"{found.perplexity / base.perplexity - 1:+.2%} | {found.recall / base.recall - 1:+.2%} | "
+                    f"{seconds:.1f} | {fitted} | {' '.join(map(str, kept))}",
+                    flush=True,
+                )
 
 
 def of_groups(model: PreTrainedModel, groups: int) -> PreTrainedModel:
@@ -170,9 +193,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+")
     parser.add_argument("--only", default="", help="rows whose name holds one of these, apart by commas")
-    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to calibrate and to evaluate on")
+    parser.add_argument(
+        "--known", nargs="+", default=["shipped:64"], help="such as corpus:256, shipped:64+samples:192"
+    )
+    parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to evaluate on")
     parser.add_argument("--groups", type=int, default=[], nargs="*")
-    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--save", type=Path, help="a folder for the models of several groups")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no row is begun")
@@ -182,16 +209,19 @@ def main() -> None:
     only = args.only.split(",")
     for folder in args.folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        texts = (path.read_text(encoding="utf-8") for path in (CALIBRATION, EVALUATION))
-        known, unseen = (windows(text, tokenizer, args.sequences, args.length) for text in texts)
+        unseen = windows(EVALUATION.read_text(encoding="utf-8"), tokenizer, args.sequences, args.length)
         full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
         for number, groups in enumerate(args.groups or [1]):
             model, until = full, begin + args.limit * (number + 1) / max(1, len(args.groups))
             if groups > 1:
                 model = of_groups(full, groups)
-                ids = torch.from_numpy(np.load(args.tokens).astype("int64"))[:, : args.length]
+                ids = torch.load(args.corpus)[:, : args.length]
                 train(model, ids, args.steps, begin + args.limit * (number + 0.45) / len(args.groups))
-            table(folder.name, model, known, unseen, lambda name: any(part in name for part in only), until)
+                if args.save is not None:
+                    model.save_pretrained(args.save / f"{folder.name}-{groups}-groups")
+                    tokenizer.save_pretrained(args.save / f"{folder.name}-{groups}-groups")
+            texts = {kinds: known_text(kinds, args, model, tokenizer) for kinds in args.known}
+            table(folder.name, model, texts, unseen, lambda name: any(part in name for part in only), until)
 
 
 if __name__ == "__main__":

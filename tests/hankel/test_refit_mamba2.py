@@ -92,10 +92,13 @@ def test_the_scan_in_chunks_and_its_gradients_are_those_of_a_loop(length):
 
 def test_the_scan_in_chunks_does_not_overflow_where_decays_vanish():
     system = reading(rows()).system
-    inputs = (system.delta[..., None] * system.x).float()
-    fast = ChunkedScan(inputs, -1e4 * system.delta.float(), GROUPS)
-    own = inputs * (system.B * system.C).sum(-1).repeat_interleave(2, 2)[..., None].float()
-    torch.testing.assert_close(fast(system.B.float(), system.C.float()), own, rtol=1e-3, atol=1e-5)
+    delta = system.delta.float().requires_grad_()
+    fast = ChunkedScan(delta[..., None] * system.x.float(), -1e4 * delta, GROUPS, chunk=4)
+    own = (system.x * (system.B * system.C).sum(-1).repeat_interleave(2, 2)[..., None]).float()
+    y = fast(system.B.float(), system.C.float())
+    torch.testing.assert_close(y, delta.detach()[..., None] * own, rtol=1e-3, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(delta.grad, own.sum(-1), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])

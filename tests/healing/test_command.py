@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -45,3 +46,13 @@ def test_wrong_values_are_said(tmp_path):
         result = CliRunner().invoke(app, ["compress", str(tmp_path), str(tmp_path / "slim"), *options])
         assert result.exit_code == 1
         assert said in " ".join(result.output.split())
+
+
+def test_several_processes_write_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, ["compress", str(tmp_path), str(tmp_path / "slim"), "--heal", "300"])
+    assert result.exit_code == 1
+    assert "Several processes would write the same model" in " ".join(result.output.split())
+    with pytest.raises(ValueError, match="Several processes would push the same model"):
+        compress_pretrained(tmp_path, push_to_hub="me/slim")
+    assert not list(tmp_path.iterdir())

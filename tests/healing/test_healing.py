@@ -13,6 +13,7 @@ import torch
 
 from hf_compressm import CompressionReport, CompreSSMConfig, compress_, get_report, measure
 from hf_compressm.cutting.divergence import Divergence
+from hf_compressm.cutting.progress import listening
 from hf_compressm.data.healing import HealingText
 from hf_compressm.healing import heal
 from hf_compressm.healing.full import FullModel
@@ -94,6 +95,9 @@ def test_every_architecture_learns_from_the_full_model(model_type):
     expected = model(**batch, use_cache=False).logits.float().log_softmax(-1)
     changed = {layer.name: {*layer.system_parameters(), *layer.changed_by_a_cut()} for layer in find_layers(model)}
     full = FullModel(model, changed)
+    for mixer, names in changed.items():  # only these are there twice
+        copies = dict(full.mixers[mixer].named_parameters())
+        assert {name for name in copies if copies[name] is not model.get_parameter(f"{mixer}.{name}")} == names
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     report = compress_(model, CompreSSMConfig(state_size=8, realization="select", refit=0, heal=300), ids)
     assert report.healing.after <= report.healing.before
@@ -183,7 +187,11 @@ def test_an_interrupt_before_the_first_look_leaves_the_cut(mamba, monkeypatch):
 
 
 def test_the_report_goes_with_the_model(mamba, tmp_path):
-    report = compress_(mamba, QUICK, IDS)
+    told: list[tuple[str, int, int]] = []
+    with listening(lambda *step: told.append(step)):
+        report = compress_(mamba, QUICK, IDS)
+    bar = [step[1:] for step in told if step[0] == "healing"]
+    assert bar == [(done, 10) for done in range(11)]  # steps of eight sequences of 24 tokens
     mamba.save_pretrained(tmp_path)
     assert get_report(tmp_path) == report == mamba.compression_report
     record = json.loads((tmp_path / "compressm.json").read_text("utf-8"))["cuts"]

@@ -180,15 +180,14 @@ def test_models_that_are_refused(make, match):
 def test_settings_that_are_refused(mamba, monkeypatch):
     with pytest.raises(ValueError, match="at least two"):
         compress_(mamba, HEAL, IDS[:1])
+    with pytest.raises(ValueError, match="all sequences are the same"):
+        compress_(mamba, HEAL, IDS[:1].repeat(4, 1))
     with pytest.raises(ValueError, match="is not healed"):
         measure(mamba, IDS, HEAL).plan(HEAL)
     with pytest.raises(ValueError, match="training heals"):
         CompreSSMCallback(CompreSSMConfig(tolerance=0.1, heal=1000))
     with pytest.raises(ValueError, match="heal_parameters must be one of cut, all"):
         CompreSSMConfig(heal=1000, heal_parameters="some")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one of 2 processes"):
-        compress_(mamba, HEAL, IDS)
     assert mamba.config.state_size == 8
 
 

@@ -1,6 +1,6 @@
-"""The README's table of supported models is what the test matrix makes of its list of model types.
+"""The table of supported models in tests/gpu/README.md is what the test matrix makes of its list of model types.
 
-REWRITE_README=1 python -m pytest tests/architectures/test_supported.py writes it anew.
+REWRITE_README=1 python -m pytest tests/layers/test_supported.py writes it anew.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_compressm.layers.normalised import NormalisedMambaLayer
 from tests.layers import test_matrix
 from tests.layers.models import STATE_SIZE_FIELD, TYPES, build
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[1] / "gpu" / "README.md"
 BEGIN, END = "<!-- supported -->\n", "<!-- /supported -->"
 
 

@@ -194,7 +194,7 @@ def test_a_compiled_model_is_traced_again(tmp_path):
 
 
 def test_a_loop_with_accelerate():
-    """As the README shows it."""
+    """As the help of `compress_` shows it."""
     accelerator = Accelerator(cpu=True)
     model = tiny_mamba()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
