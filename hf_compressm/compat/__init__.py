@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from types import MethodType
@@ -227,24 +227,50 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     All processes must come here together, or those that did not be asked to.
     """
-    sharded = [
+    parameters = list(module.parameters())
+    if _ask_the_others and any(is_sharded(p) or is_in_pieces(p) for p in parameters):
+        _ask_the_others[-1](module)
+    with _in_place_of(module, is_sharded, whole), gathered_zero3(parameters), gathered_fsdp1(parameters):
+        yield
+
+
+@contextmanager
+def shapes_only(module: nn.Module) -> Iterator[None]:
+    """With zeros in the places of parameters that are spread over processes: nothing is gathered, and none waits for another."""
+
+    def zeros(parameter: Tensor) -> Tensor:
+        return torch.zeros(shape_of(parameter), dtype=parameter.dtype, device=parameter.device)
+
+    with _in_place_of(module, lambda p: is_sharded(p) or is_in_pieces(p), zeros):
+        yield
+
+
+@contextmanager
+def holding(module: nn.Module, data: Mapping[str, Tensor]) -> Iterator[None]:
+    """With other data, of any shape, in the places of some of a module's parameters, by name."""
+    new = {id(module.get_parameter(name)): value for name, value in data.items()}
+    with _in_place_of(module, lambda p: id(p) in new, lambda p: new[id(p)].detach().to(p.device, p.dtype)):
+        yield
+
+
+@contextmanager
+def _in_place_of(
+    module: nn.Module, chosen: Callable[[Tensor], bool], make: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    found = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
-        if is_sharded(parameter)
+        if chosen(parameter)
     ]
-    parameters = list(module.parameters())
-    if _ask_the_others and (sharded or any(map(is_in_pieces, parameters))):
-        _ask_the_others[-1](module)
     try:
-        for owner, name, parameter in sharded:
-            stand_in = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+        for owner, name, parameter in found:
+            stand_in = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
             stand_in.stands_for = parameter  # type: ignore[attr-defined]
             setattr(owner, name, stand_in)
-        with gathered_zero3(parameters), gathered_fsdp1(parameters):
-            yield
+        yield
     finally:
-        for owner, name, parameter in sharded:
+        for owner, name, parameter in found:
             setattr(owner, name, parameter)
 
 

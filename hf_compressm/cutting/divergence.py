@@ -87,7 +87,7 @@ class Divergence:
     @torch.no_grad()
     def _from_head(self, part: Mapping[str, Tensor], hidden: Any, rows: slice) -> Tensor:
         """The predictions for a batch that is some rows of one that gave `hidden`."""
-        given = replace(hidden, last_hidden_state=hidden[0][rows])
+        given = replace(hidden, **{next(iter(hidden)): hidden[0][rows]})  # mostly `last_hidden_state`
         as_given = replaced_forwards([self.model.base_model], lambda forward: lambda *args, **kwargs: given)
         with evaluating(self.model), as_given:
             output = self.model(**called_with(part), use_cache=False)

@@ -60,8 +60,8 @@ class Snapshot:
             for parameter in parameters
         ]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        held = [group[key] for group in groups for key in ("params", "param_names") if key in group]
-        self.held = [(some, list(some)) for some in held]
+        lists = [group[key] for group in groups for key in ("params", "param_names") if key in group]
+        self.held = [(some, list(some)) for some in lists]
         self.recorded = Recorded(model)
 
     def restore_(self) -> None:

@@ -21,7 +21,8 @@ transformers has no such model, so a mixer of one's own takes part by two method
 - A mixer of many systems side by side, such as S4D's one for each channel, gives a [systems, n], B [systems, n, m],
   C [systems, p, n]. All are cut to one size.
 - Where only one of each conjugate pair is stored (S4D, S5), C is twice what is stored: y = Re(C x).
-- `lti_parameters` names every parameter whose shape depends on n; a, B and C come to it as complex128.
+- `lti_parameters` names every parameter whose shape depends on n; a, B and C come to it as complex128, on the mixer's device.
+- Where FSDP2 shards the mixer, its parameters are zeros while only shapes are asked for.
 - D, and whatever else the mixer has, stays as it is.
 - The mixer's forward takes n from its parameters. If it has an attribute `state_size`, that is kept up to date; if it has a
   `layer_idx`, reports call it by that, and else by its place in the model.
@@ -33,13 +34,16 @@ all that there is to save. A slim one is loaded into a fresh model by `resize_li
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..compat import holding, shapes_only, weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.lti import LTIStatistics, ModalSystem, Truncated, TruncatedPath
 from .contracts import Realization, ResizeParameter
@@ -75,7 +79,7 @@ class Balance(Realization):
     @classmethod
     def fits(cls, layer: Any) -> bool:
         """Where the states are complex: the eigenvalues of what is left need not be real where all were."""
-        return bool(layer.system().a.is_complex())
+        return bool(layer.like_a().is_complex())
 
     @classmethod
     def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
@@ -105,13 +109,12 @@ class Balance(Realization):
         return {name: ParameterCut(values=value) for name, value in layer.parameters_of(*self._system(layer)).items()}
 
     def apply_(self, layer: Any, new: Mapping[str, Tensor], resize_: ResizeParameter = set_data_) -> None:
-        """Give the mixer its new parameters, and see whether they make it the new system. In place.
+        """Give the mixer its new parameters, once it is seen that they make it the new system. In place.
 
         Raises:
             ValueError: if they don't.
         """
-        super().apply_(layer, new, resize_)
-        wanted, made = ModalSystem(*self._system(layer)), layer.system()
+        wanted, made = ModalSystem(*self._system(layer)), self._tried(layer, new)
         dtypes = {layer.mixer.get_parameter(name).dtype for name in new}
         tolerance = max(CLOSE.get(dtype, math.inf) for dtype in dtypes)
         alike = all(getattr(wanted, name).shape == getattr(made, name).shape for name in ("a", "B", "C"))
@@ -120,12 +123,24 @@ class Balance(Realization):
                 f"{layer.name} was given the parameters that its lti_parameters names for a system, and its lti_system gives "
                 "another one then: the two methods have to undo each other. Nothing was changed."
             )
+        super().apply_(layer, new, resize_)
+
+    def _tried(self, layer: Any, new: Mapping[str, Tensor]) -> ModalSystem:
+        """What the mixer is with other parameters."""
+        size = layer.state_size
+        try:
+            with holding(layer.mixer, new):
+                layer.resize(self.size)
+                system: ModalSystem = layer.system()
+                return system
+        finally:
+            layer.resize(size)
 
     def _system(self, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """a, B and C, with the leading dimension of many systems only where the mixer has it."""
         made = self.groups[0]
         parts = made.a.cpu(), made.B.cpu(), made.C.cpu()
-        return parts if layer.system().a.ndim > 1 else tuple(part[0] for part in parts)
+        return parts if layer.like_a().ndim > 1 else tuple(part[0] for part in parts)
 
 
 class _Path(Mapping[int, Realization]):
@@ -164,8 +179,10 @@ class LTILayer(MixerLayer):
 
     @classmethod
     def misfit(cls, module: nn.Module) -> list[str]:
-        """The methods that it lacks."""
-        return [f"lacks {name}" for name in sorted(cls.NEEDS) if not callable(getattr(module, name, None))]
+        """The methods that it lacks; a wrapper, such as FSDP1's, has none of what it wraps."""
+        return [
+            f"lacks {name}" for name in sorted(cls.NEEDS) if not callable(inspect.getattr_static(module, name, None))
+        ]
 
     @torch.no_grad()
     def system(self) -> ModalSystem:
@@ -174,9 +191,14 @@ class LTILayer(MixerLayer):
         Raises:
             ValueError: if the mixer's answer is none.
         """
-        try:
+        with weights_at_hand(self.mixer), self._asked():
             a, B, C = (matrix.cpu() for matrix in self.mixer.lti_system())
             return ModalSystem(a, B, C)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.name}.lti_system() gives no system: {error}. Nothing was changed.") from error
 
@@ -187,7 +209,9 @@ class LTILayer(MixerLayer):
         Raises:
             ValueError: if its `lti_parameters` names one that it does not have.
         """
-        values: dict[str, Tensor] = self.mixer.lti_parameters(*(matrix.to(torch.complex128) for matrix in (a, B, C)))
+        with weights_at_hand(self.mixer):
+            system = (matrix.to(self.device, torch.complex128) for matrix in (a, B, C))
+            values: dict[str, Tensor] = self.mixer.lti_parameters(*system)
         unknown = sorted(values.keys() - {name for name, _ in self.mixer.named_parameters()})
         if unknown:
             raise ValueError(f"{self.name}.lti_parameters names {unknown[0]}, which is no parameter of it.")
@@ -196,14 +220,19 @@ class LTILayer(MixerLayer):
     @property
     def state_size(self) -> int:
         """The state size, n."""
-        with torch.no_grad():
-            return int(self.mixer.lti_system()[0].shape[-1])
+        return self.like_a().shape[-1]
 
     @property
     def channels(self) -> int:
         """Two for each system: a complex state is two numbers."""
-        with torch.no_grad():
-            return int(2 * self.mixer.lti_system()[0].shape[:-1].numel())
+        return 2 * self.like_a().shape[:-1].numel()
+
+    @torch.no_grad()
+    def like_a(self) -> Tensor:
+        """A tensor of a's shape and dtype; its values may be others."""
+        with shapes_only(self.mixer), self._asked():
+            a: Tensor = self.mixer.lti_system()[0]
+            return a
 
     def statistics(self, *, mean_lti: bool) -> LTIStatistics:
         """What the weights say, which is all that there is to know.
@@ -224,9 +253,11 @@ class LTILayer(MixerLayer):
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
         """The shapes at a state size of the parameters that make the system."""
-        a, B, C = self.system().first(1)
-        a, B, C = (torch.cat([matrix] * size, dim) for matrix, dim in zip((a, B, C), (-1, -2, -1), strict=True))
-        return {name: value.shape for name, value in self.parameters_of(a, B, C).items()}
+        with torch.no_grad(), shapes_only(self.mixer), weights_at_hand(self.mixer):
+            with self._asked():
+                parts = zip(self.mixer.lti_system(), (-1, -2, -1), strict=True)
+                a, B, C = (torch.cat([matrix.narrow(dim, 0, 1)] * size, dim) for matrix, dim in parts)
+            return {name: value.shape for name, value in self.parameters_of(a, B, C).items()}
 
     def resize(self, size: int) -> None:
         """Tell the mixer its new state size, where it wants to know."""

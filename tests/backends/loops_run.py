@@ -21,6 +21,7 @@ from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.backends import backend as backend_module
 from hf_compressm.hankel import moments
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
+from tests.layers import lti_mixers
 from tests.training.conftest import sizes
 
 BATCH, STEPS, CUTS = 6, 6, (1, 3)
@@ -34,8 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mamba2": {},
     "large": {},
     "budget": {},
+    "lti": {},
 }
-ONE_CUT = ("mamba2", "large", "budget")
+ONE_CUT = ("mamba2", "large", "budget", "lti")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -70,7 +72,10 @@ def step(model: Any, optimizer: Any, rows: torch.Tensor, parts: int = 1) -> floa
 
 
 def loop(variant: str) -> dict[str, Any]:
-    model = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
+    model: Any = tiny_mamba2() if variant == "mamba2" else tiny_mamba()
+    if variant == "lti":
+        torch.manual_seed(0)
+        model = lti_mixers.Net(VOCABULARY, 6, lambda: lti_mixers.LRU(6, 8))
     config, parts = CONFIG, 3 if variant == "accumulation" else 1
     if variant == "mamba2":
         config = CompreSSMConfig(state_size={1: 8}, refit=0, realization="select")

@@ -37,7 +37,7 @@ def distance(one: list[float], other: list[float]) -> float:
 def test_loops_on_two_processes(tmp_path):
     launch(tmp_path, 2, loops_run.everything, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    reference = {name: loops_run.loop(name) for name in ("unused", "mamba2", "budget", "none")}
+    reference = {name: loops_run.loop(name) for name in ("unused", "mamba2", "budget", "lti", "none")}
     for name in loops_run.VARIANTS:
         assert first[name]["hash"] == second[name]["hash"], name
         assert first[name]["spectra"] == second[name]["spectra"], name
@@ -46,9 +46,9 @@ def test_loops_on_two_processes(tmp_path):
         one = reference.get(name, reference["unused"])
         assert first[name]["sizes"] == one["sizes"], name
         assert distance(first[name]["losses"], one["losses"]) < 1.5e-6, name
-    for name in ("unused", "mamba2", "large", "budget"):
+    for name in ("unused", "mamba2", "large", "budget", "lti"):
         assert sum(first[name]["sizes"]) < (32 if name == "mamba2" else 16)
-        if name != "mamba2":
+        if name not in ("mamba2", "lti"):
             assert distance(first[name]["losses"], reference["none"]["losses"]) > 1e-4  # the comparison tells
 
     assert first["refusals"]["hash"] == second["refusals"]["hash"]

@@ -14,27 +14,21 @@ Methods, with the sizes that they end with: a whole number of states, or the tol
 which is made first or found in `--results`:
 
 - full; cut:0.05 (a tolerance at each of `--reductions` attempts); cut:12 (a state size);
-- at0.2:12, one cut at that share of the steps;
-- small:12, as many states from the start; long:12, the same for `--stretch` times the steps;
+- at0.2:12, one cut at that share of the steps; after:12 (lru), the full model cut once it is trained, and not trained on;
+- small:12, as many states from the start; long1.4:12, the same for 1.4 times the steps;
 - distilled:12, small and taught by the full model: half labels, half Kullback-Leibler divergence (arXiv 1503.02531);
-- nuclear:12 (lru), the full model with `--nuclear` times the sum of all Hankel singular values in the loss, with its gradient
-  through the Gramians, at each `--every`th step, cut after training.
+- shared:12, the same where teacher and student have half of the steps each, so that the teacher's training is counted;
+- nuclear3e-5:12 (lru), the full model with 3e-5 times the sum of all Hankel singular values in the loss, at each
+  `--every`th step, cut once it is trained. `--hankel` says how their gradient is computed.
 
 `--settling` tells for the full model how far the ranking of the states at 2, 5, 10, 20 and 40% of the steps is that of the end.
 
 To share seeds and methods out among several processes, give each `--seeds`, `--methods` and `--results FILE.jsonl`;
-`table FILE.jsonl ...` makes one table of them. Seconds tell nothing then: `--timing` trains only so many steps, alone.
+`table FILE.jsonl ...` makes one table of them, and `figure FILE.jsonl ... --output FILE.png` shows when the ranking settles. Seconds
+tell nothing then: `--timing` trains only so many steps, alone; `hankel` times the nuclear norm in each way, and a cut.
 
-Results beside those in tests/gpu/README.md. LRU: hidden 128, 4 layers, N=256, batch 128, 600 steps, cuts at 2 to 20% of them; three seeds:
-
-| method | full | cut:0.05 | cut:0.1 | cut:0.15 | at0.02:32 | at0.4:32 | small:0.05 | small:0.1 | small:0.15 | distilled:0.15 |
-|---|---|---|---|---|---|---|---|---|---|---|
-| states | 256 | 98 | 48 | 26 | 32 | 32 | 98 | 48 | 26 | 26 |
-| accuracy | 82.17 | 82.63 | 81.85 | 81.12 | 80.31 | 78.60 | 77.86 | 74.64 | 72.12 | 73.42 |
-| ms a step, seven processes on the GPU | 101 | 67 | 59 | 68 | 72 | 54 | 66 | 59 | 57 | 92 |
-
-Four cuts in the first 10% of 574 steps, tolerance 0.05: 137 states, 82.15. The step alone takes as long at any size, so there was no
-saved time that `long` could have used.
+Results are in tests/gpu/README.md, and those of each seed in sequences.jsonl. Beside them: four cuts in the first 10% of 574 steps, tolerance
+0.05, leave an LRU 137 states and 82.15%.
 
 Mamba on images, N=128, bf16, 700 steps, `--calibration 1`, with mamba_ssm's kernels: full 85.42 ± 0.12 in 104 s; cut:12 at 1 to 5% of
 the steps 85.16 ± 0.33 in 29 to 31 s; cut:0.05 (8 to 13 states) 85.09 ± 0.39 in 26 to 29 s; cut:0.1 (2 to 4) 84.78 ± 0.25 in 22 to 24 s; small:32, 12,
@@ -47,15 +41,18 @@ Digits, 500 steps, N=16, cut:4, small:4: 73.7 ± 4.9, 74.3 ± 6.0, 76.2 ± 2.9.
 """
 
 import argparse
+import copy
 import functools
 import json
 import lzma
 import math
+import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +246,19 @@ def scan_mamba_by_triton() -> None:
     modeling_mamba.mamba_selective_scan = selective_scan
 
 
+def tune_little() -> None:
+    """Two configurations of each of mamba_ssm's Triton kernels for Mamba-2 are tried: all would take minutes for each N."""
+    try:
+        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
+        from triton.runtime import Autotuner
+    except ImportError:
+        return
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm.ops.triton")]:
+        for kernel in vars(sys.modules[name]).values():
+            if isinstance(kernel, Autotuner):
+                kernel.configs = kernel.configs[1:3] or kernel.configs
+
+
 def asked_logits(output: Any, labels: Tensor) -> Tensor:
     """Of the positions that a label follows, [asked, classes]."""
     return output.logits if output.logits.dim() == 2 else output.logits[:, :-1][labels[:, 1:] != -100]
@@ -336,42 +346,108 @@ class DistillingTrainer(Trainer):
 class NuclearTrainer(Trainer):
     """The loss, and `weight` times the sum of all Hankel singular values; only at each `every`th step, as much more."""
 
-    def __init__(self, *args: object, weight: float, every: int, **kwargs: object) -> None:
+    def __init__(self, *args: object, weight: float, every: int, squares: Callable, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.weight, self.every = weight, every
+        self.weight, self.every, self.squares = weight, every, squares
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> Tensor:
         loss = model(**inputs).loss
         if self.state.global_step % self.every == 0:
-            norms = [hankel_nuclear_norm(*layer.mixer.lti_system()) for layer in find_layers(model)]
+            norms = [hankel_nuclear_norm(*layer.mixer.lti_system(), self.squares) for layer in find_layers(model)]
             loss = loss + self.every * self.weight * torch.stack(norms).sum().float()
         return loss
 
 
-def hankel_nuclear_norm(a: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The sum of the Hankel singular values, the square roots of the eigenvalues of L^H Q L with P = L L^H."""
-    a, B, C = (double(x) for x in (a, B, C))
+def hankel_nuclear_norm(a: Tensor, B: Tensor, C: Tensor, squares: Callable[..., Tensor]) -> Tensor:
+    """The sum of the Hankel singular values, whose squares are the eigenvalues of the Gramians' product P Q."""
+    found = squares(*(double(x) for x in (a, B, C)))
+    return found.clamp_min(1e-14 * float(found.detach().max())).sqrt().sum()
+
+
+def squares_by_cholesky(a: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Of the Hermitian L^H Q L with P = L L^H; the Gramians of a diagonal system in closed form."""
     P, Q = lti_gramian(a, B @ B.mH), lti_gramian(a.conj(), C.mH @ C)
     ridge = 1e-10 * P.diagonal().real.mean().detach() * torch.eye(len(a), device=a.device)
     L = torch.linalg.cholesky(P + ridge)
-    squares = torch.linalg.eigvalsh(L.mH @ Q @ L)
-    return squares.clamp_min(1e-14 * float(squares.detach().max())).sqrt().sum()
+    return torch.linalg.eigvalsh(L.mH @ Q @ L)
+
+
+def squares_by_product(a: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Of P Q itself, which is not symmetric: as github.com/forgi86/lru-reduction and Algopaul/hankelreg have it."""
+    return torch.linalg.eigvals(lti_gramian(a, B @ B.mH) @ lti_gramian(a.conj(), C.mH @ C)).real
+
+
+def squares_by_lyapunov(a: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Of P Q, where P = A P A^H + B B^H is solved as for any A: by doubling, P <- P + A P A^H and A <- A A."""
+    A, P, Q = a.diag(), B @ B.mH, C.mH @ C
+    for _ in range(20):  # a million steps
+        P, Q, A = P + A @ P @ A.mH, Q + A.mH @ Q @ A, A @ A
+    return torch.linalg.eigvals(P @ Q).real
+
+
+HANKEL: dict[str, Callable[..., Tensor]] = {
+    "cholesky": squares_by_cholesky,
+    "product": squares_by_product,
+    "lyapunov": squares_by_lyapunov,
+}
+
+
+def time_hankel(args: argparse.Namespace) -> None:
+    """Milliseconds of the sum over all layers with its gradient, in each way, and of balancing all layers for one cut."""
+    from lru_model import LRU
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mixers = nn.ModuleList(LRU(args.hidden, args.state_size) for _ in range(args.layers)).to(device)
+
+    def gradient(squares: Callable[..., Tensor]) -> float:
+        loss = torch.stack([hankel_nuclear_norm(*mixer.lti_system(), squares) for mixer in mixers]).sum()
+        loss.backward()
+        return loss.item()
+
+    def cut() -> float:
+        slim = copy.deepcopy(mixers)
+        compress_(slim, CompreSSMConfig(tolerance=0.15))
+        return sum(layer.state_size for layer in find_layers(slim))
+
+    ways = {name: functools.partial(gradient, squares) for name, squares in HANKEL.items()} | {"a cut": cut}
+    print(f"| {args.layers} layers of {args.state_size} states | sum, or states left | ms |\n|---|---|---|")
+    for name, way in ways.items():
+        times = []
+        while len(times) < 4 and (not times or sum(times) < 15):
+            begin = time.perf_counter()
+            value = way()
+            times.append(time.perf_counter() - begin)
+        print(f"| {name} | {value:.2f} | {1000 * min(times):.1f} |", flush=True)
 
 
 @dataclass(frozen=True)
 class Method:
-    """`name` or `name:sizes`, where sizes is a number of states or a cut's tolerance."""
+    """`kind`, with a number of its own or without, and `:sizes` or without: a number of states or a cut's tolerance."""
 
-    name: str
+    kind: str
+    number: float | None
     sizes: float | None
 
     @classmethod
     def of(cls, written: str) -> "Method":
         name, _, sizes = written.partition(":")
-        return cls(name, float(sizes) if sizes else None)
+        kind = re.match("[a-z]*?(?=[0-9.]|$)", name)[0]
+        number = name.removeprefix(kind)
+        return cls(kind, float(number) if number else None, float(sizes) if sizes else None)
 
     def __str__(self) -> str:
-        return self.name if self.sizes is None else f"{self.name}:{self.sizes:g}"
+        name = self.kind if self.number is None else f"{self.kind}{self.number:g}"
+        return name if self.sizes is None else f"{name}:{self.sizes:g}"
+
+
+@dataclass
+class Trained:
+    model: nn.Module
+    trainer: Trainer
+    clock: Clock
+    steps: int
+    seconds: float
+    settling: Settling | None = None
 
 
 class Bench:
@@ -380,75 +456,114 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.rows: list[dict] = []
-        self.teacher: tuple[int, nn.Module] | None = None
+        self.kept: dict[tuple, Trained] = {}  # of the present seed
+
+    def known(self) -> list[dict]:
+        """The rows of this process, and those of others."""
+        if self.args.results is None or not self.args.results.exists():
+            return self.rows
+        return self.rows + [json.loads(line) for line in self.args.results.read_text().splitlines()]
 
     def sizes(self, seed: int, wanted: float | None) -> list[int]:
         """Of a cut's tolerance, or one for all layers."""
         if wanted is None or wanted >= 1:
             return [int(wanted or self.args.state_size)] * self.args.layers
         mine = {"task": self.args.task, "architecture": self.args.model, "seed": seed, "method": f"cut:{wanted:g}"}
-        known = []
-        if self.args.results is not None and self.args.results.exists():  # of other processes, too
-            known = [json.loads(line) for line in self.args.results.read_text().splitlines()]
-        for row in self.rows + known:
+        for row in self.known():
             if all(row[key] == value for key, value in mine.items()):
                 return row["sizes"]
         raise SystemExit(f"No {mine['method']} of seed {seed} is known: make it first, or name its --results.")
 
-    def run(self, task: Task, method: Method, seed: int) -> dict:
-        """Train one model; its states, metric, the length of a step, and seconds: of the whole training, and of the cuts in it."""
-        args, kind = self.args, method.name
-        small = kind in ("small", "long", "distilled")
+    def large(self, task: Task, seed: int, share: float = 1.0, nuclear: float | None = None) -> Trained:
+        """The full model, trained for a share of the steps; once for each seed."""
+        key = (seed, share, nuclear)
+        if key not in self.kept:
+            self.kept = {known: one for known, one in self.kept.items() if known[0] == seed}
+            args, trainer_class = self.args, Trainer
+            if nuclear is not None:
+                options = {"weight": nuclear, "every": args.every, "squares": HANKEL[args.hankel]}
+                trainer_class = functools.partial(NuclearTrainer, **options)
+            settle = args.settling and share == 1 and nuclear is None
+            self.kept[key] = self.train(task, seed, args.state_size, trainer_class, share=share, settle=settle)
+        return self.kept[key]
+
+    def train(
+        self,
+        task: Task,
+        seed: int,
+        sizes: int | list[int],
+        trainer_class: Callable[..., Trainer] = Trainer,
+        callbacks: Sequence[TrainerCallback] = (),
+        share: float = 1.0,
+        settle: bool = False,
+    ) -> Trained:
+        args, steps = self.args, round(self.args.steps * share)
         set_seed(seed)
-        model = build(args, task, self.sizes(seed, method.sizes if small else None))
-        steps = round(args.steps * args.stretch) if kind == "long" else args.steps
-        clock, settling = Clock(), Settling(task, steps) if args.settling and kind == "full" else None
-        callbacks: list[TrainerCallback] = [clock] if settling is None else [clock, settling]
-        window = (args.start, args.end, args.reductions)
-        if kind.startswith("at"):
-            window = (0, float(kind.removeprefix("at")), 1)
-        if kind == "cut" or kind.startswith("at"):
+        model = build(args, task, [sizes] * args.layers if isinstance(sizes, int) else sizes)
+        clock, settling = Clock(), Settling(task, steps) if settle else None
+        begin = time.perf_counter()
+        watchers = [*callbacks, clock, *([settling] if settling else [])]
+        trainer = train(args, task, model, trainer_class, watchers, steps, seed)
+        return Trained(model, trainer, clock, steps, time.perf_counter() - begin, settling)
+
+    def made(self, task: Task, method: Method, seed: int, window: tuple[float, float, int]) -> tuple[Trained, float]:
+        """A model of a method, and the seconds that its teacher took."""
+        args, kind = self.args, method.kind
+        if kind == "full":
+            return self.large(task, seed), 0.0
+        if kind in ("after", "nuclear"):
+            large = self.large(task, seed, nuclear=method.number if kind == "nuclear" else None)
+            model = copy.deepcopy(large.model)
+            compress_(model, CompreSSMConfig(state_size=dict(enumerate(self.sizes(seed, method.sizes)))))
+            return replace(large, model=model), 0.0
+        if kind in ("cut", "at"):
             assert method.sizes is not None
             target = {"tolerance": method.sizes} if method.sizes < 1 else {"state_size": int(method.sizes)}
             start, end, number = window
             schedule = {"start": start, "end": end, "num_reductions": number, "calibration_batches": args.calibration}
-            callbacks.insert(0, CompreSSMCallback(CompreSSMConfig(**target, **schedule)))
-        trainer_class: Callable[..., Trainer] = Trainer
-        if kind == "distilled":
-            if self.teacher is None or self.teacher[0] != seed:
-                raise SystemExit("distilled needs its teacher: put full before it in --methods.")
-            trainer_class = functools.partial(DistillingTrainer, teacher=self.teacher[1], temperature=args.temperature)
-        if kind == "nuclear":
-            trainer_class = functools.partial(NuclearTrainer, weight=args.nuclear, every=args.every)
-        begin = time.perf_counter()
-        trainer = train(args, task, model, trainer_class, callbacks, steps, seed)
-        if kind == "nuclear":
-            compress_(model, CompreSSMConfig(state_size=dict(enumerate(self.sizes(seed, method.sizes)))))
-        seconds = time.perf_counter() - begin
-        cuts = [log["compressm/cut_seconds"] for log in trainer.state.log_history if "compressm/cut_seconds" in log]
+            return self.train(
+                task, seed, args.state_size, callbacks=[CompreSSMCallback(CompreSSMConfig(**target, **schedule))]
+            ), 0.0
+        sizes = self.sizes(seed, method.sizes)
+        if kind in ("distilled", "shared"):
+            share = 1.0 if kind == "distilled" else 0.5
+            teacher = self.large(task, seed, share)
+            options = {"teacher": teacher.model, "temperature": args.temperature}
+            student = self.train(task, seed, sizes, functools.partial(DistillingTrainer, **options), share=share)
+            return student, teacher.seconds
+        if kind in ("small", "long"):
+            return self.train(task, seed, sizes, share=method.number or 1.0), 0.0
+        raise SystemExit(f"No method is called {kind}.")
+
+    def run(self, task: Task, method: Method, seed: int) -> dict:
+        """Train one model; its states, metric, the length of a step, and seconds: of the whole training, and of the cuts in it."""
+        args, kind = self.args, method.kind
+        window = (0, method.number, 1) if kind == "at" else (args.start, args.end, args.reductions)
+        made, teaching = self.made(task, method, seed, window)
+        logs = made.trainer.state.log_history
+        cuts = [log["compressm/cut_seconds"] for log in logs if "compressm/cut_seconds" in log]
+        cut_until = round(window[1] * made.steps) + 3 if kind in ("cut", "at") else 3
         row = {
             "task": args.task,
             "architecture": args.model,
             "seed": seed,
             "method": str(method),
-            "sizes": [layer.state_size for layer in find_layers(model)],
-            "metric": evaluate(model, task, trainer.args.device) if not args.timing else math.nan,
-            "steps": steps,
-            "before": clock.milliseconds(5, max(6, round(window[0] * steps))) if kind == "cut" else math.nan,
-            "step": clock.milliseconds(round(window[1] * steps) + 3, steps),
-            "seconds": seconds,
+            "sizes": [layer.state_size for layer in find_layers(made.model)],
+            "metric": evaluate(made.model, task, made.trainer.args.device) if not args.timing else math.nan,
+            "steps": made.steps,
+            "step": made.clock.milliseconds(cut_until, made.steps),
+            "seconds": made.seconds,
+            "teaching": teaching,
             "cutting": sum(cuts),
         }
-        if settling is not None:
-            row["settling"] = settling.correlations()
-        if kind == "full":
-            self.teacher = seed, model
+        if kind == "full" and made.settling is not None:
+            row["settling"] = made.settling.correlations()
         self.rows.append(row)
         if args.results is not None:
             with args.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         cells = [args.task, args.model, f"seed {seed}", row["method"], str(row["sizes"]), f"{row['metric']:.2f}"]
-        cells += [f"{row['step']:.1f}", f"{seconds:.1f}", f"{sum(cuts):.1f}", str(row.get("settling", ""))]
+        cells += [f"{row['step']:.1f}", f"{made.seconds:.1f}", f"{sum(cuts):.1f}", str(row.get("settling", ""))]
         print(f"| {' | '.join(cells)} |", flush=True)
         return row
 
@@ -512,6 +627,55 @@ def summary(rows: Sequence[dict]) -> None:
         print(f"\nRank correlation with the end, {model}: {', '.join(line)}")
 
 
+def figure(rows: Sequence[dict], file: Path) -> None:
+    """By family: when the ranking of the states is that of the end, and what one cut at that time costs in the end."""
+    from matplotlib import pyplot
+
+    _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for number, model in enumerate(dict.fromkeys(row["architecture"] for row in rows if "settling" in row)):
+        mine = [row for row in rows if row["architecture"] == model and not math.isnan(row["metric"])]
+        color, task = f"C{number}", next(row["task"] for row in mine if "settling" in row)
+        settled = [row["settling"] for row in mine if "settling" in row]
+        shares = [share for share in SHARES if share < 1]
+        draw(left, shares, [[one[str(share)] for one in settled] for share in shares], model, color)
+        full = {row["seed"]: row["metric"] for row in mine if row["method"] == "full" and row["task"] == task}
+        costs: dict[float, list[float]] = {}
+        for row in mine:
+            method = Method.of(row["method"])
+            if method.kind == "at" and row["task"] == task and row["seed"] in full:
+                before = full[row["seed"]]
+                lost = 100 * (row["metric"] / before - 1) if task == "text" else before - row["metric"]
+                costs.setdefault(method.number, []).append(lost)
+        states = next(row["sizes"][0] for row in mine if "settling" in row)
+        small = next(Method.of(row["method"]).sizes for row in mine if row["method"].startswith("at"))
+        what = "perplexity, %" if task == "text" else "accuracy, points"
+        draw(
+            right,
+            sorted(costs),
+            [costs[share] for share in sorted(costs)],
+            f"{model}, {states} to {small:g} ({what})",
+            color,
+        )
+    left.set(title="Ranking of the states", ylabel="rank correlation with the end", ylim=(-0.1, 1.05))
+    right.set(title="One cut at that time", ylabel="lost at the end, against the full model")
+    right.set_ylim(min(0, right.get_ylim()[0]), 1.4 * right.get_ylim()[1])  # room for the legend
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="share of the run")
+        axes.set_xticks([share for share in SHARES if share < 1], [f"{share:.0%}" for share in SHARES if share < 1])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    pyplot.savefig(file, dpi=120)
+
+
+def draw(axes: Any, x: Sequence[float], values: Sequence[Sequence[float]], label: str, color: str) -> None:
+    """Means, with deviations where there are several seeds."""
+    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    axes.errorbar(
+        x, [statistics.mean(each) for each in values], deviations, label=label, color=color, marker="o", capsize=3
+    )
+
+
 def spread(values: Sequence[float]) -> str:
     if any(map(math.isnan, values)):
         return ""
@@ -521,20 +685,20 @@ def spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=[*TASKS, "table"])
-    parser.add_argument("files", type=Path, nargs="*", help="table: what --results wrote")
+    parser.add_argument("task", choices=[*TASKS, "hankel", "table", "figure"])
+    parser.add_argument("files", type=Path, nargs="*", help="table, figure: what --results wrote")
+    parser.add_argument("--output", type=Path, default=Path("settling.png"), help="of figure")
     parser.add_argument("--model", choices=["lru", "mamba", "mamba2"], default="mamba")
     parser.add_argument("--methods", default="full,cut:4,small:4")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, help="append a line of JSON for each run to this file")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--timing", action="store_true", help="no evaluation")
-    parser.add_argument("--stretch", type=float, default=2.0, help="steps of long, as a multiple")
     parser.add_argument("--settling", action="store_true")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no run begins")
     parser.add_argument("--state-size", type=int)
     parser.add_argument("--temperature", type=float, default=1.0, help="of distillation")
-    parser.add_argument("--nuclear", type=float, default=1e-5, help="weight of the Hankel nuclear norm")
+    parser.add_argument("--hankel", choices=list(HANKEL), default="cholesky", help="how nuclear computes")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--calibration", type=int, default=4, help="batches")
     parser.add_argument("--bf16", action="store_true")
@@ -555,8 +719,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--images", type=Path)
     args = parser.parse_args()
-    if args.task == "table":
-        summary([json.loads(line) for file in args.files for line in file.read_text().splitlines()])
+    if args.task in ("table", "figure"):
+        rows = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
+        summary(rows) if args.task == "table" else figure(rows, args.output)
+        return
+    if args.task == "hankel":
+        args.hidden, args.layers, args.state_size = args.hidden or 128, args.layers or 4, args.state_size or 256
+        time_hankel(args)
         return
     names = ("learning_rate", "batch", "train_size", "hidden", "layers", "state_size")
     for name, default in zip(names, DEFAULTS[args.task], strict=True):
@@ -564,6 +733,8 @@ def main() -> None:
     logging.set_verbosity_error()
     if torch.cuda.is_available() and args.model == "mamba":
         scan_mamba_by_triton()
+    if args.model == "mamba2":
+        tune_little()
 
     began = time.perf_counter()
     print(f"{args.task}, {args.steps} steps, {'cuda' if torch.cuda.is_available() else 'cpu'}\n")

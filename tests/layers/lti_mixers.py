@@ -1,11 +1,14 @@
-"""Time-invariant mixers with a diagonal complex state, as users have them: LRU, S5 and S4D, by the methods that cuts ask for."""
+"""Time-invariant mixers with a diagonal complex state, as users have them (LRU, S5, S4D), and a plain model of some."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
 
 
 def scan(a: Tensor, Bu: Tensor) -> Tensor:
@@ -124,3 +127,32 @@ class S4D(nn.Module):
         a, B, C = self.lti_system()
         x = scan(a, u[..., None] * B[..., 0])
         return (x * C[:, 0]).sum(-1).real
+
+
+class Net(nn.Module):
+    """A plain language model of two such mixers.
+
+    Args:
+        vocabulary: tokens.
+        size: of the embedding, and each mixer's inputs and outputs.
+        make: a mixer.
+    """
+
+    def __init__(self, vocabulary: int, size: int, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, size)
+        self.mixers = nn.ModuleList(make() for _ in range(2))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> CausalLMOutput:
+        x = self.embedding(input_ids)
+        for mixer in self.mixers:
+            x = x + torch.tanh(mixer(x))
+        logits = F.linear(x, self.embedding.weight)
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)

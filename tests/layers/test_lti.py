@@ -6,42 +6,22 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, get_report, hankel_singular_values
 from hf_compressm.hankel.lti import ModalSystem
 from hf_compressm.layers import find_layers, is_plain, resize_like_
 from tests.conftest import VOCABULARY
-from tests.layers.lti_mixers import LRU, S4D, S5
+from tests.layers.lti_mixers import LRU, S4D, S5, Net
 from tests.training.conftest import losses, make_trainer
 
 SIZE = 6
 MIXERS = {"LRU": lambda: LRU(SIZE, 12), "S5": lambda: S5(SIZE, 12), "S4D": lambda: S4D(SIZE, 12)}
 
 
-class Net(nn.Module):
-    """A plain language model."""
-
-    def __init__(self, make=MIXERS["LRU"]) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, SIZE)
-        self.mixers = nn.ModuleList(make() for _ in range(2))
-
-    def forward(self, input_ids, labels=None, **_):
-        x = self.embedding(input_ids)
-        for mixer in self.mixers:
-            x = x + torch.tanh(mixer(x))
-        logits = F.linear(x, self.embedding.weight)
-        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
-
-
 def net(make=MIXERS["LRU"]) -> Net:
     torch.manual_seed(0)
-    return Net(make)
+    return Net(VOCABULARY, SIZE, make)
 
 
 def sizes(model) -> list[int]:
@@ -239,7 +219,7 @@ class PreTrainedNet(PreTrainedModel):
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__(config)
-        self.net = Net(lambda: LRU(SIZE, config.state_size))
+        self.net = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, config.state_size))
         self.post_init()
 
     def get_input_embeddings(self):

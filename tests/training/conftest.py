@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.layers import find_layers
 from tests.conftest import VOCABULARY
 
 
@@ -39,4 +40,4 @@ def losses(trainer: Trainer) -> dict[int, float]:
 
 
 def sizes(model: Any) -> list[int]:
-    return [layer.mixer.ssm_state_size for layer in model.backbone.layers]
+    return [layer.state_size for layer in find_layers(model)]

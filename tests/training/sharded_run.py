@@ -38,7 +38,8 @@ from hf_compressm.compat import zero as zero_room
 from hf_compressm.compat.parts import Part
 from hf_compressm.cutting import apply
 from hf_compressm.layers import find_layers, set_data_
-from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
+from tests.layers import lti_mixers
 from tests.training.conftest import dataset, losses, sizes
 
 BATCH = 6  # of all processes together
@@ -60,6 +61,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fitted": {"model": "mamba2", "target": {"ratio": 0.75, "multiple_of": 8, "weights": "gate", "refit": 1}},
     "rollback": {"target": {"ratio": 0.5, "rollback": 0.0}, "args": EVALUATES},
     "mixed": {"model": "mixed", "args": {"bf16": True}},
+    "lti": {
+        "model": "lti",
+        "target": {"state_size": 6},
+        "args": {"save_strategy": "steps", "save_steps": 3},
+        "fsdp": SHARDED,
+    },
     "universal": {"args": SAVES, "deepspeed": {"checkpoint": {"load_universal": True}}},
 }
 
@@ -119,14 +126,18 @@ WAYS["launched"] = launched
 def make(out: Path, variant: str, processes: int, way: str = "fsdp2") -> tuple[Trainer, CompreSSMCallback]:
     options = VARIANTS[variant]
     kind = options.get("model", "mamba")
-    model = tiny_mamba2() if kind == "mamba2" else tiny_mamba()
+    model: Any = tiny_mamba2() if kind == "mamba2" else tiny_mamba()
+    if kind == "lti":
+        torch.manual_seed(0)
+        model = lti_mixers.Net(VOCABULARY, 6, lambda: lti_mixers.LRU(6, 12))
     if kind == "mixed":  # as models are whose decays are kept in float32
         model.to(torch.bfloat16)
         for layer in find_layers(model):
             layer.mixer.A_log.data, layer.mixer.D.data = layer.mixer.A_log.data.float(), layer.mixer.D.data.float()
     target = options.get("target", {"state_size": 8} if kind == "mamba2" else {"ratio": 0.5})
     config = CompreSSMConfig(start=0, end=4, num_reductions=2, calibration_batches=2, **target)
-    sharding = {"version": 2, "transformer_layer_cls_to_wrap": [type(model.backbone.layers[0]).__name__]}
+    block = model.mixers[0] if kind == "lti" else model.backbone.layers[0]
+    sharding = {"version": 2, "transformer_layer_cls_to_wrap": [type(block).__name__]}
     settings = {"max_steps": 6, "per_device_train_batch_size": BATCH // processes, "learning_rate": 1e-3}
     settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
     settings |= options.get("args", {}) | ({"ddp_backend": "gloo"} if processes > 1 else {})

@@ -20,9 +20,17 @@ FSDP2 = [name for name in VARIANTS if name != "universal"]
 FSDP1 = [name for name in FSDP2 if name not in ("full", "mixed")]
 ON_TWO = [*(f"{name}:fsdp2" for name in FSDP2), *(f"{name}:fsdp1" for name in FSDP1)]
 ON_TWO += ["full:fsdp2@full-fsdp2-2/checkpoint-3", "sharded:fsdp1@sharded-fsdp1-2/checkpoint-3"]
-ON_TWO += ["fitted:ddp", "full:launched", "failing:fsdp2", "failing:fsdp1", "refused:fsdp2"]
+ON_TWO += [
+    "lti:fsdp2@lti-fsdp2-2/checkpoint-3",
+    "lti:ddp",
+    "fitted:ddp",
+    "full:launched",
+    "failing:fsdp2",
+    "failing:fsdp1",
+    "refused:fsdp2",
+]
 ON_THREE = [f"sharded:{way}@sharded-{way}-2/checkpoint-3" for way in ("fsdp2", "fsdp1")]
-ALONE = ["none", "full", "sharded", "options", "fitted"]
+ALONE = ["none", "full", "sharded", "options", "fitted", "lti"]
 RESUMED = {"fsdp2": "full", "fsdp1": "sharded"}
 RUNS = [("fsdp2", name) for name in [*FSDP2, "full-resumed"]] + [
     ("fsdp1", name) for name in [*FSDP1, "sharded-resumed"]
@@ -58,12 +66,13 @@ def test_the_processes_know_the_same_and_hold_a_part_each(results, way, name):
     for key in ("hash", "sizes", "spectra", "kept"):
         assert first[key] == second[key]
     assert first["here"] + second["here"] == first["whole"]
-    assert abs(first["here"] - second["here"]) < 0.01 * first["whole"]
+    assert abs(first["here"] - second["here"]) < 0.02 * first["whole"]
     assert first["trained"]  # all parameters are the optimizer's
 
 
 @pytest.mark.parametrize(
-    ("way", "name"), [("fsdp2", name) for name in ALONE] + [("fsdp1", n) for n in ALONE if n in FSDP1]
+    ("way", "name"),
+    [("fsdp2", name) for name in ALONE] + [("fsdp1", n) for n in ALONE if n in FSDP1] + [("ddp", "lti")],
 )
 def test_it_follows_the_run_of_one_process(results, way, name):
     alone, sharded = results("alone", name, 1), results(way, name)
@@ -87,6 +96,7 @@ def test_fits_are_those_of_one_process(results, way):
 
 
 def test_a_resumed_run_is_the_whole_run(results):
+    assert results("fsdp2", "lti")["losses"] == results("fsdp2", "lti-resumed")["losses"]
     whole, resumed = results("fsdp2", "full"), results("fsdp2", "full-resumed")
     assert whole["losses"] == resumed["losses"]
     assert whole["last"] == resumed["last"]  # of weights and moments, before the best model was loaded
