@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..backends import find_backend
 from ..backends.deepspeed import DeepSpeed
@@ -131,6 +130,8 @@ class ReshapeBeforeLoad:
 
 def sizes_in_state(folder: str, callback: str) -> dict[int, int]:
     """The state sizes, by layer index, that a callback's entry in a checkpoint's `trainer_state.json` tells; none without."""
+    from transformers.trainer import TRAINER_STATE_NAME  # here, since it imports datasets
+
     try:
         with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
             known = json.load(file)["stateful_callbacks"][callback]["attributes"]
