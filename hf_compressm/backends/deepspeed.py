@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compat import inside
-from ..compat.parts import take_planned_
 from ..compat.zero import check_deepspeed, is_held, read_states_, rebuild_engine_, settle_
 from .agreement import SILENCE
 from .loop import Loop
@@ -74,14 +72,9 @@ class DeepSpeed(Rebuilt):
         read_states_(self.wrapped, self.states)
         return self.states
 
-    def after_cut_(self) -> None:
+    def rebuild_(self) -> None:
         """Make the engine anew, and let the trainer's optimizer be its."""
-        if inside(self.wrapped) is self.wrapped:  # it is still to be made
-            for parameter in self.wrapped.parameters():
-                take_planned_(parameter)
-            return
         if not self.states.state:
             self.states_of(None)
         rebuild_engine_(self.wrapped, self.states)
         self.trainer.optimizer.optimizer = self.wrapped.optimizer
-        super(Rebuilt, self).after_cut_()

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..compat import inside
 from ..compat.fsdp1 import fsdp1_units, know_units_, read_flat_states_, rebuild_units_, settle_units_, uses_original
-from ..compat.parts import take_planned_
 from .agreement import SILENCE
 from .sharded import Rebuilt
 
@@ -66,14 +64,9 @@ class FSDP1(Rebuilt):
         read_flat_states_(getattr(optimizer, "optimizer", optimizer), self.states)
         return self.states
 
-    def after_cut_(self) -> None:
+    def rebuild_(self) -> None:
         """Make the units anew whose parameters were cut."""
-        if inside(self.wrapped) is self.wrapped:  # it is still to be made
-            for parameter in self.wrapped.parameters():
-                take_planned_(parameter)
-            return
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         if optimizer is not None and not self.states.state:
             self.states_of(optimizer)
         rebuild_units_(self.wrapped, optimizer, self.states)
-        super(Rebuilt, self).after_cut_()

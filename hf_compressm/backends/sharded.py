@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..compat import asking_the_others, gathered, inside
-from ..compat.parts import States, plan_data_
+from ..compat.parts import States, plan_data_, take_planned_
 from .ddp import DDP
 from .loop import Loop
 
@@ -92,3 +92,16 @@ class Rebuilt(Sharded):
     def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
         """Plan new data of another shape for a parameter, until `after_cut_`."""
         plan_data_(parameter, data)
+
+    def rebuild_(self) -> None:
+        """Make what holds the flat tensors anew."""
+        raise NotImplementedError
+
+    def after_cut_(self) -> None:
+        """Make the flat tensors anew, if the model is sharded already."""
+        if inside(self.wrapped) is self.wrapped:
+            for parameter in self.wrapped.parameters():
+                take_planned_(parameter)
+            return
+        self.rebuild_()
+        super().after_cut_()

@@ -6,9 +6,10 @@ import glob
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,7 +145,7 @@ def check_figure(path: Path) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr, with those of other libraries switched off."""
+    """A bar on stderr, with those of other libraries switched off, and what they print, such as DeepSpeed's log, on stderr, too."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
@@ -153,7 +154,8 @@ def progress_bar() -> Iterator[Progress]:
     disable_progress_bars()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as progress:
+    bar = Progress(*columns, *times, console=Console(stderr=True), transient=True)
+    with redirect_stdout(sys.stderr), bar as progress:
         yield progress
 
 

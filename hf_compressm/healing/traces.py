@@ -36,8 +36,7 @@ def without_trace(model: Any) -> Iterator[None]:
     contents += [
         Contents(value) for module in modules for value in vars(module).values() if isinstance(value, dict | set)
     ]
-    contents += [Contents(state) for state in accelerate_state()]
-    environment = dict(os.environ)
+    contents += [Contents(state) for state in [*accelerate_state(), os.environ]]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -46,9 +45,6 @@ def without_trace(model: Any) -> Iterator[None]:
     def restore() -> None:
         for one in contents:
             one.restore_()
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
         for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
