@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compat, compress_
 from hf_compressm.backends import find_backend
@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "args": {"save_strategy": "steps", "save_steps": 3},
         "fsdp": SHARDED,
     },
+    "loaded": {"args": SAVES, "loaded": True},
     "universal": {"args": SAVES, "deepspeed": {"checkpoint": {"load_universal": True}}},
 }
 
@@ -145,7 +146,17 @@ def make(out: Path, variant: str, processes: int, way: str = "fsdp2") -> tuple[T
         del os.environ[name]
     if processes > 1:
         settings |= WAYS[way](sharding, options)
+    plain = out.with_name(f"{out.name}-plain")
+    if options.get("loaded"):
+        model.save_pretrained(plain)  # by process 0
     args = TrainingArguments(str(out), **settings)
+    if options.get("loaded"):  # after the arguments, so that under ZeRO-3 no process ever has it whole
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        torch.distributed.barrier()
+        model = AutoModelForCausalLM.from_pretrained(plain)
+        assert not any(parameter.numel() for parameter in model.parameters())
     if processes > 1 and way in ("fsdp1", "fsdp2", "launched"):
         # Accelerate leaves FSDP out where several processes have CPUs, which torch's FSDP runs on.
         PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}

@@ -24,7 +24,7 @@ pytestmark = [
 
 STAGES = ["zero1", "zero2", "zero3"]
 RUNS = [f"full:{way}" for way in STAGES] + [f"full:{way}@full-{way}-2/checkpoint-3" for way in ("zero2", "zero3")]
-RUNS += [f"{name}:zero3" for name in ("sharded", "options", "fitted", "none", "rollback")]
+RUNS += [f"{name}:zero3" for name in ("sharded", "options", "fitted", "none", "rollback", "loaded")]
 RUNS += [f"{name}:zero2" for name in ("failing", "mixed", "refused_zero")]
 ALONE = ["none", "full", "sharded", "options", "fitted"]
 UNIVERSAL = ["zero2", "zero3"]
@@ -93,6 +93,12 @@ def test_it_follows_the_run_of_one_process(results, way, name):
     assert alone["kept"] == spread["kept"]
     assert len(spread["spectra"]) == 2
     assert distance(alone, results("alone", "none")) > 1e-3
+
+
+def test_a_model_may_be_loaded_in_parts(results):
+    whole, parts = results("zero3", "full"), results("zero3", "loaded")
+    assert whole["losses"] == parts["losses"]
+    assert whole["last"] == parts["last"]
 
 
 @pytest.mark.parametrize("way", UNIVERSAL)
