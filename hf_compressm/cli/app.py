@@ -19,7 +19,7 @@ def _paragraphs(text: str | None) -> str:
 app = typer.Typer(
     help=_paragraphs("""Make the SSM state of a Mamba or Mamba-2 model smaller, guided by Hankel singular values.
 
-    1. [bold cyan]hf-compressm demo[/bold cyan] slims two small models that the package ships: two minutes on a CPU.
+    1. [bold cyan]hf-compressm demo[/bold cyan] slims two small models that the package ships: a minute on a CPU.
 
     2. [bold cyan]hf-compressm analyze state-spaces/mamba-130m[/bold cyan] shows how many states each layer needs.
 

@@ -30,7 +30,7 @@ def demo(
 ) -> None:
     """Slim two small trained models that the package ships, reload them, and compare perplexities.
 
-    Takes about two minutes on two CPU cores and needs no network.
+    Takes about a minute on two CPU cores and needs no network.
     """
     from ..compress import compress_
     from ..config import CompreSSMConfig
