@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backends import Backend, Loop, find_backend, join, processes
+from .backends import Backend, Loop, find_backend, join, launched, processes
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import Plan, measure
 from .cutting.apply import replaced_parameters
@@ -76,7 +76,7 @@ def compress_pretrained(
     config = CompreSSMConfig.of(config)
     token = from_pretrained_kwargs.get("token")
     if push_to_hub is not None:
-        if max(processes(), int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        if max(processes(), launched()) > 1:
             raise ValueError(
                 "Several processes would push the same model: drop push_to_hub, and push it from one of them."
             )

@@ -1,6 +1,6 @@
 """What a cut needs of the processes that train a model, behind one interface: one module for each way to train."""
 
-from .agreement import absent, agree, announce, join, processes, together
+from .agreement import absent, agree, announce, join, launched, processes, together
 from .backend import Backend
 from .find import find_backend, register
 from .loop import Loop
@@ -15,6 +15,7 @@ __all__ = [
     "announce",
     "find_backend",
     "join",
+    "launched",
     "processes",
     "register",
     "together",

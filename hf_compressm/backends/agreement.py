@@ -37,14 +37,19 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def launched() -> int:
+    """How many processes a launcher says that it started, whether or not they know each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(model: Any) -> None:
     """Have the processes that a launcher started find each other, where nothing has yet: by Accelerate, as a `Trainer` does.
 
     Args:
         model: that this one has. If it is on a GPU, each has one of its own, which becomes its current one.
     """
-    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if launched and processes() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    known = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if known and processes() == 1 and launched() > 1:
         from accelerate import PartialState
 
         PartialState(cpu=not any(parameter.is_cuda for parameter in model.parameters()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -123,6 +122,7 @@ def compress(
 
     hf-compressm compress state-spaces/mamba-130m slim --max-divergence 0.02
     """
+    from ..backends import launched
     from ..compress import compress_
     from ..config import CompreSSMConfig
     from ..cutting.nothing_to_cut import why_nothing
@@ -132,7 +132,7 @@ def compress(
     from ..reporting.record import set_report_
     from ..reporting.rows import Perplexity
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise fail(
             "Several processes would write the same model: start one, or call compress_pretrained in a script of yours."
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..backends import Backend, processes
+from ..backends import Backend, launched, processes
 from ..compat import device_of, is_sharded, recompute_activations_
 from ..config import CompreSSMConfig
 from ..cutting import Plan
@@ -69,12 +69,11 @@ def check_can_heal(model: Any, config: CompreSSMConfig) -> None:
 def _what_keeps_apart(device: torch.device) -> str:
     """Why this process can't heal a model on a device together with the others that there are; nothing if it can."""
     if processes() == 1:
-        several = os.environ.get("WORLD_SIZE", "1")
         why = (
-            f"this is one of {several} processes (WORLD_SIZE), and does not know the others: start them with torchrun or "
+            f"this is one of {launched()} processes (WORLD_SIZE), and does not know the others: start them with torchrun or "
             "accelerate launch, or unset it"
         )
-        return why if int(several) > 1 else ""
+        return why if launched() > 1 else ""
     here = int(os.environ.get("LOCAL_RANK", device.index or 0))
     if device.type == "cuda" and device.index != here:
         return f"it is on {device}, and this is process {here} of its machine: load it with device_map={{'': {here}}}"

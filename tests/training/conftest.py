@@ -41,3 +41,8 @@ def losses(trainer: Trainer) -> dict[int, float]:
 
 def sizes(model: Any) -> list[int]:
     return [layer.state_size for layer in find_layers(model)]
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Between the losses of two runs, at most."""
+    return max(abs(one["losses"][step] - other["losses"][step]) for step in one["losses"])

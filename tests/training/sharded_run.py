@@ -264,6 +264,14 @@ def failing(out: Path, processes: int, way: str) -> dict[str, Any]:
     return seen
 
 
+def assert_undone(failing: dict[str, Any], other: dict[str, Any]) -> None:
+    """What `failing` tells of two processes."""
+    assert failing["during"] != failing["before"][1:]
+    assert failing["before"] == failing["after"] == other["after"]
+    assert failing["message"] == "on purpose"
+    assert failing["evaluated"] > 0  # the model still runs
+
+
 def refused(out: Path, processes: int, way: str) -> dict[str, Any]:
     """What FSDP2 itself can't train, or this can't cut."""
 

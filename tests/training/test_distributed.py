@@ -13,6 +13,7 @@ import pytest
 
 from tests.gpu import several_gpus
 from tests.processes import launch, once
+from tests.training.conftest import distance
 from tests.training.ddp_run import run, run_all
 from tests.training.faults_run import begin, resume, whole_and_killed
 
@@ -46,10 +47,6 @@ def results(tmp_path_factory):
         return json.loads((folder / f"{name}-{world}-{rank}.json").read_text())
 
     return read
-
-
-def distance(one: dict, other: dict) -> float:
-    return max(abs(one["losses"][step] - other["losses"][step]) for step in one["losses"])
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "resumed"])
