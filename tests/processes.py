@@ -66,10 +66,12 @@ def once(factory: Any, name: str, make: Callable[[Path], None]) -> Path:
     mine = factory.getbasetemp()
     folder = (mine.parent if os.environ.get("PYTEST_XDIST_WORKER") else mine) / name
     with FileLock(f"{folder}.lock"):
-        if not (folder / "whole").exists():
-            folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
             make(folder)
             (folder / "whole").touch()
+    if not (folder / "whole").exists():
+        raise AssertionError(f"{name} could not be made: see the first error")
     return folder
 
 

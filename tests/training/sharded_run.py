@@ -49,7 +49,8 @@ SAVES = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "e
 SAVES |= EVALUATES | {"load_best_model_at_end": True}
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT"}
 
-# For each run the model, its target, and what differs in the Trainer's arguments and in FSDP's.
+# For each run the model, its target, and what differs in the Trainer's arguments and in FSDP's; those with DeepSpeed's are
+# DeepSpeed's alone.
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
     "full": {"args": SAVES},
@@ -67,7 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "args": {"save_strategy": "steps", "save_steps": 3},
         "fsdp": SHARDED,
     },
-    "loaded": {"args": SAVES, "loaded": True},
+    "loaded": {"args": SAVES, "loaded": True, "deepspeed": {}},
     "universal": {"args": SAVES, "deepspeed": {"checkpoint": {"load_universal": True}}},
 }
 
