@@ -25,7 +25,7 @@ from .data.evaluation import describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
 from .data.healing import HealingText
 from .healing import check_can_heal, cut_and_heal_
-from .hub import check_login, load_model, load_tokenizer, publish
+from .hub import check_login, default_device_map, load_model, load_tokenizer, publish
 from .layers import find_layers, plain_model, realization_of
 from .reporting.record import set_report_
 from .reporting.report import CompressionReport
@@ -48,7 +48,7 @@ def compress_pretrained(
     """Make a slim model of a checkpoint or a model.
 
     Healing takes all processes that torchrun or `accelerate launch` started, each of which calls this with the same arguments, on a
-    GPU of its own (`device_map={"": local_rank}`). They get the same model: save it in one.
+    GPU of its own. They get the same model: save it in one.
 
     Args:
         name_or_model: a name on the Hub or a local folder, in the layout of transformers or of `state-spaces/*`; or a
@@ -64,7 +64,8 @@ def compress_pretrained(
         private: make that repository a private one, if it is new.
         evaluate: take the perplexity before and after the cut, on a text that the package ships, into the report and the
             model card. By default when pushing, if there is a tokenizer.
-        **from_pretrained_kwargs: for `from_pretrained`, such as `dtype`, `device_map` or `revision`.
+        **from_pretrained_kwargs: for `from_pretrained`, such as `dtype`, `revision` or `device_map`. Without the last the model
+            is on the GPU, if there is one, where transformers would leave it on the CPU.
 
     Returns:
         the slim model, with a `compression_report`.
@@ -91,7 +92,7 @@ def compress_pretrained(
             for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
             if key in from_pretrained_kwargs
         }
-        model = load_model(name_or_model, **from_pretrained_kwargs)
+        model = load_model(name_or_model, **{"device_map": default_device_map()} | from_pretrained_kwargs)
         if tokenizer is None:
             try:
                 tokenizer = load_tokenizer(name_or_model, **hub)

@@ -14,6 +14,7 @@ from rich.table import Table
 from .app import command
 from .console import (
     CalibrationFile,
+    Device,
     Json,
     Model,
     calibration_text,
@@ -44,6 +45,7 @@ def analyze(
         ),
     ] = False,
     calibration: CalibrationFile = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure the Hankel singular values of every layer, or with --frontier what fewer states cost; nothing is cut."""
@@ -59,7 +61,7 @@ def analyze(
     if figure is not None:
         check_figure(figure)
     with progress_bar() as progress:
-        loaded, tokenizer = load(model, progress)
+        loaded, tokenizer = load(model, progress, device)
         data = calibration_text(loaded, tokenizer, calibration)
         with measuring(progress):
             if frontier:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import command
-from .console import Json, note, progress_bar
+from .console import Json, find_device, note, progress_bar
 
 
 @command
@@ -35,7 +35,7 @@ def benchmark(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps, of which the median counts.")] = 10,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. By default cuda, if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. By default a GPU, if there is one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time a model at its own and at smaller state sizes: training, prefill, decoding, memory.
@@ -46,7 +46,7 @@ def benchmark(
     """
     import torch
 
-    from .speed import Workload, find_device, load_config, missing_kernels
+    from .speed import Workload, load_config, missing_kernels
     from .speed import benchmark as run
 
     if dtype not in ("bfloat16", "float32"):

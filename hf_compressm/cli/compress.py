@@ -14,6 +14,7 @@ from rich.markup import escape
 from .app import command
 from .console import (
     CalibrationFile,
+    Device,
     Json,
     Model,
     calibration_text,
@@ -95,6 +96,7 @@ def compress(
         typer.Option(help="cut: train what the cut changed. all: every parameter, with a second copy of the model."),
     ] = "cut",
     calibration: CalibrationFile = None,
+    device: Device = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="NAME", help="Push the slim model and its tokenizer to this repository.")
     ] = None,
@@ -156,7 +158,7 @@ def compress(
     if push_to_hub is not None and not dry_run:
         check_login()
     with progress_bar() as progress:
-        slim, tokenizer = load(model, progress)
+        slim, tokenizer = load(model, progress, device)
         data = healing_text_of(tokenizer, calibration) if heal else calibration_text(slim, tokenizer, calibration)
         if evaluate and tokenizer is None:
             raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")

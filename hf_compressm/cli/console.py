@@ -37,6 +37,12 @@ CalibrationFile = Annotated[
         "the package ships, or, for a model without a tokenizer, on samples of the model itself. Best is text like that of the model's use.",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda or cuda:1. By default a GPU, if there is one, and other GPUs and the CPU for what it does not hold."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else there.")]
 
 
@@ -159,12 +165,27 @@ def progress_bar() -> Iterator[Progress]:
         yield progress
 
 
-def load(model: str, progress: Progress) -> tuple[Any, Any]:
-    """The model, and its tokenizer or None."""
-    from ..hub import load_model, load_tokenizer
+def find_device(name: str | None) -> Any:
+    """The device of that name; by default a GPU, if there is one.
+
+    Raises:
+        ValueError: if it is not here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name is not None and name not in here:
+        raise ValueError(f"--device must be one of what is here, {', '.join(here)}, got {name}.")
+    return torch.device(name or ("cuda" if gpus else "cpu"))
+
+
+def load(model: str, progress: Progress, device: str | None = None) -> tuple[Any, Any]:
+    """The model on a device, by default where `default_device_map` has it, and its tokenizer or None."""
+    from ..hub import default_device_map, load_model, load_tokenizer
 
     task = progress.add_task(f"loading {escape(model)}", total=None)
-    loaded = load_model(model)
+    loaded = load_model(model, device_map=default_device_map() if device is None else {"": find_device(device)})
     try:
         tokenizer = load_tokenizer(model)
     except (OSError, ValueError):

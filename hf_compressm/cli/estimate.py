@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import command
-from .console import Json, note, progress_bar
+from .console import Json, find_device, note, progress_bar
 
 GIB = 2**30
 
@@ -26,7 +26,7 @@ def estimate(
     realization: Annotated[str, typer.Option(help="select, project or auto, as for compress.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "float32",
     device: Annotated[
-        str | None, typer.Option(help="cuda or cpu. By default cpu, where compress loads a model.")
+        str | None, typer.Option(help="cpu, cuda or cuda:1. By default a GPU, if there is one, as for compress.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,12 +41,12 @@ def estimate(
 
     from ..config import CompreSSMConfig
     from .estimating import estimate as run
-    from .speed import find_device, load_config
+    from .speed import load_config
 
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype}.")
     options = CompreSSMConfig(state_size=state_size, ratio=ratio, realization=realization).after_training()
-    on = find_device(device or "cpu")
+    on = find_device(device)
     with progress_bar() as progress:
         task = progress.add_task("timing one layer", total=None)
         found = run(load_config(model), options, on, getattr(torch, dtype), lambda: progress.advance(task))

@@ -26,7 +26,7 @@ def export(
 
     empty_folder(output)
     with progress_bar() as progress:
-        loaded, _ = load(model, progress)
+        loaded, _ = load(model, progress, "cpu")
         progress.add_task("saving", total=None)
         with new_folder(output) as folder:
             export_mamba_ssm(loaded, folder)

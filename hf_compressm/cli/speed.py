@@ -54,19 +54,6 @@ class Workload:
     repeats: int = 10
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; by default a GPU, if there is one.
-
-    Raises:
-        ValueError: if it is not here.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
-    if name is not None and name not in here:
-        raise ValueError(f"--device must be one of what is here, {', '.join(here)}, got {name}.")
-    return torch.device(name or ("cuda" if gpus else "cpu"))
-
-
 def missing_kernels(device: torch.device) -> list[str]:
     """The packages without which transformers runs its slow scan in plain torch; on a CPU there are none."""
     if device.type != "cuda":

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME, logging
 
+from ..backends import launched
 from .state_spaces import is_state_spaces_checkpoint, load_state_spaces_model, only_hub, refuse_nested_weights
 
 logger = logging.get_logger(__name__)
@@ -92,6 +93,20 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
             f"{sorted(info['mismatched_keys'])[:5]}. Are both from the same model?"
         )
     return model
+
+
+def default_device_map() -> Any:
+    """Where a model is loaded if nobody says: on this process's GPU, if there is one, or several and the CPU if it is too large.
+
+    transformers loads on the CPU. There a cut takes many times as long, and beside an installed mamba_ssm, whose kernels
+    are called for any device, no Mamba runs at all.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if launched() == 1:
+        return "sequential"
+    mine = int(os.environ.get("LOCAL_RANK", "0"))
+    return {"": mine} if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count() else None
 
 
 def check_name(name_or_path: str | Path) -> None:

@@ -253,6 +253,14 @@ def test_a_model_without_a_tokenizer(tmp_path, text):
     assert run("compress", tmp_path / "bare", tmp_path / "other", "--calibration", text).exit_code == 1
 
 
+def test_a_device_that_is_not_here(checkpoint, text, tmp_path):
+    for arguments in (("compress", checkpoint, tmp_path / "slim"), ("analyze", checkpoint)):
+        result = run(*arguments, "--device", "cuda:7", "--calibration", text)
+        assert result.exit_code == 1
+        assert "--device must be one of what is here, cpu" in result.stderr
+    assert run("compress", checkpoint, "--dry-run", "--device", "cpu", "--calibration", text).exit_code == 0
+
+
 def test_help_tells_the_whole_story():
     for command in ((), ("compress",), ("analyze",), ("export",), ("demo",)):
         result = run(*command, "--help")

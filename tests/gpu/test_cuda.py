@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from hf_compressm import CompreSSMConfig, compress_, hankel_singular_values
+from hf_compressm import CompreSSMConfig, compress_, compress_pretrained, hankel_singular_values
+from hf_compressm.cli import app
 from hf_compressm.data.calibration import sample
 from hf_compressm.healing import heal
 from hf_compressm.layers import find_layers
@@ -155,6 +157,21 @@ def test_a_device_map(make, options, places, tmp_path):
     assert reports[0].sizes == reports[1].sizes
     assert min(reports[0].sizes.values()) < reports[0].layers[0].old_size
     assert_near(spread(IDS.cuda()).logits, plain(IDS.cuda()).logits, CLOSE)
+
+
+def test_a_checkpoint_is_loaded_on_the_gpu(tmp_path):
+    """All of it, by no hooks, and saved from there; the command does the same."""
+    tiny_mamba().save_pretrained(tmp_path / "full")
+    config = CompreSSMConfig(state_size=4, refit=0)
+    slim = compress_pretrained(tmp_path / "full", config, calibration_data=IDS)
+    assert {parameter.device.type for parameter in slim.parameters()} == {"cuda"}
+    assert not any(hasattr(module, "_hf_hook") for module in slim.modules())
+    slim.save_pretrained(tmp_path / "slim")
+    options = ["--state-size", "4", "--refit", "0", "--json"]
+    result = CliRunner().invoke(app, ["compress", str(tmp_path / "full"), str(tmp_path / "other"), *options])
+    assert result.exit_code == 0, result.output
+    for folder in ("slim", "other"):
+        assert sizes(AutoModelForCausalLM.from_pretrained(tmp_path / folder)) == [4, 4]
 
 
 @pytest.mark.parametrize(("make", "size"), [(tiny_mamba, 4), (tiny_mamba2, 8)])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_compressm import CompreSSMConfig, compress_, compress_pretrained
-from hf_compressm.hub import load_model
+from hf_compressm.hub import default_device_map, load_model
 from tests.conftest import tiny_mamba, tiny_mamba2
 
 WEIGHTS = "model.safetensors"
@@ -138,6 +138,32 @@ def test_slim_models_with_rescaling_reload_exactly(tmp_path, token_ids, name, fr
     model.save_pretrained(tmp_path / "slim")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", dtype=torch.float32)
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "launched", "expected"),
+    [
+        (0, {}, None),
+        (1, {}, "sequential"),
+        (2, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"": 1}),
+        (1, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),
+    ],
+)
+def test_a_checkpoint_goes_to_the_gpu_of_its_process(monkeypatch, gpus, launched, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert default_device_map() == expected
+
+
+def test_unless_the_caller_names_another_place(monkeypatch, tmp_path, mamba, token_ids):
+    mamba.save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_compressm.compress.default_device_map", lambda: {"": "meta"})
+    with pytest.raises(ValueError, match="meta"):
+        compress_pretrained(tmp_path, CompreSSMConfig(state_size=4), calibration_data=token_ids)
+    slim = compress_pretrained(tmp_path, CompreSSMConfig(state_size=4), calibration_data=token_ids, device_map="cpu")
+    assert slim.device.type == "cpu"
 
 
 def test_weights_without_a_place_are_refused(tmp_path, mamba2, token_ids):
