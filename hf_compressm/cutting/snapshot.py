@@ -29,6 +29,9 @@ class Snapshot:
         model, layers, optimizers: before the cut. No training step may come between it and `restore_`.
         replaced: parameters that the cut gives new data, as far as that is known.
         resize_: as the cut gives parameters new data.
+
+    Attributes:
+        afterwards: is called once the cut is undone, if anything was told of it that has to hear of that, too.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Snapshot:
         replaced: Sequence[Tensor] = (),
     ) -> None:
         self.resize_ = resize_
+        self.afterwards: Callable[[], None] = lambda: None
         modules = [module for layer in layers for module in layer.mixer.modules()]
         parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
         self.classes = [(module, type(module)) for module in modules]
@@ -88,6 +92,7 @@ class Snapshot:
                 else:
                     optimizer.state.pop(parameter, None)
             self.recorded.restore_()
+            self.afterwards()
 
 
 class Contents:

@@ -392,12 +392,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         with undone_on_error(model, layers, as_list(optimizer), self._backend.resize_parameter_) as snapshot:
             self._backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=self._backend))
             self._backend.after_cut_()
+            snapshot.afterwards = self._backend.after_cut_
             undone = metric is not None and metric.forbids(before, metric.value())
             if undone:
                 snapshot.restore_()
         del snapshot  # the last that holds tensors of the old sizes
-        if undone:
-            self._backend.after_cut_()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return undone

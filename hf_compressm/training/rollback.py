@@ -39,19 +39,21 @@ class Metric:
         Raises:
             ValueError: if the evaluation does not give the metric.
         """
-        with _same_random_numbers():
-            metrics = self.trainer.evaluation_loop(
-                self.trainer.get_eval_dataloader(),
-                description="CompreSSM",
-                prediction_loss_only=True if self.trainer.compute_metrics is None else None,
-            ).metrics
-        self.backend.settle_()
+        metrics = self.backend.together("the evaluation for rollback", self._evaluate)
         if self.name not in metrics:
             raise ValueError(
                 f"rollback looks at {self.name}, and the evaluation gives {sorted(metrics)}: set metric_for_best_model to "
                 "one of them."
             )
         return self.backend.decide(lambda: float(metrics[self.name]))
+
+    def _evaluate(self) -> Any:
+        with restoring(self.backend.settle_), _same_random_numbers():
+            return self.trainer.evaluation_loop(
+                self.trainer.get_eval_dataloader(),
+                description="CompreSSM",
+                prediction_loss_only=True if self.trainer.compute_metrics is None else None,
+            ).metrics
 
     def forbids(self, before: float, after: float) -> bool:
         """Whether a cut made it too much worse, or not a number."""

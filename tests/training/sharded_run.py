@@ -240,7 +240,11 @@ def state_of(trainer: Trainer) -> list[Any]:
 
 
 def failing(out: Path, processes: int, way: str) -> dict[str, Any]:
-    """A cut that fails once all parameters have their new shapes."""
+    """A cut that fails once all parameters have their new shapes, and one after which the evaluation for rollback does."""
+    return {place: fail_in(place, out / place, processes, way) for place in ("cut", "evaluation")}
+
+
+def fail_in(place: str, out: Path, processes: int, way: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     class Before(TrainerCallback):
@@ -249,13 +253,18 @@ def failing(out: Path, processes: int, way: str) -> dict[str, Any]:
 
     def fail(*args):
         seen["during"] = sizes(compat.inside(seen["trainer"].model))
+        if seen["during"] == seen["before"][1:]:  # the evaluation before the cut
+            return {"badness": 0.0}
         raise ValueError("on purpose")
 
-    with patch.dict(VARIANTS, {"plain": {}}):
+    target = {"ratio": 0.5} | ({"rollback": 0.0} if place == "evaluation" else {})
+    with patch.dict(VARIANTS, {"plain": {"target": target, "args": EVALUATES}}):
         seen["trainer"] = trainer = make(out, "plain", processes, way)[0]
     trainer.callback_handler.callbacks.insert(0, Before())
-    with patch.object(apply, "write_sizes_", fail):
+    trainer.compute_metrics = fail
+    with patch.object(apply, "write_sizes_", fail if place == "cut" else apply.write_sizes_):
         seen["message"] = message(trainer.train)
+    trainer.compute_metrics = None
     seen["after"] = state_of(trainer)
     layer = find_layers(compat.inside(trainer.model))[0]
     if way != "zero2":
@@ -267,10 +276,11 @@ def failing(out: Path, processes: int, way: str) -> dict[str, Any]:
 
 def assert_undone(failing: dict[str, Any], other: dict[str, Any]) -> None:
     """What `failing` tells of two processes."""
-    assert failing["during"] != failing["before"][1:]
-    assert failing["before"] == failing["after"] == other["after"]
-    assert failing["message"] == "on purpose"
-    assert failing["evaluated"] > 0  # the model still runs
+    for place, found in failing.items():
+        assert found["during"] != found["before"][1:]
+        assert found["before"] == found["after"] == other[place]["after"]
+        assert found["message"] == "on purpose"
+        assert found["evaluated"] > 0  # the model still runs
 
 
 def refused(out: Path, processes: int, way: str) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_an_undone_cut_leaves_no_trace(results, way):
 def test_nor_does_one_that_fails(results, way):
     failing = results(way, "failing")
     assert_undone(failing, results(way, "failing", rank=1))
-    assert "is sharded" in failing["alone"]
+    assert "is sharded" in failing["cut"]["alone"]
 
 
 def test_a_model_of_several_dtypes_trains_in_mixed_precision(results):
