@@ -28,6 +28,9 @@ class Backend(ABC):
     takes_new_parameters: ClassVar[bool] = False
     """Whether a cut may give mixers parameters that they did not have, as projections do."""
 
+    counts_steps: ClassVar[bool] = True
+    """Whether the optimizer counts the steps of each parameter, so that it can begin again with one."""
+
     def __init__(self, trainer: Any = None) -> None:
         self.trainer = trainer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..compat.zero import check_deepspeed, is_held, read_states_, rebuild_engine_, settle_
 from .agreement import SILENCE
@@ -16,6 +16,7 @@ class DeepSpeed(Rebuilt):
     """Parameters (in ZeRO-3), float32 weights and the optimizer's states are pieces of flat tensors."""
 
     late = SILENCE
+    counts_steps: ClassVar[bool] = False  # it knows of one flat tensor alone
 
     @classmethod
     def takes(cls, trainer: Any) -> bool:

@@ -153,6 +153,8 @@ class Realization(ABC):
     """Whether it takes much of the error away in one layer and little in another, so that sizes have to know."""
     stock: ClassVar[bool] = True
     """Whether what it makes is a stock layer, which transformers loads without this package."""
+    makes_anew: ClassVar[bool] = False
+    """Whether a parameter that the layer had is another one afterwards, of which an optimizer knows nothing."""
 
     @property
     def size(self) -> int:

@@ -75,6 +75,7 @@ class Balance(Realization):
     """
 
     name = kind = "balance"
+    makes_anew = True
 
     @classmethod
     def fits(cls, layer: Any) -> bool:

@@ -50,7 +50,7 @@ def cut_parameters(layers: Sequence[Layer]) -> dict[str, nn.Parameter]:
 
 
 def check_realization(name: str, layers: Sequence[Layer], backend: Backend) -> None:
-    """Refuse a cut that gives mixers new parameters where these are held by more than the model and the optimizer.
+    """Refuse a cut whose new parameters, or parameters made anew, the optimizer could not take up.
 
     Raises:
         ValueError: with what to do instead.
@@ -59,6 +59,11 @@ def check_realization(name: str, layers: Sequence[Layer], backend: Backend) -> N
         raise ValueError(
             f"realization={name!r} gives the model new parameters, which {type(backend).__name__} can't take: train with "
             "realization='select', or with DDP (torchrun) or in one process, or call compress_ after the training."
+        )
+    if not backend.counts_steps and any(layer.realizations[name].makes_anew for layer in layers):
+        raise ValueError(
+            f"realization={name!r} makes parameters anew, and {type(backend).__name__} counts the steps of all parameters "
+            "together: Adam would move the new ones several times too far. Train with realization='select', or with FSDP2 or DDP."
         )
 
 

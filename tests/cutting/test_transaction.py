@@ -1,7 +1,7 @@
 """A cut is made whole or not at all, and measuring leaves nothing behind: an error strikes at one line after the other.
 
 The interpreter tells of every line of this package that it runs. By default the error strikes at each line of the cut, as
-it runs for the last time (half of them in one kind of cut, half in the next), and in measuring at each line that changes
+it runs for the last time (a third of them in one kind of cut, others in the next two), and in measuring at each line that changes
 something for a while and at some of the others; COMPRESSM_EVERY_LINE=1 takes every line each time that it runs (60,000
 strikes). `-s` prints the counts.
 """
@@ -181,8 +181,8 @@ def test_a_cut_is_made_whole_or_not_at_all(name):
 
     outcomes: Counter[str] = Counter()
     subject = duplicate(*pristine)
-    half = slice(None) if EVERY_LINE else slice(list(CUTS).index(name) % 2, None, 2)
-    for place in last_runs(all_places)[half]:
+    third = slice(None) if EVERY_LINE else slice(list(CUTS).index(name) % 3, None, 3)
+    for place in last_runs(all_places)[third]:
         handler = signal.getsignal(signal.SIGINT)
         parameters = dict(subject[0].named_parameters())
         through = strikes_at(place, lambda pair=subject: plan.apply_(*pair))
@@ -228,7 +228,7 @@ def test_measuring_and_planning_leave_nothing_behind(make, target):
     chosen = [
         place
         for number, place in enumerate(last_runs(all_places))
-        if EVERY_LINE or number % 16 == 0 or place[0].removeprefix(f"{PACKAGE}/").startswith(CHANGE_FOR_A_WHILE)
+        if EVERY_LINE or number % 48 == 0 or place[0].removeprefix(f"{PACKAGE}/").startswith(CHANGE_FOR_A_WHILE)
     ]
     for place in chosen:
         strikes_at(place, work)

@@ -152,7 +152,7 @@ def compress(hub: HubServer, folder: Path, *arguments: object, **kwargs: Any) ->
     text = folder / "calibration.txt"
     text.write_text((REFERENCE / "calibration.txt").read_text()[:600])
     model = REFERENCE / "mamba-small"
-    settings = ("--state-size", 4, "--no-evaluate", "--calibration", text)
+    settings = ("--state-size", 4, "--refit", 0, "--no-evaluate", "--calibration", text)
     return start(hub, folder, "-c", CLI, "compress", model, *arguments, *settings, **kwargs)
 
 

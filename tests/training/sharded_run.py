@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "args": {"save_strategy": "steps", "save_steps": 3},
         "fsdp": SHARDED,
     },
+    "selected": {"model": "lti", "target": {"state_size": 6, "realization": "select"}, "deepspeed": {}},
     "loaded": {"args": SAVES, "loaded": True, "deepspeed": {}},
     "universal": {"args": SAVES, "deepspeed": {"checkpoint": {"load_universal": True}}},
 }
@@ -327,6 +328,7 @@ def refused_zero(out: Path, processes: int, way: str) -> dict[str, Any]:
     with patch.dict(VARIANTS, {"plain": {}}), patch.object(zero_room, "VERSIONS", ("0.1.",)):
         trainer = make(out, "plain", processes, "zero2")[0]
         found["version"] = message(trainer.train)
+    found["anew"] = message(make(out, "lti", processes, "zero2")[0].train)
     found["loop"] = message(lambda: compress_(trainer.model, CompreSSMConfig(ratio=0.5), dataset(4)))
     return found
 

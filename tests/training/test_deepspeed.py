@@ -24,9 +24,9 @@ pytestmark = [
 
 STAGES = ["zero1", "zero2", "zero3"]
 RUNS = [f"full:{way}" for way in STAGES] + [f"full:{way}@full-{way}-2/checkpoint-3" for way in ("zero2", "zero3")]
-RUNS += [f"{name}:zero3" for name in ("sharded", "options", "fitted", "none", "rollback", "loaded")]
+RUNS += [f"{name}:zero3" for name in ("sharded", "options", "fitted", "selected", "none", "rollback", "loaded")]
 RUNS += [f"{name}:zero2" for name in ("failing", "mixed", "refused_zero")]
-ALONE = ["none", "full", "sharded", "options", "fitted"]
+ALONE = ["none", "full", "sharded", "options", "fitted", "selected"]
 UNIVERSAL = ["zero2", "zero3"]
 stages = pytest.mark.parametrize("way", STAGES)
 
@@ -80,6 +80,7 @@ def test_the_processes_know_the_same(results, entry):
         ("zero3", "sharded"),
         ("zero3", "options"),
         ("zero3", "fitted"),
+        ("zero3", "selected"),
     ],
 )
 def test_it_follows_the_run_of_one_process(results, way, name):
@@ -143,4 +144,5 @@ def test_what_does_not_work_is_refused_with_the_cure(results):
     assert "offload_optimizer" in refused["offload"]
     assert "take AdamW" in refused["optimizer"]
     assert "checked on DeepSpeed" in refused["version"]
+    assert "realization='select'" in refused["anew"]
     assert "what DeepSpeed holds" in refused["loop"]
