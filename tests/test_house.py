@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import hf_compressm
-from hf_compressm import compat, layers
+from hf_compressm import layers
+from hf_compressm.compat.used import CHECKED, USED
 
 PACKAGE = Path(hf_compressm.__file__).parent
 ROOMS = re.findall(r"^    (\w+)(?:/|\.py) ", hf_compressm.__doc__, flags=re.MULTILINE)
@@ -136,9 +137,9 @@ def test_what_is_private_in_others_is_touched_in_one_room():
     assert not touched
 
 
-@pytest.mark.parametrize("name", compat.USED)
+@pytest.mark.parametrize("name", USED)
 def test_it_is_still_there(name):
-    """If this fails, a new release took away what `compat.USED` says is needed, and why."""
+    """If this fails, a new release took away what `USED` says is needed, and why."""
     module, attributes = name, []
     while not _is_module(module):
         module, _, last = module.rpartition(".")
@@ -146,7 +147,7 @@ def test_it_is_still_there(name):
     owner = importlib.import_module(module)
     for attribute in attributes:
         if not hasattr(owner, attribute):  # set on its instances
-            assert re.search(rf"\b{attribute}\b", inspect.getsource(owner)), compat.USED[name]
+            assert re.search(rf"\b{attribute}\b", inspect.getsource(owner)), USED[name]
             return
         owner = getattr(owner, attribute)
 
@@ -159,4 +160,4 @@ def _is_module(name: str) -> bool:
 
 
 def test_the_versions_it_was_checked_on_are_named():
-    assert any(torch.__version__.startswith(version) for version in compat.CHECKED["torch"])
+    assert any(torch.__version__.startswith(version) for version in CHECKED["torch"])

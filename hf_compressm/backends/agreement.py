@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..compat import process_store
+from ..compat.processes import process_store
 
 SILENCE = 45.0
 """Seconds after which a process that neither came nor works towards it is given up."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from ..compat import forget_compiled_code
+from ..compat.wrapping import forget_compiled_code
 from ..hankel.statistics import Statistics
 from ..layers import set_data_
 
@@ -27,6 +27,9 @@ class Backend(ABC):
 
     takes_new_parameters: ClassVar[bool] = False
     """Whether a cut may give mixers parameters that they did not have, as projections do."""
+
+    holds_parts: ClassVar[bool] = False
+    """Whether each process holds a part of every parameter, so that a checkpoint's weights are loaded into the shapes that are there."""
 
     counts_steps: ClassVar[bool] = True
     """Whether the optimizer counts the steps of each parameter, so that it can begin again with one."""

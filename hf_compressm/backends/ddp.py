@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compat import comm_hooks, uncompiled
+from ..compat.wrapping import comm_hooks, uncompiled
 from ..hankel.statistics import Statistics
 from .agreement import agree, processes, together
 from .backend import Backend

@@ -66,12 +66,12 @@ class DeepSpeed(Rebuilt):
 
     def settle_(self) -> None:
         """Free what passes outside of training left gathered."""
-        settle_(self.wrapped)
+        if self.begun:
+            settle_(self.wrapped)
 
-    def states_of(self, optimizer: Any) -> Any:
-        """What the ZeRO optimizer knows of each parameter, in pieces."""
+    def read_states_(self, optimizer: Any) -> None:
+        """What the ZeRO optimizer knows."""
         read_states_(self.wrapped, self.states)
-        return self.states
 
     def rebuild_(self) -> None:
         """Make the engine anew, and let the trainer's optimizer be its."""

@@ -59,10 +59,9 @@ class FSDP1(Rebuilt):
         """Free what forward passes left gathered."""
         settle_units_(self.wrapped)
 
-    def states_of(self, optimizer: Any) -> Any:
-        """What the optimizer knows of each parameter, in pieces."""
+    def read_states_(self, optimizer: Any) -> None:
+        """What the optimizer knows of its pieces."""
         read_flat_states_(getattr(optimizer, "optimizer", optimizer), self.states)
-        return self.states
 
     def rebuild_(self) -> None:
         """Make the units anew whose parameters were cut."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import fsdp2_parameters, fsdp2_units, is_sharded, resize_fsdp2_
+from ..compat.fsdp2 import fsdp2_parameters, fsdp2_units, resize_fsdp2_
+from ..compat.sharding import is_sharded
 from .agreement import SILENCE
 from .sharded import Sharded
 

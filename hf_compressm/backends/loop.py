@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compat import uncompiled
+from ..compat.wrapping import uncompiled
 
 
 class Loop:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..compat import asking_the_others, gathered, inside
 from ..compat.parts import States, plan_data_, take_planned_
+from ..compat.sharding import asking_the_others, gathered
+from ..compat.wrapping import inside
 from .ddp import DDP
 from .loop import Loop
 
@@ -21,6 +22,7 @@ class Sharded(DDP):
     """Those of one mixer at a time are gathered, by all processes: a forward pass of one alone would wait for the others."""
 
     takes_new_parameters: ClassVar[bool] = False
+    holds_parts: ClassVar[bool] = True
 
     @property
     def model(self) -> nn.Module:
@@ -89,6 +91,21 @@ class Rebuilt(Sharded):
         super().__init__(trainer)
         self.states = States()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the model is sharded already, which it is only when training begins."""
+        return inside(self.wrapped) is not self.wrapped
+
+    def states_of(self, optimizer: Any) -> Any:
+        """What the optimizer knows of each parameter, in pieces."""
+        if self.begun:
+            self.read_states_(optimizer)
+        return self.states
+
+    def read_states_(self, optimizer: Any) -> None:
+        """Let `states` show what the optimizer knows now."""
+        raise NotImplementedError
+
     def resize_parameter_(self, parameter: Tensor, data: Tensor) -> None:
         """Plan new data of another shape for a parameter, until `after_cut_`."""
         plan_data_(parameter, data)
@@ -98,8 +115,8 @@ class Rebuilt(Sharded):
         raise NotImplementedError
 
     def after_cut_(self) -> None:
-        """Make the flat tensors anew, if the model is sharded already."""
-        if inside(self.wrapped) is self.wrapped:
+        """Make the flat tensors anew, if there are any."""
+        if not self.begun:
             for parameter in self.wrapped.parameters():
                 take_planned_(parameter)
             return

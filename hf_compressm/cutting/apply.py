@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backends import Backend
-from ..compat import follow_class_, keep_offloaded_, weights_at_hand
+from ..compat.offloading import follow_class_, keep_offloaded_, weights_at_hand
 from ..layers import Layer, Realization, new_data
 from ..modeling.state_sizes import set_state_sizes, text_configs
 from .optimizer import NewState, check_optimizers, cut_states, hold_new_, set_states_

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import device_of, weights_at_hand
+from ..compat.offloading import device_of, weights_at_hand
 from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers

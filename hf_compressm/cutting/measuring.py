@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
-from ..compat import device_of
+from ..compat.offloading import device_of
 from ..config import CompreSSMConfig, ConfigLike
 from ..data.batches import BATCH, Batch
 from ..data.calibration import calibration_batches, hold_out

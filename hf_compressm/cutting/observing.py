@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import weights_at_hand
+from ..compat.offloading import weights_at_hand
 from ..config import CompreSSMConfig
 from ..data.packing import unpacked
 from ..hankel.statistics import Statistics

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import is_sharded, sharded_like, whole
 from ..compat.parts import Part
+from ..compat.sharding import is_sharded, sharded_like, whole
 from ..layers import ParameterCut
 
 # State entries that are copies of the weights: ASGD's average, schedule-free's iterate, master weights.

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
-from ..compat import parameter_count, weights_at_hand
+from ..compat.offloading import weights_at_hand
+from ..compat.sharding import parameter_count
 from ..config import CompreSSMConfig
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics

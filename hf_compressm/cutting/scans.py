@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import kernels
-from ..compat import stock_scans
+from ..compat.pretrained import stock_scans
 from ..interrupts import restoring, uninterrupted
 from ..kernels.chunked import ChunkedScan
 from ..kernels.reference import mamba_output

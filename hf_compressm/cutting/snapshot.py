@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import held as held_of
-from ..compat import is_same, weights_map
+from ..compat.offloading import weights_map
 from ..compat.parts import Part, forget_planned_
+from ..compat.sharding import held as held_of
+from ..compat.sharding import is_same
 from ..hankel import budgets
 from ..interrupts import uninterrupted
 from ..layers import Layer, set_data_

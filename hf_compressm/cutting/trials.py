@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import device_of, hook_of, weights_at_hand, without_hooks_
+from ..compat.offloading import device_of, hook_of, weights_at_hand, without_hooks_
 from ..interrupts import restoring
 from ..layers import Layer, Realization, new_data
 

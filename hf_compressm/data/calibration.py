@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import device_of
+from ..compat.offloading import device_of
 from .batches import BATCH, MIN_LENGTH, Batch, batches_of, check_batches
 from .packing import apart
 from .texts import CALIBRATION, LENGTH, windows

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..compat import device_of
+from ..compat.offloading import device_of
 from ..interrupts import restoring
 from .batches import check_batches
 from .texts import EVALUATION, LENGTH, windows

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import device_of
+from ..compat.offloading import device_of
 from .batches import BATCH, Batch, batches_of, check_batches, is_stream, read_batches
 from .calibration import sample, sequences_for
 from .packing import apart

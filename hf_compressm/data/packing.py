@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..compat import device_of
+from ..compat.offloading import device_of
 from ..layers import Layer, find_layers
 from .evaluation import evaluating
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import hook_of, without_hooks_
+from ..compat.offloading import hook_of, without_hooks_
 from ..cutting.trials import mixers_for_a_while
 from ..data.evaluation import evaluating
 

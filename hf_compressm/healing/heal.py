@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backends import Backend, launched, processes
-from ..compat import device_of, is_sharded, recompute_activations_
+from ..compat.offloading import device_of
+from ..compat.pretrained import recompute_activations_
+from ..compat.sharding import is_sharded
 from ..config import CompreSSMConfig
 from ..cutting import Plan
 from ..cutting.divergence import Divergence

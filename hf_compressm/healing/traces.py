@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from ..backends import processes
-from ..compat import accelerate_state, device_of
+from ..compat.offloading import device_of
+from ..compat.processes import accelerate_state
 from ..cutting.snapshot import Contents
 from ..interrupts import restoring
 

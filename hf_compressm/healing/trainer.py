@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..backends import Backend
-from ..compat import device_of
+from ..compat.offloading import device_of
 from ..cutting.divergence import Divergence
 from ..data.healing import collate
 from .full import FullModel

@@ -23,7 +23,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, modeling_utils
 
-from ..compat import PUSH_FROM_CHECKPOINT, SPLIT, UPLOAD
+from ..compat.pretrained import SPLIT, UPLOAD
+from ..compat.trainer import PUSH_FROM_CHECKPOINT
 from ..modeling.modeling_compressm import is_slimmed, wrap_once, write_source
 from ..reporting.card import card_files, write_model_card
 from ..reporting.files import write_files_whole

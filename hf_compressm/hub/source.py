@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..compat import commit_hash
+from ..compat.pretrained import commit_hash
 from ..modeling.modeling_compressm import MODULE_NAME, is_slimmed
 from ..reporting.card import CARD
 from ..reporting.record import RECORD, base_model, history_of

@@ -43,7 +43,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..compat import holding, shapes_only, weights_at_hand
+from ..compat.offloading import weights_at_hand
+from ..compat.sharding import holding, shapes_only
 from ..config import CompreSSMConfig
 from ..hankel.lti import LTIStatistics, ModalSystem, Truncated, TruncatedPath
 from .contracts import Realization, ResizeParameter

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compat import device_of
+from ..compat.offloading import device_of
 from ..compat.parts import shape_of
 from .contracts import MixerInputs, Realization
 from .selection import Select

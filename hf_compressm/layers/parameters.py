@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compat import is_held_by_others, is_sharded
+from ..compat.sharding import is_held_by_others, is_sharded
 
 
 @dataclass(frozen=True)

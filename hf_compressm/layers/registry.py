@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from ..compat import is_in_memory, is_sharded, uncompiled
+from ..compat.offloading import is_in_memory
+from ..compat.sharding import is_sharded
+from ..compat.wrapping import uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization

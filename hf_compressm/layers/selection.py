@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import weights_at_hand
+from ..compat.offloading import weights_at_hand
 from ..config import CompreSSMConfig
 from ..hankel.moments import elimination_order
 from ..hankel.realization import Selection, select, select_each_with_readout

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import commit_hash
+from ..compat.pretrained import commit_hash
 from ..config import CompreSSMConfig
 from ..modeling.modeling_compressm import ARCHITECTURES
 from ..modeling.state_sizes import get_state_sizes

@@ -14,7 +14,9 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import CONFIG_NAME, logging
 
 from ..backends import Backend, OneProcess, announce, find_backend
-from ..compat import calling_trainer, checkpoint_parent, device_of, inside
+from ..compat.offloading import device_of
+from ..compat.trainer import calling_trainer, checkpoint_parent
+from ..compat.wrapping import inside
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
 from ..cutting.optimizer import as_list, check_optimizers

@@ -8,20 +8,16 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor
 
 from ..backends import find_backend
-from ..backends.deepspeed import DeepSpeed
-from ..backends.fsdp1 import FSDP1
-from ..backends.fsdp2 import FSDP2
-from ..compat import CHECKPOINTED, before_loading_, inside, is_in_pieces, uncompiled
+from ..compat.sharding import is_in_pieces
+from ..compat.trainer import before_loading_
+from ..compat.wrapping import inside
 from ..cutting.apply import write_sizes_
-from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, plain_model, set_data_, size_in
+from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
 from .forms import take_forms_
 
@@ -80,7 +76,7 @@ class ReshapeOnLoad:
 class ReshapeBeforeLoad:
     """Gives the layers of a model the sizes of a checkpoint before its weights are loaded, where `ReshapeOnLoad` can't.
 
-    Where FSDP2 shards it, each process loads into its own parts, which must have the right shapes already. Elsewhere these are
+    Where it is sharded, each process loads into its own parts, which must have the right shapes already. Elsewhere these are
     layers that are projected in the checkpoint or in the model.
 
     Args:
@@ -97,34 +93,23 @@ class ReshapeBeforeLoad:
 
     def __call__(self, folder: str) -> None:
         """Give the model the sizes of the checkpoint in a folder."""
-        trainer = self.trainer()
-        if trainer is None:
+        trainer, listener = self.trainer(), self.listener()
+        if trainer is None or listener is None:
             return
-        if DeepSpeed.takes(trainer) or FSDP1.takes(trainer):
-            self._resize_for(trainer, sizes_in_state(folder, type(self.listener()).__name__))
-            return
-        if not FSDP2.takes(trainer):
-            model, listener = uncompiled(trainer.model), self.listener()
-            if take_forms_(model, folder, getattr(trainer, "optimizer", None)) and listener is not None:
+        backend, model = find_backend(trainer), inside(trainer.model)
+        if not backend.holds_parts:
+            if take_forms_(model, folder, getattr(trainer, "optimizer", None)):
                 listener.on_sizes_loaded(model)
             return
-        backend, model = find_backend(trainer), plain_model(trainer.model)
         backend.settle_()
-        tensors = fsdp_checkpoint_on_meta(folder)
-        for layer in find_layers(model):
-            size = size_in(layer, tensors, layer.name.replace(CHECKPOINTED, "") + ".")
-            if size is not None and size != layer.state_size:
-                reshape_(model, layer, size, self.listener(), trainer.optimizer, backend.resize_parameter_)
-
-    def _resize_for(self, trainer: Any, sizes: Mapping[int, int]) -> None:
-        backend, model = find_backend(trainer), inside(trainer.model)
-        layers = [
+        sizes = sizes_in_state(folder, type(listener).__name__)
+        resized = [
             layer for layer in find_layers(model) if sizes.get(layer.index, layer.state_size) != layer.state_size
         ]
-        states = None if model is trainer.model_wrapped else backend.states_of(trainer.optimizer)
-        for layer in layers:
-            reshape_(model, layer, sizes[layer.index], self.listener(), states, backend.resize_parameter_)
-        if layers:
+        states = backend.states_of(trainer.optimizer) if resized else None
+        for layer in resized:
+            reshape_(model, layer, sizes[layer.index], listener, states, backend.resize_parameter_)
+        if resized:
             backend.after_cut_()
 
 
@@ -139,21 +124,6 @@ def sizes_in_state(folder: str, callback: str) -> dict[int, int]:
         return {int(index): size for index, size in sizes.items()}
     except (OSError, LookupError, TypeError, ValueError, AttributeError):
         return {}  # what is wrong is said when the entry is read as a whole
-
-
-def fsdp_checkpoint_on_meta(folder: str) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint that a `Trainer` saved under FSDP, FULL or SHARDED, without their values."""
-    full, sharded = os.path.join(folder, f"{FSDP_MODEL_NAME}.bin"), os.path.join(folder, f"{FSDP_MODEL_NAME}_0")
-    if os.path.isfile(full):
-        weights: dict[str, Tensor] = torch.load(full, map_location="meta", mmap=True, weights_only=True)
-        return weights
-    if os.path.isdir(sharded):
-        from torch.distributed.checkpoint import FileSystemReader
-
-        entries = FileSystemReader(sharded).read_metadata().state_dict_metadata
-        sizes = {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
-        return {name.removeprefix("model."): torch.empty(size, device="meta") for name, size in sizes.items()}
-    return {}
 
 
 def reshape_(

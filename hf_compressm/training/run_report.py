@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
-from ..compat import parameter_count
+from ..compat.sharding import parameter_count
 from ..layers import Layer
 from ..reporting.history import Attempt
 from ..reporting.report import CompressionReport

@@ -46,7 +46,7 @@ from transformers.utils import logging
 
 import hf_compressm
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
-from hf_compressm.compat import held, whole
+from hf_compressm.compat.sharding import held, whole
 from hf_compressm.hub import load_tokenizer
 
 PACKAGE = Path(hf_compressm.__file__).parent

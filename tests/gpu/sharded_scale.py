@@ -6,11 +6,15 @@ has the same batch, whatever their number. It prints a row for each: tokens a se
 and what a GPU receives and sends in collectives, each before and after the cut; the cut's seconds; and the first and the
 last loss. Mamba-1 scans with the Triton kernel of `train_reference_models.py`. `--layers 16` makes the models so deep;
 `--tiny` is for two CPU cores.
+
+`--same` shares one batch out among the GPUs, so that all losses are to be the same, and goes on from each sharded checkpoint of after
+the cut on every other number of GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
-from hf_compressm.compat import recompute_activations_
+from hf_compressm.compat.pretrained import recompute_activations_
 from hf_compressm.layers import find_layers
 
 GIB = 2**30
@@ -46,7 +50,7 @@ TINY: dict[str, dict[str, Any]] = {
     | {"vocab_size": 61, "mamba_n_heads": 8, "mamba_d_head": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
     | {"shared_intermediate_size": 32},
 }
-STEPS, CUT = 16, 7
+STEPS, CUT, SAVED = 16, 7, 12
 
 
 class Traffic:
@@ -124,7 +128,7 @@ def train(args: argparse.Namespace) -> None:
         patch_scan()
     model = build(args.shape, device, torch.float32).train().requires_grad_(True)
     model.config.use_cache = False
-    batch, length = (2, 64) if args.tiny else (args.batch, args.length)
+    batch, length = args.batch, 64 if args.tiny else args.length
     ids = torch.randint(
         fields["vocab_size"], (STEPS * batch * processes, length), generator=torch.Generator().manual_seed(0)
     )
@@ -139,7 +143,8 @@ def train(args: argparse.Namespace) -> None:
         bf16=on_gpu,
         use_cpu=not on_gpu,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if args.same and processes > 1 and not args.resume else "no",
+        save_steps=SAVED,
         report_to=[],
         disable_tqdm=True,
         **({"fsdp": True, "fsdp_config": sharding} if processes > 1 else {}),
@@ -151,20 +156,18 @@ def train(args: argparse.Namespace) -> None:
     watch = Watch()
     rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[Clock(watch), cuts, watch])
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume)
     seconds, peaks, traffic = zip(*watch.ends, strict=True)
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())
     result = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "held": held,
         "states": sorted({layer.state_size for layer in find_layers(trainer.model)}),
         "tokens": batch * length * processes,
         "cut_seconds": sum(entry.get("compressm/cut_seconds", 0.0) for entry in log),
-        "losses": (losses[0], losses[CUT - 1], losses[CUT], losses[-1]),
+        "losses": losses[-1:] if args.resume else (losses[0], losses[CUT - 1], losses[CUT], losses[-1]),
     }
-    for name, part in (("before", slice(2, CUT)), ("after", slice(CUT + 2, None))):
+    for name, part in {} if args.resume else {"before": slice(2, CUT), "after": slice(CUT + 2, None)}.items():
         result[name] = {
             "seconds": statistics.median(seconds[part]),
             "peak": max(peaks[part]),
@@ -176,13 +179,17 @@ def train(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def launch(args: argparse.Namespace, shape: str, processes: int, out: Path) -> dict[str, Any]:
+def launch(
+    args: argparse.Namespace, shape: str, processes: int, batch: int, out: Path, resume: Path | None = None
+) -> dict[str, Any]:
     """Start a run and return its results."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [__file__, shape, "--out", str(out), "--batch", str(args.batch), "--length", str(args.length)]
-    command += ["--tiny"] * args.tiny + (["--layers", str(args.layers)] if args.layers else [])
+    command += [__file__, shape, "--out", str(out), "--batch", str(batch), "--length", str(args.length)]
+    command += ["--tiny"] * args.tiny + ["--same"] * args.same
+    command += ["--layers", str(args.layers)] if args.layers else []
+    command += ["--resume", str(resume)] if resume else []
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     if processes == 1:  # which would take all of them as one, by DataParallel
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -197,11 +204,15 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=int, nargs="+", help="numbers of them; by default 1, 2, 4, ... of those there are"
     )
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a GPU")
+    parser.add_argument(
+        "--batch", type=int, default=2, help="sequences of a GPU; with --same, of one of the most GPUs"
+    )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--layers", type=int, help="of the models, by default their own number")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--same", action="store_true")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--resume", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.out:
         (args.shape,) = args.shape
@@ -214,10 +225,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shape:
-            for processes in args.gpus or [n for n in (1, 2, 4, 8) if n <= there]:
-                begin = time.perf_counter()
+            numbers = args.gpus or [n for n in (1, 2, 4, 8) if n <= there]
+            runs: dict[int, dict[str, Any]] = {}
+            for processes in numbers:
+                begin, out = time.perf_counter(), Path(folder) / f"{shape}-{processes}.json"
+                batch = args.batch * max(numbers) // processes if args.same else args.batch
                 try:
-                    run = launch(args, shape, processes, Path(folder) / f"{shape}-{processes}.json")
+                    runs[processes] = run = launch(args, shape, processes, batch, out)
                 except RuntimeError as error:
                     print(f"{shape} on {processes}: {error}", flush=True)
                     continue
@@ -229,6 +243,14 @@ def main() -> None:
                 cells += [*moved, f"{run['cut_seconds']:.1f}", " ".join(f"{loss:.3f}" for loss in run["losses"])]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 print(f"{shape} on {processes}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            for source, processes in itertools.permutations([n for n in runs if n > 1] if args.same else [], 2):
+                out, saved = Path(folder) / "resumed.json", Path(folder) / f"{shape}-{source}" / f"checkpoint-{SAVED}"
+                resumed = launch(args, shape, processes, args.batch * max(numbers) // processes, out, saved)
+                last, whole = resumed["losses"][-1], runs[source]["losses"][-1]
+                print(
+                    f"{shape}, saved by {source} and resumed by {processes}: last loss {last:.4f}, whole run {whole:.4f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

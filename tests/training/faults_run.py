@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.backends import agreement
 from hf_compressm.backends import backend as backend_module
-from hf_compressm.compat import process_store
+from hf_compressm.compat.processes import process_store
 from hf_compressm.training import callback as callback_module
 from tests.conftest import tiny_mamba
 from tests.training.conftest import make_trainer, sizes

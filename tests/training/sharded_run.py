@@ -29,13 +29,16 @@ from torch.distributed.fsdp import (
 )
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, compat, compress_
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_
 from hf_compressm.backends import find_backend
 from hf_compressm.backends.fsdp1 import FSDP1
 from hf_compressm.backends.fsdp2 import FSDP2
-from hf_compressm.compat import whole
+from hf_compressm.compat import fsdp2 as fsdp2_room
 from hf_compressm.compat import zero as zero_room
+from hf_compressm.compat.fsdp2 import fsdp2_parameters
 from hf_compressm.compat.parts import Part
+from hf_compressm.compat.sharding import held, is_sharded, parameter_count, whole
+from hf_compressm.compat.wrapping import inside
 from hf_compressm.cutting import apply
 from hf_compressm.layers import find_layers, set_data_
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
@@ -178,7 +181,7 @@ def digest(model: Any, state: Any = None) -> str:
     """Of all parameters, whole, and of what an optimizer's state knows of them."""
     sha = hashlib.sha256()
     for parameter in model.parameters():
-        for tensor in [compat.held(parameter), *(state or {}).get(parameter, {}).values()]:
+        for tensor in [held(parameter), *(state or {}).get(parameter, {}).values()]:
             sha.update(torch.as_tensor(whole(tensor)).detach().float().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -195,7 +198,7 @@ class Last(TrainerCallback):
 
 
 def local(part: Any) -> torch.Tensor:
-    return part.local if isinstance(part, Part) else part.to_local() if compat.is_sharded(part) else part
+    return part.local if isinstance(part, Part) else part.to_local() if is_sharded(part) else part
 
 
 def run(out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint: str | None = None) -> dict[str, Any]:
@@ -204,11 +207,11 @@ def run(out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint:
     last.trainer = trainer
     trainer.add_callback(last)
     trainer.train(resume_from_checkpoint=checkpoint)
-    backend, model = find_backend(trainer), compat.inside(trainer.model)
+    backend, model = find_backend(trainer), inside(trainer.model)
     backend.settle_()
     states = backend.states_of(trainer.optimizer)
-    held = {id(p) for group in states.param_groups for p in group["params"]}
-    parts = [compat.held(p) for p in model.parameters()]
+    trained = {id(p) for group in states.param_groups for p in group["params"]}
+    parts = [held(p) for p in model.parameters()]
     result = {
         "losses": losses(trainer),
         "last": last.state,
@@ -217,8 +220,8 @@ def run(out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint:
         "weights": digest(model),
         "spectra": [attempt.hankel_singular_values for attempt in callback.history],
         "kept": callback.kept,
-        "trained": all(id(parameter) in held for parameter in model.parameters()),
-        "whole": compat.parameter_count(model),
+        "trained": all(id(parameter) in trained for parameter in model.parameters()),
+        "whole": parameter_count(model),
         "here": sum(local(part).numel() for part in parts),
     }
     if variant in ("full", "gathered"):
@@ -236,7 +239,7 @@ def message(part: Any) -> str:
 
 
 def state_of(trainer: Trainer) -> list[Any]:
-    model = compat.inside(trainer.model)
+    model = inside(trainer.model)
     return [digest(model, find_backend(trainer).states_of(trainer.optimizer).state), *sizes(model)]
 
 
@@ -253,7 +256,7 @@ def fail_in(place: str, out: Path, processes: int, way: str) -> dict[str, Any]:
             seen["before"] = state_of(seen["trainer"])
 
     def fail(*args):
-        seen["during"] = sizes(compat.inside(seen["trainer"].model))
+        seen["during"] = sizes(inside(seen["trainer"].model))
         if seen["during"] == seen["before"][1:]:  # the evaluation before the cut
             return {"badness": 0.0}
         raise ValueError("on purpose")
@@ -267,7 +270,7 @@ def fail_in(place: str, out: Path, processes: int, way: str) -> dict[str, Any]:
         seen["message"] = message(trainer.train)
     trainer.compute_metrics = None
     seen["after"] = state_of(trainer)
-    layer = find_layers(compat.inside(trainer.model))[0]
+    layer = find_layers(inside(trainer.model))[0]
     if way != "zero2":
         seen["alone"] = message(lambda: set_data_(layer.mixer.A_log, torch.zeros(48, 2)))
     seen["evaluated"] = trainer.evaluate(dataset(6))["eval_loss"]
@@ -293,10 +296,10 @@ def refused(out: Path, processes: int, way: str) -> dict[str, Any]:
     with patch.dict(VARIANTS, {"dtypes": {"model": "mixed"}}):
         dtypes = message(make(out, "dtypes", processes)[0].train)
     mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("replicate", "shard"))
-    with patch.object(compat, "FSDP2_ARGUMENTS", []):
+    with patch.object(fsdp2_room, "FSDP2_ARGUMENTS", []):
         version = message(backend().refuse)
     offloading = backend()
-    with patch.object(compat.fsdp2_parameters(offloading.model)[0][0], "offload_to_cpu", True):
+    with patch.object(fsdp2_parameters(offloading.model)[0][0], "offload_to_cpu", True):
         offloaded = message(offloading.refuse)
     good = message(backend().refuse)
     unit = FullyShardedDataParallel(tiny_mamba(), device_id=torch.device("cpu"), use_orig_params=True)
