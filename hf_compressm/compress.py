@@ -146,7 +146,7 @@ def compress_(
         accelerator.load_state("state")
 
     Args:
-        model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel, or what Accelerate prepared, may be around it.
+        model: with Mamba or Mamba-2 layers, on any device; DistributedDataParallel may be around it, also as Accelerate puts it there.
         config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data, tokenizer: as for `compress_pretrained`; of this process.
         optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
@@ -156,8 +156,8 @@ def compress_(
         the report, which is also `model.compression_report`.
 
     Raises:
-        ValueError: if the model has no SSM layer or weights that can't be cut, if the target can't be reached, if the
-            calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
+        ValueError: if the model has no SSM layer or weights that can't be cut, or is held by FSDP or DeepSpeed, if the target can't be
+            reached, if the calibration data does not fit the model, if an optimizer can't follow, or if the processes differ in config or
             weights; and with `heal`, if the model has no head, is in float16, in part offloaded, sharded, or on the GPU of
             another process, or nothing of the text is left to learn from.
         TypeError: if the calibration data is of an unknown kind.

@@ -32,7 +32,7 @@ app = typer.Typer(
     The slim model loads with from_pretrained like any other: after [bold]import hf_compressm[/bold], or anywhere with
     trust_remote_code=True. With --uniform it is a stock checkpoint that needs neither.
 
-    Exit codes: 0 done, 1 can't be done (the message says why), 2 unknown option or a value that is none, 3 there was nothing
+    Exit codes: 0 done, 1 can't be done (the message says why), 2 the command line can't be read, 3 there was nothing
     to cut, so nothing was written, 130 stopped by Ctrl-C. Whatever stops it, an output folder is complete or not there, and so is what is pushed. Results go to stdout, all else to stderr."""),
     no_args_is_help=True,
     pretty_exceptions_enable=False,

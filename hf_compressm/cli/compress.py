@@ -76,7 +76,7 @@ def compress(
     multiple_of: Annotated[
         int | None,
         typer.Option(
-            help="Round the sizes that are chosen for you up to a multiple of this; by default to one of 8 for Mamba-2."
+            help="Round the sizes that are chosen for you up to a multiple of this; by default to one of 8 for Mamba-2, but by head."
         ),
     ] = None,
     refit: Annotated[
@@ -120,7 +120,7 @@ def compress(
     """Write a slim model (and its tokenizer) to a folder, to the Hub, or both.
 
     Give one target at most: --max-divergence, --tolerance, --state-size or --ratio. The table shows for each layer the states before and
-    after, the Hankel energy kept, and the share of the layer's output that the cut loses on the calibration text.
+    after, the Hankel energy kept, and the share of the layer's output that the cut loses, on text that nothing was fitted to.
 
     hf-compressm compress state-spaces/mamba-130m slim --max-divergence 0.02
     """

@@ -23,7 +23,9 @@ def estimate(
     ],
     state_size: Annotated[int | None, typer.Option(min=1, help="Of a cut to this many states in every layer.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Of a cut to this share of all states.")] = None,
-    realization: Annotated[str, typer.Option(help="select, project or auto, as for compress.")] = "auto",
+    realization: Annotated[
+        str, typer.Option(help="select, project, project_heads or auto, as for compress.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "float32",
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:1. By default a GPU, if there is one, as for compress.")

@@ -61,7 +61,8 @@ def measure(
         config: of which `weights` and `estimator` count, and what it asks for: for refits, what the mixers read is kept where the
             realization has one; for a `max_divergence`, the default, and to heal, a quarter of the data is held out, and for
             any other cut an eighth, if there are eight sequences; where it means a projection, what selections are chosen by is
-            left out, which takes a third of the time. Without one, all but the inputs is measured.
+            left out, which takes a third of the time. Without one, what the default cut needs and what selections are chosen by: for
+            a `tolerance`, or a selection of Mamba-2 with its fit, measure with that config.
         tokenizer: for texts.
         backend: of a training loop on several processes: each measures on its own data, the statistics are summed and what
             is held out and what layers are refitted on is put together.

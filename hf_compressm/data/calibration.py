@@ -43,7 +43,10 @@ def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None
         shape = " x ".join(map(str, data.shape))
         logger.info(f"hf_compressm: calibrating on {shape} tokens of the text that the package ships.")
     elif data is None:
-        logger.info("hf_compressm: no calibration data and no tokenizer, calibrating on samples of the model itself.")
+        logger.warning(
+            "hf_compressm: no calibration data and no tokenizer, so that samples of the model itself are measured: a text like that of its "
+            "use (calibration_data=), or its tokenizer for the text that the package ships, is better."
+        )
         data = sample(model)
     batches = list(apart(batches_of(data, tokenizer), model))
     check_batches(batches, model)

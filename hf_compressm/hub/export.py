@@ -51,8 +51,7 @@ def _to_original_config(model: PreTrainedModel) -> dict[str, Any]:
         )
     if any(get_unprojected_state_sizes(config)):
         raise ValueError(
-            "mamba_ssm has no projected states: compress with realization='select' to export it, or use "
-            "`save_pretrained`."
+            "mamba_ssm has no projected states: compress with uniform=True to export it, or use `save_pretrained`."
         )
     sizes = get_state_sizes(config)
     if len(set(sizes)) > 1:

@@ -71,7 +71,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             numbers of their own, from the first size up.
 
     Raises:
-        ValueError: if the config asks for what is for a trained model; and when training begins, if anything in the model,
+        ValueError: if the config asks for what is for a trained model; and when training begins, before the first cut at the latest, if anything in the model,
             optimizer, schedule or launcher can't be cut.
 
     Pass it to the `Trainer`'s constructor; after `trainer.add_callback`, call `attach(trainer)` before `train`.

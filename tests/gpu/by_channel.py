@@ -7,7 +7,7 @@ each keeps its own, as many as carry most, and if those of a bucket of channels 
 states; and with one map for all. Pairs are those that lose least by it.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -84,7 +84,9 @@ def shared_maps(P: Tensor, output: Tensor) -> list[float]:
 
 
 def main() -> None:
-    for folder in map(Path, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="+")
+    for folder in parser.parse_args().folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = windows(CALIBRATION.read_text(encoding="utf-8"), tokenizer, 8, 256)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

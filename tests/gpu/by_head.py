@@ -1,6 +1,6 @@
 """Mamba-2 projected to one size, to sizes by layer, and to sizes by head: what they lose, and what they take.
 
-`python tests/gpu/by_head.py FOLDER ...` prints, for each model of `train_benchmark_models.py`, the change of perplexity and
+`python tests/gpu/by_head.py FOLDER ...` prints, for each model of `train_reference_models.py`, the change of perplexity and
 recall and the divergence at equal means of states a head, on the code and prose that the package ships. `--time` prints, for
 the shapes of --hidden, --layers and --head-dim with random weights, tokens/s in bfloat16 of a training step, a prefill and
 of decoding (on a GPU as a CUDA graph), for the full model, and for each of --mean a projection to so many states and one by

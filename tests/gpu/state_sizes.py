@@ -6,7 +6,7 @@ over 8 x 1024 tokens; and the seconds that the first step of a new size takes, w
 the first time on a machine).
 """
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 
@@ -72,8 +72,11 @@ def row(N: int) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("N", type=int, nargs="*", default=SIZES)
+    sizes = parser.parse_args().N
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     print("| N | KiB a sequence, 24 layers | decoding, ms | scan, ms | forward and backward, ms | first step, s |")
     print("|---|---|---|---|---|---|")
-    for N in map(int, sys.argv[1:] or SIZES):
+    for N in sizes:
         print(row(N), flush=True)
