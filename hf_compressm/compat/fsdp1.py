@@ -169,5 +169,5 @@ def settle_units_(root: nn.Module) -> None:
     from torch.distributed.fsdp._runtime_utils import _reshard
 
     for unit in fsdp1_units(root):
-        if unit._handle is not None:
+        if unit._handle is not None and hasattr(unit._handle.flat_param, "_local_shard"):  # it has run
             _reshard(unit, unit._handle, unit._handle.uses_sharded_strategy)
