@@ -220,9 +220,10 @@ def _cut_(model: PreTrainedModel, plan: Plan, optimizer: Any, backend: Backend) 
         if backend.processes > 1:  # else the plan's own transaction is enough
             layers = find_layers(model)
             replaced = replaced_parameters(layers, plan.realizations)
-            stack.enter_context(
+            snapshot = stack.enter_context(
                 undone_on_error(model, layers, as_list(optimizer), backend.resize_parameter_, replaced)
             )
+            snapshot.afterwards = backend.after_undo_
         report = backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=backend))
         backend.after_cut_()
     return report

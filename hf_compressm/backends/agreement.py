@@ -28,8 +28,17 @@ FAREWELL = 5.0
 
 T = TypeVar("T")
 
+
+class ProcessLostError(RuntimeError):
+    """Another process did not come, or has ended: nothing can be done together any more."""
+
+
 _numbers = count()
-_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+_ERRORS: dict[str, type[Exception]] = {
+    "ValueError": ValueError,
+    "TypeError": TypeError,
+    "ProcessLostError": ProcessLostError,
+}
 
 
 def processes() -> int:
@@ -68,7 +77,7 @@ def together(what: str, part: Callable[[], T], silence: float | None = None) -> 
 
     Raises:
         ValueError, TypeError: what `part` raised, on this process or another.
-        RuntimeError: for any other error of another process, or if one does not come or has ended.
+        RuntimeError: for any other error of another process; a `ProcessLostError` if one does not come or has ended.
     """
     if processes() == 1:
         return part()
@@ -163,7 +172,7 @@ class _Meeting:
             yield
         except RuntimeError as error:
             if isinstance(error, dist.DistError):
-                raise RuntimeError(
+                raise ProcessLostError(
                     f"The processes lost each other in {self.what} ({error}): one of them, or process 0, which keeps what "
                     "they tell each other, has ended. Its log has the cause; a checkpoint from before resumes."
                 ) from error
@@ -209,8 +218,8 @@ class _Meeting:
                         "its way: all processes have to make the same calls (with the same callbacks, config and schedule), "
                         "and wait for each other before if one has much to do alone. Its log has the cause, if it ended."
                     )
-                    self._post_failure("RuntimeError", why)
-                    raise RuntimeError(why)
+                    self._post_failure(ProcessLostError.__name__, why)
+                    raise ProcessLostError(why)
 
     def _silent(self, seen: dict[int, tuple[int, float]], now: float) -> list[int]:
         """The processes that are not here and have given no sign of life for too long."""

@@ -28,8 +28,8 @@ class Backend(ABC):
     takes_new_parameters: ClassVar[bool] = False
     """Whether a cut may give mixers parameters that they did not have, as projections do."""
 
-    holds_parts: ClassVar[bool] = False
-    """Whether each process holds a part of every parameter, so that a checkpoint's weights are loaded into the shapes that are there."""
+    loads_in_place: ClassVar[bool] = False
+    """Whether each process loads its part of a checkpoint's weights into what it has, which must have the right shape already."""
 
     counts_steps: ClassVar[bool] = True
     """Whether the optimizer counts the steps of each parameter, so that it can begin again with one."""
@@ -127,3 +127,7 @@ class Backend(ABC):
     def after_cut_(self) -> None:
         """Tell whatever holds the parameters' old shapes, once the cut is made."""
         forget_compiled_code()
+
+    def after_undo_(self, error: BaseException | None = None) -> None:
+        """The same once a cut is undone, because of an error if there was one."""
+        self.after_cut_()

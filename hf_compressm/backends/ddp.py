@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..compat.wrapping import comm_hooks, uncompiled
 from ..hankel.statistics import Statistics
-from .agreement import agree, processes, together
+from .agreement import ProcessLostError, agree, processes, together
 from .backend import Backend
 
 DEFAULT_BUCKET = 25 * 2**20
@@ -104,6 +104,11 @@ class DDP(Backend):
         if ddp is not None:
             rebuild_reducer_(ddp)
         super().after_cut_()
+
+    def after_undo_(self, error: BaseException | None = None) -> None:
+        """The same, together with all other processes, if the error is one that they know of."""
+        if error is None or (isinstance(error, Exception) and not isinstance(error, ProcessLostError)):
+            super().after_undo_(error)
 
 
 def _add_up_(tensor: Tensor) -> None:

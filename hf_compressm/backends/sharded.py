@@ -22,7 +22,7 @@ class Sharded(DDP):
     """Those of one mixer at a time are gathered, by all processes: a forward pass of one alone would wait for the others."""
 
     takes_new_parameters: ClassVar[bool] = False
-    holds_parts: ClassVar[bool] = True
+    loads_in_place: ClassVar[bool] = True
 
     @property
     def model(self) -> nn.Module:

@@ -91,7 +91,7 @@ def checkpointed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
 
 def sequences_to_head(model: Any, layers: Sequence[Layer], length: int, most: int) -> int:
     """How many sequences, at most so many, fit in a pass with its predictions, and perhaps their gradient."""
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    vocabulary = shape_of(model.get_input_embeddings().weight)[0]
     # Predictions, perhaps in two precisions, and their gradient.
     return max(1, min(most, budgets.ACTIVATIONS // (12 * vocabulary * length), sequences_together(layers, length)))
 

@@ -32,7 +32,8 @@ class Snapshot:
         resize_: as the cut gives parameters new data.
 
     Attributes:
-        afterwards: is called once the cut is undone, if anything was told of it that has to hear of that, too.
+        afterwards: is called once the cut is undone, with the error that undid it, if any: what holds the parameters has to
+            hear of that, too.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Snapshot:
         replaced: Sequence[Tensor] = (),
     ) -> None:
         self.resize_ = resize_
-        self.afterwards: Callable[[], None] = lambda: None
+        self.afterwards: Callable[[BaseException | None], None] = lambda error: None
         modules = [module for layer in layers for module in layer.mixer.modules()]
         parameters = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
         self.classes = [(module, type(module)) for module in modules]
@@ -69,8 +70,12 @@ class Snapshot:
         self.held = [(some, list(some)) for some in lists]
         self.recorded = Recorded(model)
 
-    def restore_(self) -> None:
-        """Undo the cut, bit for bit, as much of it as was made."""
+    def restore_(self, error: BaseException | None = None) -> None:
+        """Undo the cut, bit for bit, as much of it as was made.
+
+        Args:
+            error: that undoes it.
+        """
         with uninterrupted():
             for module, kind in self.classes:
                 module.__class__ = kind
@@ -93,7 +98,7 @@ class Snapshot:
                 else:
                     optimizer.state.pop(parameter, None)
             self.recorded.restore_()
-            self.afterwards()
+            self.afterwards(error)
 
 
 class Contents:
@@ -126,6 +131,6 @@ def undone_on_error(
     snapshot = Snapshot(model, layers, optimizers, resize_, replaced)
     try:
         yield snapshot
-    except BaseException:
-        snapshot.restore_()
+    except BaseException as error:
+        snapshot.restore_(error)
         raise

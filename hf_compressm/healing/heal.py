@@ -117,7 +117,10 @@ def cut_and_heal_(
     text.hold_out_(held_out)
     layers = [layer for layer in find_layers(model) if layer.index in plan.realizations]
     changed = {
-        layer.name: {*layer.system_parameters(), *plan.realizations[layer.index].parameter_cuts(layer)}
+        layer.name: {
+            *layer.system_parameters(),
+            *plan.realizations[layer.index].to(layer.device).parameter_cuts(layer),
+        }
         for layer in layers
     }
     every = config.heal_parameters == "all"

@@ -344,10 +344,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _attempt(self, args: Any, state: Any, control: Any, model: PreTrainedModel, optimizer: Any) -> None:
         begin = time.perf_counter()
         layers = find_layers(model)
-        config = attempt_config(self._config, self.attempts, self.initial_sizes, layers)
-        # A tolerance of 0 still measures the spectra; nothing is cut.
-        config = config or replace(self._config, tolerance=0, state_size=None, ratio=None)
         measurement = self._measure(model)
+        config = attempt_config(self._config, self.attempts, self.initial_sizes, layers)
+        if config is None:  # a tolerance of 0 shows the spectra, and cuts nothing
+            config = replace(self._config, tolerance=0, state_size=None, ratio=None, weights=measurement.weights)
         plan: Plan = self._backend.decide(lambda: self._gate(measurement.plan(config), state.global_step).cpu())
         undone = bool(plan.realizations) and self._cut(model, layers, plan, optimizer)
         with uninterrupted():  # the cut is made: now this callback has to agree
@@ -392,9 +392,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             metric = Metric(self.trainer, self._backend, self.config.rollback)
         before = metric.value() if metric is not None else 0.0
         with undone_on_error(model, layers, as_list(optimizer), self._backend.resize_parameter_) as snapshot:
+            snapshot.afterwards = self._backend.after_undo_
             self._backend.together("the cut", lambda: plan.apply_(model, optimizer, backend=self._backend))
             self._backend.after_cut_()
-            snapshot.afterwards = self._backend.after_cut_
             undone = metric is not None and metric.forbids(before, metric.value())
             if undone:
                 snapshot.restore_()

@@ -20,6 +20,7 @@ from ..cutting.apply import write_sizes_
 from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
 from .forms import take_forms_
+from .resuming import damaged
 
 
 class ReshapeOnLoad:
@@ -85,6 +86,7 @@ class ReshapeBeforeLoad:
 
     def __init__(self, trainer: Any, listener: Any) -> None:
         self.trainer, self.listener = weakref.ref(trainer), weakref.ref(listener)
+        self.name = type(listener).__name__  # in a checkpoint, whose callback may have taken its place by now
 
     @classmethod
     def install(cls, trainer: Any, listener: Any) -> None:
@@ -94,15 +96,15 @@ class ReshapeBeforeLoad:
     def __call__(self, folder: str) -> None:
         """Give the model the sizes of the checkpoint in a folder."""
         trainer, listener = self.trainer(), self.listener()
-        if trainer is None or listener is None:
+        if trainer is None:
             return
         backend, model = find_backend(trainer), inside(trainer.model)
-        if not backend.holds_parts:
-            if take_forms_(model, folder, getattr(trainer, "optimizer", None)):
+        if not backend.loads_in_place:
+            if take_forms_(model, folder, getattr(trainer, "optimizer", None)) and listener is not None:
                 listener.on_sizes_loaded(model)
             return
         backend.settle_()
-        sizes = sizes_in_state(folder, type(listener).__name__)
+        sizes = sizes_in_state(folder, self.name)
         resized = [
             layer for layer in find_layers(model) if sizes.get(layer.index, layer.state_size) != layer.state_size
         ]
@@ -114,16 +116,24 @@ class ReshapeBeforeLoad:
 
 
 def sizes_in_state(folder: str, callback: str) -> dict[int, int]:
-    """The state sizes, by layer index, that a callback's entry in a checkpoint's `trainer_state.json` tells; none without."""
+    """The state sizes, by layer index, that a callback's entry in a checkpoint's `trainer_state.json` tells; none without.
+
+    Raises:
+        ValueError: if the entry is damaged.
+    """
     from transformers.trainer import TRAINER_STATE_NAME  # here, since it imports datasets
 
     try:
         with open(os.path.join(folder, TRAINER_STATE_NAME), encoding="utf-8") as file:
-            known = json.load(file)["stateful_callbacks"][callback]["attributes"]
+            entry = json.load(file)["stateful_callbacks"][callback]
+    except (OSError, LookupError, TypeError, ValueError):
+        return {}  # a run without the callback, or what the Trainer can't read either
+    try:
+        known = entry["attributes"]
         sizes = known["history"][-1]["sizes"] if known["history"] else known["initial_sizes"]
-        return {int(index): size for index, size in sizes.items()}
-    except (OSError, LookupError, TypeError, ValueError, AttributeError):
-        return {}  # what is wrong is said when the entry is read as a whole
+        return {int(index): int(size) for index, size in sizes.items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(f"{type(error).__name__}: {error}") from error
 
 
 def reshape_(

@@ -32,10 +32,7 @@ def read_attributes(saved: Any, layers: Sequence[Layer]) -> dict[str, Any]:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
-        raise ValueError(
-            f"The state of CompreSSMCallback in the checkpoint's trainer_state.json is damaged or of another run ({wrong}): "
-            "resume from another checkpoint, or load this one's model and train it anew."
-        )
+        raise damaged(wrong)
     return {
         "initial_sizes": initial,
         "kept": kept,
@@ -43,6 +40,14 @@ def read_attributes(saved: Any, layers: Sequence[Layer]) -> dict[str, Any]:
         "attempts": attributes["attempts"],
         "stopped": attributes["stopped"],
     }
+
+
+def damaged(wrong: str) -> ValueError:
+    """The error to raise for what is wrong with the callback's entry."""
+    return ValueError(
+        f"The state of CompreSSMCallback in the checkpoint's trainer_state.json is damaged or of another run ({wrong}): "
+        "resume from another checkpoint, or load this one's model and train it anew."
+    )
 
 
 def _wrong(

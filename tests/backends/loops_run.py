@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -180,9 +181,24 @@ def refusals() -> dict[str, Any]:
                 found[name] = f"{type(error).__name__}: {error}"
         assert digest(model, optimizer) == before, name
         assert sizes(model) == [8, 8], name
+    state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    later = [step(ddp, optimizer, IDS[1]), step(ddp, optimizer, IDS[2]), digest(model, optimizer)]
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
     compress_(ddp, CONFIG, my_rows(TEXT), optimizer=optimizer)  # as if nothing had been
     step(ddp, optimizer, IDS[1])
-    return {"messages": found, "hash": digest(model, optimizer), "sizes": sizes(model)}
+    untouched = tiny_mamba()
+    plain_ddp = DistributedDataParallel(untouched)
+    plain_optimizer = torch.optim.AdamW(plain_ddp.parameters(), lr=1e-3)
+    never = [step(plain_ddp, plain_optimizer, IDS[number]) for number in range(3)]
+    never = [*never[1:], digest(untouched, plain_optimizer)]
+    return {
+        "messages": found,
+        "later": later,
+        "never tried": never,
+        "hash": digest(model, optimizer),
+        "sizes": sizes(model),
+    }
 
 
 def everything(folder: Path) -> None:

@@ -53,6 +53,7 @@ def test_loops_on_two_processes(tmp_path):
 
     assert first["refusals"]["hash"] == second["refusals"]["hash"]
     assert sum(first["refusals"]["sizes"]) < 16
+    assert first["refusals"]["later"] == second["refusals"]["later"] == first["refusals"]["never tried"]
     for name, part in MESSAGES.items():
         assert part in second["refusals"]["messages"][name], name
         assert part in first["refusals"]["messages"][name], name

@@ -236,10 +236,19 @@ def test_a_cut_gives_memory_back(model_type):
         assert parameter.untyped_storage().nbytes() == parameter.nbytes  # no view of what it was
 
 
-def test_healing(monkeypatch):
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny_mamba, {"state_size": 1}),
+        (tiny_mamba2, {"state_size": 2, "realization": "select"}),
+        (tiny_mamba2, {"state_size": 2, "realization": "project_heads"}),
+    ],
+    ids=["refit", "refit of Mamba-2", "by head"],
+)
+def test_healing(monkeypatch, make, options):
     monkeypatch.setattr(heal, "STEP_TOKENS", 200)
-    model, text = tiny_mamba2().cuda(), torch.randint(0, 3, (48, 24), generator=torch.Generator().manual_seed(1))
-    healing = compress_(model, CompreSSMConfig(state_size=2, realization="project_heads", heal=2400), text).healing
+    model, text = make().cuda(), torch.randint(0, 3, (48, 24), generator=torch.Generator().manual_seed(1))
+    healing = compress_(model, CompreSSMConfig(**options, heal=2400), text).healing
     assert healing is not None
     assert healing.after < 0.98 * healing.before
     assert all(parameter.is_cuda for parameter in model.parameters())

@@ -63,6 +63,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "fsdp": {"activation_checkpointing": True, "reshard_after_forward": False},
     },
     "fitted": {"model": "mamba2", "target": {"ratio": 0.75, "multiple_of": 8, "weights": "gate", "refit": 1}},
+    "weighed": {  # by the loss, on samples of each process's own
+        "model": "mamba2",
+        "target": {"ratio": 0.75, "multiple_of": 8},
+        "zero": {"stage3_param_persistence_threshold": 0},
+    },
+    "restored": {"args": SAVES | {"restore_callback_states_from_checkpoint": True}},
     "rollback": {"target": {"ratio": 0.5, "rollback": 0.0}, "args": EVALUATES},
     "mixed": {"model": "mixed", "args": {"bf16": True}},
     "lti": {
@@ -202,11 +208,14 @@ def local(part: Any) -> torch.Tensor:
 
 
 def run(out: Path, variant: str, processes: int, way: str = "fsdp2", checkpoint: str | None = None) -> dict[str, Any]:
-    trainer, callback = make(out, variant, processes, way)
+    trainer = make(out, variant, processes, way)[0]
     last = Last()
     last.trainer = trainer
     trainer.add_callback(last)
     trainer.train(resume_from_checkpoint=checkpoint)
+    # Another than at first, if its state was restored.
+    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, CompreSSMCallback)]
+    callback = callbacks[0] if callbacks else CompreSSMCallback()
     backend, model = find_backend(trainer), inside(trainer.model)
     backend.settle_()
     states = backend.states_of(trainer.optimizer)

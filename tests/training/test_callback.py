@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -301,6 +303,18 @@ def test_what_can_not_work_is_refused_before_the_first_step(tmp_path, make, conf
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert not steps
+
+
+def test_an_attempt_whose_target_is_reached_already_shows_the_spectra(tmp_path):
+    """The sizes that kernels are tuned for go further than a ratio asks for."""
+    model = tiny_mamba2(state_size=64)
+    config = CompreSSMConfig(ratio=0.5, start=0, end=4, num_reductions=4)
+    callback = CompreSSMCallback(config)
+    make_trainer(tmp_path, model, callbacks=[callback], max_steps=6).train()
+    history = callback.history
+    assert [attempt.step for attempt in history] == [1, 2, 3, 4]
+    assert sum(sizes(model)) <= 64
+    assert any(one.sizes == other.sizes for one, other in pairwise(history))
 
 
 def test_new_parameters_are_refused_where_the_model_is_sharded():

@@ -24,7 +24,9 @@ pytestmark = [
 
 STAGES = ["zero1", "zero2", "zero3"]
 RUNS = [f"full:{way}" for way in STAGES] + [f"full:{way}@full-{way}-2/checkpoint-3" for way in ("zero2", "zero3")]
-RUNS += [f"{name}:zero3" for name in ("sharded", "options", "fitted", "selected", "none", "rollback", "loaded")]
+RUNS += [
+    f"{name}:zero3" for name in ("sharded", "options", "fitted", "weighed", "selected", "none", "rollback", "loaded")
+]
 RUNS += [f"{name}:zero2" for name in ("failing", "mixed", "refused_zero")]
 ALONE = ["none", "full", "sharded", "options", "fitted", "selected"]
 UNIVERSAL = ["zero2", "zero3"]
