@@ -2,7 +2,7 @@
 
 The rooms, from the ground up; each imports only from those above it here:
 
-    compat/        what is private in other libraries, and nothing else
+    compat/        what is private in other libraries, and what hides it
     config.py      every knob
     interrupts/    what was changed for a while is put back, and Ctrl-C waits while a change runs
     kernels/       scans over time: Triton kernels, and their twins in plain torch

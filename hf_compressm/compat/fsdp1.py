@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .parts import Part, States, planned_data, pop_planned_, taken
+from .used import CHECKED
 
-VERSIONS = ("2.11", "2.13")
 HANDLE_ARGUMENTS = [
     *("self", "params", "fully_sharded_module", "device", "sharding_strategy", "offload_params", "mp_param_dtype"),
     *("mp_reduce_dtype", "keep_low_precision_grads", "process_group", "use_orig_params", "fsdp_extension"),
@@ -43,7 +43,7 @@ def know_units_(model: nn.Module) -> None:
         if list(inspect.signature(type(unit._handle).__init__).parameters) != HANDLE_ARGUMENTS:
             raise ValueError(
                 f"How FSDP1 of torch {torch.__version__} keeps its parameters is not known here; what is known was checked on torch "
-                f"{' and '.join(VERSIONS)}: take one of these, or FSDP2. Nothing was changed."
+                f"{' and '.join(CHECKED['torch'])}: take one of these, or FSDP2. Nothing was changed."
             )
         for p, shape in zip(flat._params, flat._shapes, strict=True):
             p.whole_shape, p.unit = shape, unit

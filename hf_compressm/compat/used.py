@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from .zero import VERSIONS
+CHECKED = {
+    "torch": ("2.11", "2.13"),
+    "transformers": ("5.23", "5.24"),
+    "accelerate": ("1.15",),
+    "deepspeed": ("0.19",),
+}
 
-CHECKED = {"torch": ("2.11", "2.13"), "transformers": ("5.23", "5.24"), "accelerate": ("1.15",), "deepspeed": VERSIONS}
 USED = {
     "transformers.configuration_utils._commit_hash": "the revision that a config was loaded from",
     "transformers.modeling_utils.PreTrainedModel._upload_modified_files": "save_pretrained(push_to_hub=True) and "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .parts import Part, States, take_planned_, taken
+from .used import CHECKED
 
-VERSIONS = ("0.19",)
 MASTER = "master_param"
 """The name of the weights in float32 among the states: as optimizers call copies of the weights."""
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -59,10 +59,10 @@ def check_deepspeed(engine: Any) -> None:
 
     arguments = list(inspect.signature(deepspeed.DeepSpeedEngine.__init__).parameters)
     known = arguments == ENGINE_ARGUMENTS and type(engine) is deepspeed.DeepSpeedEngine
-    if not deepspeed.__version__.startswith(VERSIONS) or not known:
+    if not deepspeed.__version__.startswith(CHECKED["deepspeed"]) or not known:
         raise ValueError(
             f"How DeepSpeed {deepspeed.__version__} ({type(engine).__name__}) keeps a model is not known here; what is known was "
-            f"checked on DeepSpeed {' and '.join(VERSIONS)}: take one of these, or FSDP2. Nothing was changed."
+            f"checked on DeepSpeed {' and '.join(CHECKED['deepspeed'])}: take one of these, or FSDP2. Nothing was changed."
         )
 
 

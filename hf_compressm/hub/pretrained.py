@@ -95,8 +95,8 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     return model
 
 
-def default_device_map() -> Any:
-    """Where a model is loaded if nobody says: on this process's GPU, if there is one, or several and the CPU if it is too large.
+def default_device_map() -> dict[str, int] | None:
+    """Where a model is loaded if nobody says: on this process's GPU, if there is one.
 
     transformers loads on the CPU. There a cut takes many times as long, and beside an installed mamba_ssm, whose kernels
     are called for any device, no Mamba runs at all.
@@ -104,9 +104,9 @@ def default_device_map() -> Any:
     if not torch.cuda.is_available():
         return None
     if launched() == 1:
-        return "sequential"
-    mine = int(os.environ.get("LOCAL_RANK", "0"))
-    return {"": mine} if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count() else None
+        return {"": torch.cuda.current_device()}
+    rank = os.environ.get("LOCAL_RANK")  # which launchers other than torchrun and accelerate may not tell
+    return None if rank is None or int(rank) >= torch.cuda.device_count() else {"": int(rank)}
 
 
 def check_name(name_or_path: str | Path) -> None:

@@ -144,14 +144,16 @@ def test_slim_models_with_rescaling_reload_exactly(tmp_path, token_ids, name, fr
     ("gpus", "launched", "expected"),
     [
         (0, {}, None),
-        (1, {}, "sequential"),
-        (2, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"": 1}),
-        (1, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),
+        (4, {}, {"": 3}),
+        (2, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"": 1}),
+        (1, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),
+        (2, {"WORLD_SIZE": "2"}, None),
     ],
 )
 def test_a_checkpoint_goes_to_the_gpu_of_its_process(monkeypatch, gpus, launched, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpus - 1)
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     assert default_device_map() == expected

@@ -34,10 +34,10 @@ from hf_compressm.backends import find_backend
 from hf_compressm.backends.fsdp1 import FSDP1
 from hf_compressm.backends.fsdp2 import FSDP2
 from hf_compressm.compat import fsdp2 as fsdp2_room
-from hf_compressm.compat import zero as zero_room
 from hf_compressm.compat.fsdp2 import fsdp2_parameters
 from hf_compressm.compat.parts import Part
 from hf_compressm.compat.sharding import held, is_sharded, parameter_count, whole
+from hf_compressm.compat.used import CHECKED
 from hf_compressm.compat.wrapping import inside
 from hf_compressm.cutting import apply
 from hf_compressm.layers import find_layers, set_data_
@@ -337,7 +337,7 @@ def refused_zero(out: Path, processes: int, way: str) -> dict[str, Any]:
             found[name] = message(make(out, name, processes, way)[0].train)
     with patch.dict(VARIANTS, {"adagrad": {"args": {"optim": "adagrad"}}}):
         found["optimizer"] = message(make(out, "adagrad", processes, "zero2")[0].train)
-    with patch.dict(VARIANTS, {"plain": {}}), patch.object(zero_room, "VERSIONS", ("0.1.",)):
+    with patch.dict(VARIANTS, {"plain": {}}), patch.dict(CHECKED, {"deepspeed": ("0.1.",)}):
         trainer = make(out, "plain", processes, "zero2")[0]
         found["version"] = message(trainer.train)
     found["anew"] = message(make(out, "lti", processes, "zero2")[0].train)
