@@ -224,7 +224,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._config = replace(self._config, realization=realization_of(self._config, layers, in_training=True))
         check_realization(self._config.realization, layers, self._backend)
         if not self._goes_on(model, layers, state):
-            self._begin(model, layers, state)
+            self._begin(model, layers)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # what a save puts in its place
         self._model, self._training = weakref.ref(model), True
         self._checked = False
@@ -265,7 +265,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 return True
         return restarted
 
-    def _begin(self, model: PreTrainedModel, layers: list[Layer], state: Any) -> None:
+    def _begin(self, model: PreTrainedModel, layers: list[Layer]) -> None:
         """Start from the sizes that the model has.
 
         Raises:
