@@ -63,6 +63,7 @@ class ReshapeOnLoad:
 
     @classmethod
     def _install(cls, trainer: Any, model: Any, listener: Any) -> None:
+        model = inside(model)  # which, unlike what is around it, is the same one all along
         try:
             layers = find_layers(model)
         except ValueError:
