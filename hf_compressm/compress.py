@@ -203,6 +203,7 @@ def _checked(
 def _facts(config: CompreSSMConfig, model: PreTrainedModel, optimizer: Any) -> dict[str, Any]:
     """What has to be the same on all processes that cut a model together."""
     whole = [p.detach().contiguous() for p in model.parameters() if type(p.data) is Tensor and not p.is_meta]
+    whole = [torch.view_as_real(p) if p.is_complex() else p for p in whole]
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return config.to_dict() | {
         "optimizer=": optimizer is not None,

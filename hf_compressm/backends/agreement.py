@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -34,6 +35,7 @@ class ProcessLostError(RuntimeError):
 
 
 _numbers = count()
+_times: defaultdict[str, count[int]] = defaultdict(lambda: count(1))
 _ERRORS: dict[str, type[Exception]] = {
     "ValueError": ValueError,
     "TypeError": TypeError,
@@ -123,19 +125,30 @@ def agree(what: str, facts: Mapping[str, Any], silence: float | None = None) -> 
     together(what, compare, silence)
 
 
-def announce(what: str) -> None:
-    """Say that this process takes part in something, before it can be waited for."""
+def announce(what: str) -> str:
+    """Say that this process takes part in something, before it can be waited for.
+
+    Returns:
+        the name to ask `absent` by, with how many times it has: the second time of one is that of the others, too.
+    """
+    name = f"{what}/{next(_times[what])}"
     if processes() > 1:
-        process_store().set(f"{_PREFIX}/{what}/{dist.get_rank()}", "")
+        process_store().set(f"{_PREFIX}/{name}/{dist.get_rank()}", "")
+    return name
 
 
-def absent(what: str, patience: float = 0.0) -> list[int]:
-    """The processes that have not announced that they take part in something, nor do within some seconds."""
+def absent(name: str, patience: float = 0.0) -> list[int]:
+    """The processes that have not announced that they take part in something, nor do within some seconds.
+
+    Args:
+        name: as `announce` gave it.
+        patience: the seconds.
+    """
     if processes() == 1:
         return []
     end = time.monotonic() + patience
     while True:
-        missing = [rank for rank in range(processes()) if not process_store().check([f"{_PREFIX}/{what}/{rank}"])]
+        missing = [rank for rank in range(processes()) if not process_store().check([f"{_PREFIX}/{name}/{rank}"])]
         if not missing or time.monotonic() >= end:
             return missing
         time.sleep(0.05)

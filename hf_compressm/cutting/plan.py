@@ -59,7 +59,7 @@ class Plan:
 
     def cpu(self) -> Plan:
         """The same on the CPU, to be sent to other processes."""
-        return replace(self, realizations={index: made.to("cpu") for index, made in self.realizations.items()})
+        return replace(self, realizations={index: made.to_send() for index, made in self.realizations.items()})
 
     def apply_(
         self,

@@ -86,7 +86,7 @@ def choose_sizes(
         return [layer.state_size for layer in layers]
     if config.ratio is not None and not config.uniform:
         total = round(config.ratio * sum(layer.state_size for layer in layers))
-        return allocate_ranks(costs(), total, sizes=choices)
+        return allocate_ranks(costs(), total, choices)
     if config.ratio is not None:
         sizes = [max(1, round(config.ratio * layer.state_size)) for layer in layers]
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..compat.offloading import device_of
+from ..interrupts import same_random_numbers
 from .batches import BATCH, MIN_LENGTH, Batch, batches_of, check_batches
 from .packing import apart
 from .texts import CALIBRATION, LENGTH, windows
@@ -115,18 +114,10 @@ def sample(model: PreTrainedModel, sequences: int = CPU_SEQUENCES, length: int =
     start = model.config.bos_token_id or 0
     ids = torch.full((sequences, 1), start, device=device_of(model))
     settings = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
-    with _seeded(device_of(model)):
-        sampled: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
-    return sampled
-
-
-@contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """Random numbers of a fixed seed, of the CPU's and, for a GPU, its generators; then they go on where they were."""
-    gpus = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
+    with same_random_numbers():
         # Not by torch.manual_seed, which would reseed a GPU also where the model is not on one.
         torch.default_generator.manual_seed(0)
-        if gpus:
+        if ids.is_cuda:
             torch.cuda.manual_seed_all(0)
-        yield
+        sampled: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
+    return sampled

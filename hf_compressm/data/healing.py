@@ -91,7 +91,10 @@ class HealingText:
         """What to measure on: all of it, or, where it is much, some sequences that are spread over it or the first of a stream."""
         count = min(self._most, len(self._rows))
         spread = torch.linspace(0, len(self._rows) - 1, count).round().long().tolist()
-        return [collate([self._rows[i] for i in spread[at : at + BATCH]]) for at in range(0, count, BATCH)]
+        rows = [self._rows[i] for i in spread]
+        plain = [row for row in rows if "position_ids" not in row]
+        packed = [row for row in rows if "position_ids" in row]  # statistics would take their padding for tokens
+        return [collate(plain[at : at + BATCH]) for at in range(0, len(plain), BATCH)] + packed
 
     @property
     def tokens_per_sequence(self) -> float:
@@ -135,18 +138,27 @@ class _Stream(IterableDataset[Batch]):
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> Batch:
-    """Sequences [1, length], padded on the left, as a batch."""
+    """Sequences [1, length], padded on the left, as a batch.
+
+    Where some are packed they are padded on the right, and each token there is a sample of its own: `position_ids` are read
+    without a mask, and nothing that is read later moves a prediction.
+    """
+    packed = any("position_ids" in row for row in rows)
+    if packed:
+        rows = [{"position_ids": torch.arange(row["input_ids"].shape[1])[None]} | dict(row) for row in rows]
+    side = "right" if packed else "left"
     return {
-        name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_side="left") for name in rows[0]
+        name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_side=side) for name in rows[0]
     }
 
 
 def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Batch]:
     """The sequences [1, length] of batches, on the CPU, without the padding before them."""
     for batch in batches:
-        for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True):
+        here = {name: tensor.cpu() for name, tensor in batch.items()}
+        for number, mask in enumerate(here["attention_mask"]):
             start = int(mask.argmax())
-            yield {"input_ids": ids[None, start:], "attention_mask": mask[None, start:]}
+            yield {name: tensor[number : number + 1, start:] for name, tensor in here.items()}
 
 
 def _up_to(rows: Iterable[Batch], tokens: int) -> Iterator[Batch]:

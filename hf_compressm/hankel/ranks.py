@@ -80,42 +80,28 @@ def powers_of_two(n: int, minimum: int = 1) -> list[int]:
     return [2**k for k in range(n.bit_length()) if minimum <= 2**k < n] + [n]
 
 
-def allocate_ranks(
-    costs: Sequence[Tensor],
-    total: int,
-    *,
-    minimum: int = 1,
-    multiple_of: int = 1,
-    sizes: Sequence[Sequence[int]] | None = None,
-) -> list[int]:
+def allocate_ranks(costs: Sequence[Tensor], total: int, sizes: Sequence[Sequence[int]]) -> list[int]:
     """Share `total` states among the layers at the least summed cost, exactly, by dynamic programming.
-
-    Each layer may have any multiple of `multiple_of` from `minimum` up, and its full size N_l even if that is not a
-    multiple (a layer with N_l < minimum stays whole), unless `sizes` says otherwise. The sizes sum to `total`, or to
-    the largest reachable sum below.
 
     Args:
         costs: for each layer [N_l], where costs[l][r - 1] is the cost of keeping r states in it.
         total: number of states to keep over all layers.
-        minimum: smallest size of a layer.
-        multiple_of: what the sizes are multiples of.
-        sizes: for each layer the sizes that it may have, ascending; `minimum` and `multiple_of` don't count then.
+        sizes: for each layer the sizes that it may have, ascending.
 
     Returns:
-        The size of each layer.
+        The size of each layer. They sum to `total`, or to the largest reachable sum below.
 
     Raises:
         ValueError: `total` is below the sum of the layers' smallest sizes, or a cost is not finite.
     """
-    tables = [_finite(cost) for cost in costs]
-    choices = sizes or [allowed_sizes(len(table), minimum, multiple_of) for table in tables]
-    least = sum(choice[0] for choice in choices)
+    allocation = Allocation(costs, sizes)
+    least = sum(choice[0] for choice in sizes)
     if total < least:
         raise ValueError(
-            f"a total of {total} states cannot be shared among {len(tables)} layers that need at least {least}: raise "
+            f"a total of {total} states cannot be shared among {len(sizes)} layers that need at least {least}: raise "
             "the total, or lower the minimum size or multiple_of (1 allows any size)"
         )
-    return Allocation(costs, choices).ranks(total)
+    return allocation.ranks(total)
 
 
 class Allocation:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.offloading import hook_of, without_hooks_
+from ..cutting.passes import called_with
 from ..cutting.trials import mixers_for_a_while
 from ..data.evaluation import evaluating
 
@@ -31,7 +32,7 @@ class FullModel:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Log-probabilities of the next tokens [batch, length, vocabulary], float32."""
         with mixers_for_a_while(self.model, self.mixers), evaluating(self.model):
-            predictions: Tensor = self.model(**batch, use_cache=False).logits.float().log_softmax(-1)
+            predictions: Tensor = self.model(**called_with(batch), use_cache=False).logits.float().log_softmax(-1)
             return predictions
 
 

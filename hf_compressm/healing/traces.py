@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,7 +14,7 @@ from ..backends import processes
 from ..compat.offloading import device_of
 from ..compat.processes import accelerate_state
 from ..cutting.snapshot import Contents
-from ..interrupts import restoring
+from ..interrupts import restoring, same_random_numbers
 
 # By which launchers tell a Trainer of processes, precision and sharding. What of it counts here, the model and its process tell.
 LAUNCHERS = ("ACCELERATE_", "FSDP_", "LOCAL_RANK")
@@ -39,9 +37,7 @@ def without_trace(model: Any) -> Iterator[None]:
     ]
     contents += [Contents(state) for state in [*accelerate_state(), os.environ]]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    gpu = torch.cuda.current_device() if gpus else None
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def restore() -> None:
         for one in contents:
@@ -49,14 +45,10 @@ def without_trace(model: Any) -> Iterator[None]:
         for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torchs)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
+        if gpu is not None:
             torch.cuda.set_device(gpu)
 
-    with restoring(restore):
+    with restoring(restore), same_random_numbers():
         here = _place(model)
         for name in list(os.environ):
             if name.startswith(LAUNCHERS):

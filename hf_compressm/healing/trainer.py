@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from ..backends import Backend
 from ..compat.offloading import device_of
 from ..cutting.divergence import Divergence
+from ..cutting.passes import called_with
 from ..data.healing import collate
 from .full import FullModel
 
@@ -76,7 +77,7 @@ class HealingTrainer(Trainer):
     ) -> Any:
         """The mean Kullback-Leibler divergence of the next-token distribution from the full model's, in nats."""
         full, mask = self.full(inputs), inputs["attention_mask"]
-        output = model(**inputs, use_cache=False)
+        output = model(**called_with(inputs), use_cache=False)
         now = output.logits.float().log_softmax(-1)
         each = F.kl_div(now, full, reduction="none", log_target=True).sum(-1)
         tokens = mask.sum()

@@ -242,7 +242,17 @@ class Realization(ABC):
 
     def to(self: R, device: torch.device | str) -> R:
         """The same with its tensors on a device."""
-        there: R = _to_device(self, device)
+        there: R = _with_each(lambda tensor: tensor.to(device), self)
+        return there
+
+    def to_send(self: R) -> R:
+        """The same on the CPU, none of its tensors a view of a larger one: what is pickled is the whole storage."""
+
+        def alone(tensor: Tensor) -> Tensor:
+            tensor = tensor.cpu()
+            return tensor.clone() if tensor.nbytes < tensor.untyped_storage().nbytes() else tensor
+
+        there: R = _with_each(alone, self)
         return there
 
 
@@ -256,12 +266,13 @@ def _count(shapes: Mapping[str, torch.Size]) -> int:
     return sum(shape.numel() for shape in shapes.values())
 
 
-def _to_device(value: Any, device: torch.device | str) -> Any:
+def _with_each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same with other tensors, wherever it has some."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
+        return tuple(_with_each(change, item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: _to_device(item, device) for name, item in fields.items()})
+        return type(value)(**{name: _with_each(change, item) for name, item in fields.items()})
     return value

@@ -226,8 +226,9 @@ class LTILayer(MixerLayer):
 
     @property
     def channels(self) -> int:
-        """Two for each system: a complex state is two numbers."""
-        return 2 * self.like_a().shape[:-1].numel()
+        """Numbers of a state in all systems: two for each where it is complex."""
+        a = self.like_a()
+        return (1 + a.is_complex()) * a.shape[:-1].numel()
 
     @torch.no_grad()
     def like_a(self) -> Tensor:

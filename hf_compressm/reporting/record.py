@@ -166,7 +166,10 @@ def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema_version"] > SCHEMA_VERSION:
             raise OSError(f"{path} was written by a newer hf_compressm: upgrade to read it.")
-        return tuple(Cut.from_dict(cut) for cut in record["cuts"])
+        cuts = tuple(Cut.from_dict(cut) for cut in record["cuts"])
+        if not cuts:
+            raise ValueError("it has no cut")
+        return cuts
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(
             f"{path} is damaged ({type(error).__name__}: {error}): save or download the model again."

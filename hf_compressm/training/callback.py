@@ -125,6 +125,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.calibration_data = calibration_data
         self.tokenizer = tokenizer
         self._trainer: Any = None
+        self._announced = ""
         # Whose state this callback's is, and whether its training loop has not ended.
         self._model: Any = None
         self._training = False
@@ -164,7 +165,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._trainer = weakref.ref(trainer)
             ReshapeOnLoad.install(trainer, self)
             ReshapeBeforeLoad.install(trainer, self)
-            announce(type(self).__name__)
+            self._announced = announce(type(self).__name__)
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -198,7 +199,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         loop, model = self._find_trainer(), inside(model)
         self._recorder.stop()  # a run that an error ended did not
         self._backend = find_backend(self.trainer)
-        check_everywhere(self, self._backend.late)
+        check_everywhere(self, self._announced, self._backend.late)
         begin, checkpoint = "the start of training", loop.get("resume_from_checkpoint")
         self._backend.together(begin, self._backend.refuse, PATIENCE)
         states = self._backend.states_of(optimizer)
@@ -223,7 +224,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._config = replace(self._config, realization=realization_of(self._config, layers, in_training=True))
         check_realization(self._config.realization, layers, self._backend)
         if not self._goes_on(model, layers, state):
-            self._begin(model, layers, state)
+            self._begin(model, layers)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # what a save puts in its place
         self._model, self._training = weakref.ref(model), True
         self._checked = False
@@ -264,7 +265,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 return True
         return restarted
 
-    def _begin(self, model: PreTrainedModel, layers: list[Layer], state: Any) -> None:
+    def _begin(self, model: PreTrainedModel, layers: list[Layer]) -> None:
         """Start from the sizes that the model has.
 
         Raises:

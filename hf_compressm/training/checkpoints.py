@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..backends import find_backend
 from ..compat.sharding import is_in_pieces
@@ -24,7 +27,7 @@ from .resuming import damaged
 
 
 class ReshapeOnLoad:
-    """A hook that gives a mixer the state size of the tensors that are about to be loaded.
+    """A hook that gives a mixer the state size of the tensors that are about to be loaded, as long as its trainer lives.
 
     Whichever of the mixer's tensors is there tells the size: in a sharded checkpoint they may come apart.
 
@@ -34,14 +37,21 @@ class ReshapeOnLoad:
         listener: its `on_sizes_loaded` is called with the model when a layer has another size than before.
     """
 
+    _handles: ClassVar[WeakKeyDictionary[Any, list[RemovableHandle]]] = WeakKeyDictionary()
+    """Of the hooks on each model."""
+
     def __init__(self, trainer: Any, model: Any, layer: Any, listener: Any) -> None:
         self.trainer, self.model, self.listener = (weakref.ref(owner) for owner in (trainer, model, listener))
         self.layer = layer
 
     @classmethod
     def install(cls, trainer: Any, listener: Any) -> None:
-        """Put the hook on every mixer of a trainer's model, and of those that its `model_init` makes."""
+        """Put the hook on every mixer of a trainer's model, and of those that its `model_init` makes.
+
+        A model has the hooks of one trainer: of the one that was made last, or that loads.
+        """
         cls._install(trainer, trainer.model, listener)
+        before_loading_(trainer, lambda folder: cls._install(trainer, trainer.model, listener))
         if trainer.model_init is not None:
             make = trainer.call_model_init
 
@@ -54,24 +64,43 @@ class ReshapeOnLoad:
 
     @classmethod
     def _install(cls, trainer: Any, model: Any, listener: Any) -> None:
+        model = inside(model)  # which, unlike what is around it, is the same one all along
         try:
             layers = find_layers(model)
         except ValueError:
             return  # on_train_begin says what is wrong
-        for layer in layers:
-            layer.mixer.register_load_state_dict_pre_hook(cls(trainer, model, layer, listener))
+        _remove(cls._handles.pop(model, []))
+        handles = [
+            layer.mixer.register_load_state_dict_pre_hook(cls(trainer, model, layer, listener)) for layer in layers
+        ]
+        cls._handles[model] = handles
+        weakref.finalize(trainer, _remove, handles).atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled with its mixer it has no trainer, and does nothing."""
+        return {"trainer": _gone}
 
     def __call__(self, mixer: Any, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Give the layer the size that it has in the weights, before they are loaded."""
+        trainer = self.trainer()
+        if trainer is None:
+            return
         layer, model = self.layer, self.model()
         if any(is_in_pieces(parameter) for parameter in mixer.parameters()):
             return  # and so are the tensors: `ReshapeBeforeLoad` has been here
         size = size_in(layer, state_dict, prefix)
         if size is None or size == layer.state_size or model is None:
             return
-        if all(module is not mixer for module in model.modules()):
-            return  # a copy of the model, which the hook was copied with
-        reshape_(model, layer, size, self.listener(), getattr(self.trainer(), "optimizer", None))
+        reshape_(model, layer, size, self.listener(), getattr(trainer, "optimizer", None))
+
+
+def _gone() -> None:
+    """As a weak reference to what is no more."""
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class ReshapeBeforeLoad:

@@ -91,17 +91,20 @@ def check_alone(callback: Any, trainer: Any) -> None:
         )
 
 
-def check_everywhere(callback: Any, patience: float) -> None:
+def check_everywhere(callback: Any, announced: str, patience: float) -> None:
     """Refuse to train where some processes would never come to a cut.
 
-    Each has announced its callback when it made its trainer, which another may do some seconds later than this one.
+    Args:
+        callback: of this process.
+        announced: under which name each process has announced its own when it made its trainer.
+        patience: seconds by which another may do so later than this one.
 
     Raises:
         ValueError: if one has none.
     """
-    name = type(callback).__name__
-    without = absent(name, patience)
+    without = absent(announced, patience)
     if without:
+        name = type(callback).__name__
         raise ValueError(
             f"Process {' and '.join(map(str, without))} of {processes()} has no {name}, and would wait for ever at the first "
             f"cut: give it to the Trainer of all processes, whatever their number (Trainer(callbacks=[{name}(...)]))."

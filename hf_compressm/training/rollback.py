@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from transformers.utils import logging
 
 from ..backends import Backend
-from ..interrupts import restoring
+from ..interrupts import restoring, same_random_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +43,7 @@ class Metric:
         return self.backend.decide(lambda: float(metrics[self.name]))
 
     def _evaluate(self) -> Any:
-        with restoring(self.backend.settle_), _same_random_numbers():
+        with restoring(self.backend.settle_), same_random_numbers():
             return self.trainer.evaluation_loop(
                 self.trainer.get_eval_dataloader(),
                 description="CompreSSM",
@@ -65,15 +60,3 @@ class Metric:
             f"rollback={self.allowed} allows. No more cuts."
         )
         return True
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-    with restoring(restore), torch.random.fork_rng():
-        yield

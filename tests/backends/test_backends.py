@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 from torch.distributed import HashStore
 
@@ -15,8 +17,10 @@ from hf_compressm.backends import find as module
 from hf_compressm.backends.deepspeed import DeepSpeed
 from hf_compressm.backends.fsdp1 import FSDP1
 from hf_compressm.backends.refused import DataParallel, ShardedOtherwise
+from hf_compressm.compress import _facts
 from hf_compressm.layers import set_data_
-from tests.conftest import tiny_mamba
+from tests.conftest import VOCABULARY, tiny_mamba
+from tests.layers.lti_mixers import S5, Net
 from tests.training.conftest import losses, make_trainer, sizes
 
 
@@ -97,12 +101,30 @@ def test_a_plan_is_not_applied_by_each_process_alone(monkeypatch, token_ids):
     assert sizes(model) == [4, 4]
 
 
+def test_weights_of_every_kind_are_compared():
+    model = Net(VOCABULARY, 6, lambda: S5(6, 12))
+    with torch.no_grad():
+        for mixer in model.mixers:
+            mixer.B.data, mixer.D = (
+                mixer.B.data.to(torch.complex128),
+                nn.Parameter(torch.ones(3, dtype=torch.bfloat16)),
+            )
+    before = _facts(CompreSSMConfig(), model, None)
+    assert before == _facts(CompreSSMConfig(), copy.deepcopy(model), None)
+    with torch.no_grad():
+        model.mixers[0].B[0, 0] += 1j
+    assert before != _facts(CompreSSMConfig(), model, None)
+
+
 def test_a_process_that_comes_a_little_later_is_waited_for(monkeypatch):
+    """The second time, too, for which the first does not count."""
     store = HashStore()
     monkeypatch.setattr(agreement, "processes", lambda: 2)
     monkeypatch.setattr(agreement, "process_store", lambda: store)
-    store.set("hf_compressm/it/0", "")
-    threading.Timer(0.5, lambda: store.set("hf_compressm/it/1", "")).start()
-    assert agreement.absent("it") == [1]
-    assert agreement.absent("it", 30.0) == []
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    first, second = agreement.announce("it"), agreement.announce("it")
+    threading.Timer(0.5, lambda: store.set(f"hf_compressm/{first}/1", "")).start()
+    assert agreement.absent(first) == [1]
+    assert agreement.absent(first, 30.0) == []
+    assert agreement.absent(second, 0.1) == [1]
     assert agreement.absent("nothing", 0.1) == [0, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -116,6 +116,23 @@ def test_a_plan_is_for_layers_of_the_sizes_that_were_measured(mamba, token_ids):
         plan.apply_(mamba)
     with pytest.raises(ValueError, match="measure it again"):
         measurement.plan(CompreSSMConfig(state_size=2))
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_plan_is_sent_without_what_it_was_made_of(token_ids, name):
+    make, options = CUTS[name]
+    config = CompreSSMConfig(**options)
+    plan = measure(make(), token_ids, config).plan(config).cpu()
+    assert len(pickle.dumps(plan.realizations)) < 1.2 * sum(map(numbers_in, plan.realizations.values())) + 16_000
+
+
+def numbers_in(value) -> int:
+    """Bytes of the tensors in a dataclass."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, tuple | list):
+        return sum(map(numbers_in, value))
+    return sum(numbers_in(getattr(value, field.name)) for field in fields(value)) if is_dataclass(value) else 0
 
 
 @pytest.mark.parametrize("name", CUTS)

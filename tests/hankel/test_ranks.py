@@ -143,9 +143,9 @@ def test_allocation_over_given_sizes_equals_brute_force():
             (choice for choice in feasible if sum(choice) == reachable),
             key=lambda choice: sum(float(table[r - 1]) for table, r in zip(costs, choice, strict=True)),
         )
-        assert allocate_ranks(costs, total, sizes=sizes) == list(best)
+        assert allocate_ranks(costs, total, sizes) == list(best)
     with pytest.raises(ValueError, match="need at least 48"):
-        allocate_ranks(costs, 47, sizes=sizes)
+        allocate_ranks(costs, 47, sizes)
 
 
 @settings(max_examples=200, deadline=None)
@@ -165,11 +165,11 @@ def test_allocation_equals_brute_force(sizes, share, minimum, multiple_of, seed,
         costs.append(falling + noise * torch.rand(n, dtype=torch.float64, generator=generator))
     total = round(share * sum(sizes))
 
-    choices = itertools.product(*(expected_sizes(n, minimum, multiple_of) for n in sizes))
-    feasible = [choice for choice in choices if sum(choice) <= total]
+    allowed = [expected_sizes(n, minimum, multiple_of) for n in sizes]
+    feasible = [choice for choice in itertools.product(*allowed) if sum(choice) <= total]
     if not feasible:
         with pytest.raises(ValueError, match="cannot be shared"):
-            allocate_ranks(costs, total, minimum=minimum, multiple_of=multiple_of)
+            allocate_ranks(costs, total, allowed)
         return
 
     def cost(ranks):
@@ -177,7 +177,7 @@ def test_allocation_equals_brute_force(sizes, share, minimum, multiple_of, seed,
 
     reachable = max(map(sum, feasible))
     best = min(cost(choice) for choice in feasible if sum(choice) == reachable)
-    ranks = allocate_ranks(costs, total, minimum=minimum, multiple_of=multiple_of)
+    ranks = allocate_ranks(costs, total, allowed)
     assert tuple(ranks) in feasible
     assert sum(ranks) == reachable
     assert cost(ranks) == pytest.approx(best, abs=1e-12)
@@ -185,29 +185,29 @@ def test_allocation_equals_brute_force(sizes, share, minimum, multiple_of, seed,
 
 def test_allocation_gives_states_to_the_layer_that_needs_them():
     needy, easy = torch.tensor([9.0, 6.0, 3.0, 0.0]), torch.tensor([0.2, 0.1, 0.0, 0.0])
-    assert allocate_ranks([easy, needy, easy], 6) == [1, 4, 1]
+    assert allocate_ranks([easy, needy, easy], 6, [range(1, 5)] * 3) == [1, 4, 1]
 
 
 def test_allocation_of_everything_is_no_cut():
-    assert allocate_ranks([torch.rand(5), torch.rand(7)], 12, multiple_of=4) == [5, 7]
-    assert allocate_ranks([torch.rand(5), torch.rand(7)], 100) == [5, 7]
+    for total in (12, 100):
+        assert allocate_ranks([torch.rand(5), torch.rand(7)], total, [[4, 5], [4, 7]]) == [5, 7]
 
 
 def test_allocation_names_the_least_total():
     with pytest.raises(ValueError, match="2 layers that need at least 8"):
-        allocate_ranks([torch.rand(16), torch.rand(16)], 7, minimum=3, multiple_of=4)
+        allocate_ranks([torch.rand(16), torch.rand(16)], 7, [[4, 8, 12, 16]] * 2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_allocation_refuses_costs_that_are_not_finite(value):
     with pytest.raises(ValueError, match="finite"):
-        allocate_ranks([torch.tensor([1.0, value])], 1)
+        allocate_ranks([torch.tensor([1.0, value])], 1, [[1, 2]])
 
 
 def test_allocation_at_full_size_is_the_greedy_one_where_costs_are_convex():
     generator = torch.Generator().manual_seed(0)
     gains = torch.rand(24, 128, generator=generator, dtype=torch.float64).sort(dim=1, descending=True).values
-    ranks = allocate_ranks(list(gains.sum(1, keepdim=True) - gains.cumsum(1)), 24 * 64)
+    ranks = allocate_ranks(list(gains.sum(1, keepdim=True) - gains.cumsum(1)), 24 * 64, [range(1, 129)] * 24)
     # Each layer's first state, then the largest gains of all.
     taken = torch.zeros(24 * 127, dtype=torch.long)
     taken[gains[:, 1:].flatten().argsort(descending=True)[: 24 * 63]] = 1

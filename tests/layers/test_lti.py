@@ -145,7 +145,10 @@ def test_real_eigenvalues_are_selected(token_ids):
     with torch.no_grad():
         for mixer in model.mixers:
             mixer.theta_log.fill_(-20)
-    assert compress_(model, CompreSSMConfig(state_size=4)).realization == "select"
+    report = compress_(model, CompreSSMConfig(state_size=4))
+    assert report.realization == "select"
+    assert report.state_bytes_after == 4 * sum(sizes(model)) == 32  # a real state is one number
+    assert compress_(net(), CompreSSMConfig(state_size=4)).state_bytes_after == 64
     with pytest.raises(ValueError, match="realization='select'"):
         compress_(model, CompreSSMConfig(state_size=2, realization="balance"))
 

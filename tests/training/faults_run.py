@@ -13,7 +13,6 @@ import torch.distributed as dist
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.backends import agreement
 from hf_compressm.backends import backend as backend_module
-from hf_compressm.compat.processes import process_store
 from hf_compressm.training import callback as callback_module
 from tests.conftest import tiny_mamba
 from tests.training.conftest import make_trainer, sizes
@@ -31,8 +30,6 @@ def begin(folder: Path) -> None:
     def attempt(name: str, callbacks: list[Any]) -> None:
         model = tiny_mamba()
         trainer = make_trainer(folder, model, callbacks=callbacks, max_steps=6, ddp_backend="gloo")
-        if name == "absent" and rank == 1:
-            process_store().delete_key(f"hf_compressm/CompreSSMCallback/{rank}")  # of the attempts before
         try:
             trainer.train()
         except (ValueError, RuntimeError) as error:
