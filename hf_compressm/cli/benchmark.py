@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import command
-from .console import Json, find_device, note, progress_bar
+from .console import Json, current, find_device, note, progress_bar
 
 
 @command
@@ -55,7 +55,7 @@ def benchmark(
     work = Workload(length, batch, batch, tuple(decode_batch or (1, 64, 512)), getattr(torch, dtype), repeats)
     config = load_config(model)
     columns: list[dict[str, float]] = []
-    with progress_bar() as progress:
+    with progress_bar() as progress, current(on):
         task = progress.add_task("building the model", total=None)
 
         def time_all(size: int | None) -> None:

@@ -22,6 +22,7 @@ from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
 from ..data.texts import LENGTH
 from ..layers import Layer, find_layers, realization_of
 from ..layers.systems import TOGETHER
+from .speed import synchronize
 
 SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
@@ -215,14 +216,9 @@ def _timed(step: Callable[[], Any], device: torch.device, seconds: float = math.
     """
     times: list[float] = []
     while len(times) < 4 and sum(times) < seconds:
-        _synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         step()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times[1:] or times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -124,17 +124,18 @@ def _seconds(step: Callable[[], Any], device: torch.device, repeats: int) -> flo
     """The median time of a step, after two that are not counted."""
     times = []
     for _ in range(repeats + 2):
-        _synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         step()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[2:])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has begun; on a CPU everything is done when it returns."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def _or_nan(measure: Callable[[], float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -63,6 +64,30 @@ def test_sizes_in_any_order(tmp_path):
     result = run(tiny_mamba(8), tmp_path, "--state-size", "2", "--state-size", "4", "--json")
     assert result.exit_code == 0, result.output
     assert [column["state size"] for column in json.loads(result.stdout)["results"]] == [8, 2, 4]
+
+
+@pytest.mark.parametrize("command", ["benchmark", "estimate"])
+def test_the_device_is_the_current_one(command, tmp_path, monkeypatch):
+    """Of which torch takes memory, clocks and graphs where it is not told another: a GPU that is not the first, too."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def make_current(device):
+        current.append(str(device))
+        yield
+        current.pop()
+
+    def timed(*args, **options):
+        assert current[-1] == "cuda:1"
+        raise ValueError("it was timed")
+
+    tiny_mamba().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    monkeypatch.setattr(f"hf_compressm.cli.{command}.find_device", torch.device)
+    monkeypatch.setattr("hf_compressm.cli.speed.build", timed)
+    monkeypatch.setattr("hf_compressm.cli.estimating.find_layers", timed)
+    result = CliRunner().invoke(app, [command, str(tmp_path), "--device", "cuda:1"])
+    assert "it was timed" in result.stderr, result.output
 
 
 def test_refusals(tmp_path):
