@@ -150,7 +150,7 @@ def _seconds(
 
     on_cpu = device.type == "cpu"
     tokens = LENGTH * (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES)
-    by_loss = options.weighs_by_loss and not any(each.gradient_is_slow for each in [layer])
+    by_loss = options.weighs_by_loss and not layer.gradient_is_slow
     passes = 4 if by_loss else 1  # forward, again, and back, which is twice as long
     measuring = tokens * (passes * token + len(layers) * reading)
     bound = options.calibration_seconds
