@@ -18,6 +18,7 @@ from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS, secon
 from ..cutting.passes import sequences_together
 from ..cutting.scans import quick_scans
 from ..cutting.sensitivity import POINTS
+from ..cutting.sizes import check_targets
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
 from ..data.texts import LENGTH
 from ..layers import Layer, find_layers, realization_of
@@ -79,12 +80,13 @@ def estimate(
         advance: called before each thing that is timed.
 
     Raises:
-        ValueError: if the model has no SSM layer, or the options are not for it.
+        ValueError: if the model has no SSM layer, or the options are not for it or its sizes.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     layers = find_layers(model, shapes_alone=True)
     name = realization_of(options, layers)
+    check_targets(options, layers, name)
     states = sum(layer.state_size for layer in layers)
     own = sum(parameter.nbytes for parameter in model.parameters())
     return Estimate(
