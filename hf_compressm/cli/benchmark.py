@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import command
-from .console import Json, find_device, note, progress_bar
+from .console import Json, current, find_device, note, progress_bar
 
 
 @command
@@ -55,7 +56,7 @@ def benchmark(
     work = Workload(length, batch, batch, tuple(decode_batch or (1, 64, 512)), getattr(torch, dtype), repeats)
     config = load_config(model)
     columns: list[dict[str, float]] = []
-    with progress_bar() as progress:
+    with progress_bar() as progress, current(on):
         task = progress.add_task("building the model", total=None)
 
         def time_all(size: int | None) -> None:
@@ -69,7 +70,8 @@ def benchmark(
             time_all(size)
     missing = missing_kernels(on)
     if as_json:
-        typer.echo(json.dumps({"device": str(on), "missing_kernels": missing, "results": columns}, indent=2))
+        results = [{row: None if math.isnan(value) else value for row, value in column.items()} for column in columns]
+        typer.echo(json.dumps({"device": str(on), "missing_kernels": missing, "results": results}, indent=2))
         return
     own, *slim = columns
     table = Table(
@@ -78,13 +80,20 @@ def benchmark(
     for column in ("", "present", *("slim (ratio)" for _ in slim)):
         table.add_column(column, justify="right")
     for row, full in own.items():
-        table.add_row(row, f"{full:,.0f}", *(f"{column[row]:,.0f} ({column[row] / full:.2f}x)" for column in slim))
+        table.add_row(row, _cell(full), *(_cell(column[row], full) for column in slim))
     Console().print(table)
     if missing:
         note(
             f"[yellow]On the slow path: transformers scans in plain torch without {' and '.join(missing)}.[/yellow] These "
             "figures say nothing of the fast one; on a CUDA GPU, install hf_compressm\\[cuda]."
         )
+
+
+def _cell(value: float, full: float = math.nan) -> str:
+    """A dash for what the memory does not hold; the ratio if it holds both."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if math.isnan(full) else f"{value:,.0f} ({value / full:.2f}x)"
 
 
 def _device_name(device: Any) -> str:

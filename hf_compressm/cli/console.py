@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,6 +178,13 @@ def find_device(name: str | None) -> Any:
     if name is not None and name not in here:
         raise ValueError(f"--device must be one of what is here, {', '.join(here)}, got {name}.")
     return torch.device(name or ("cuda" if gpus else "cpu"))
+
+
+def current(device: Any) -> AbstractContextManager[object]:
+    """Makes a GPU the one that is waited for, asked for its memory and recorded in graphs; on a CPU, nothing."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def load(model: str, progress: Progress, device: str | None = None) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .app import command
-from .console import Json, find_device, note, progress_bar
+from .console import Json, current, find_device, note, progress_bar
 
 GIB = 2**30
 
@@ -49,7 +49,7 @@ def estimate(
         raise ValueError(f"--dtype must be bfloat16 or float32, got {dtype}.")
     options = CompreSSMConfig(state_size=state_size, ratio=ratio, realization=realization).after_training()
     on = find_device(device)
-    with progress_bar() as progress:
+    with progress_bar() as progress, current(on):
         task = progress.add_task("timing one layer", total=None)
         found = run(load_config(model), options, on, getattr(torch, dtype), lambda: progress.advance(task))
     if as_json:

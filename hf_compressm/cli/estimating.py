@@ -18,10 +18,12 @@ from ..cutting.measuring import SENSITIVITY_SEQUENCES, SENSITIVITY_TOKENS, secon
 from ..cutting.passes import sequences_together
 from ..cutting.scans import quick_scans
 from ..cutting.sensitivity import POINTS
+from ..cutting.sizes import check_targets
 from ..data.calibration import CPU_SEQUENCES, GPU_SEQUENCES
 from ..data.texts import LENGTH
 from ..layers import Layer, find_layers, realization_of
 from ..layers.systems import TOGETHER
+from .speed import synchronize
 
 SLACK = 2 * 2**30
 """What a cut keeps beside the model and one sequence's activations in one layer: see `hankel.budgets`."""
@@ -78,12 +80,13 @@ def estimate(
         advance: called before each thing that is timed.
 
     Raises:
-        ValueError: if the model has no SSM layer, or the options are not for it.
+        ValueError: if the model has no SSM layer, or the options are not for it or its sizes.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     layers = find_layers(model, shapes_alone=True)
     name = realization_of(options, layers)
+    check_targets(options, layers, name)
     states = sum(layer.state_size for layer in layers)
     own = sum(parameter.nbytes for parameter in model.parameters())
     return Estimate(
@@ -149,7 +152,7 @@ def _seconds(
 
     on_cpu = device.type == "cpu"
     tokens = LENGTH * (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES)
-    by_loss = options.weighs_by_loss and not any(each.gradient_is_slow for each in [layer])
+    by_loss = options.weighs_by_loss and not layer.gradient_is_slow
     passes = 4 if by_loss else 1  # forward, again, and back, which is twice as long
     measuring = tokens * (passes * token + len(layers) * reading)
     bound = options.calibration_seconds
@@ -215,14 +218,9 @@ def _timed(step: Callable[[], Any], device: torch.device, seconds: float = math.
     """
     times: list[float] = []
     while len(times) < 4 and sum(times) < seconds:
-        _synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         step()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times[1:] or times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

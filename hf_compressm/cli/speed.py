@@ -115,7 +115,7 @@ def benchmark(
         row = f"decoding, batch {batch}, CUDA graph" if graph else f"decoding, batch {batch}"
         yield row, _or_nan(lambda b=batch, g=graph: _decoding(model, tokens(b, 1), work, g))  # type: ignore[misc]
     if device.type == "cuda":
-        largest, speed = _largest_batch(model, tokens, work)
+        largest, speed = _largest_batch(model, tokens)
         yield "largest batch that decodes", largest
         yield "decoding, largest batch", speed
 
@@ -124,17 +124,18 @@ def _seconds(step: Callable[[], Any], device: torch.device, repeats: int) -> flo
     """The median time of a step, after two that are not counted."""
     times = []
     for _ in range(repeats + 2):
-        _synchronize(device)
+        synchronize(device)
         begin = time.perf_counter()
         step()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[2:])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has begun; on a CPU everything is done when it returns."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def _or_nan(measure: Callable[[], float]) -> float:
@@ -199,9 +200,7 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _largest_batch(
-    model: nn.Module, tokens: Callable[[int, int], torch.Tensor], work: Workload
-) -> tuple[float, float]:
+def _largest_batch(model: nn.Module, tokens: Callable[[int, int], torch.Tensor]) -> tuple[float, float]:
     """The batch that fills the memory, from what a small one takes, and its tokens/s."""
     quick = Workload(repeats=2)
 

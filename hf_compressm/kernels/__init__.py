@@ -8,12 +8,21 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 
 def fused(x: Tensor) -> bool:
     """Whether the Triton kernels take tensors like this one."""
     return x.is_cuda and _has_triton()
+
+
+def on_device_of(x: Tensor) -> torch.cuda.device:
+    """What a launch stands in: Triton launches on the current device, which need not be that of its tensors.
+
+    On a CPU, as in Triton's interpreter, it does nothing.
+    """
+    return torch.cuda.device(x.get_device())
 
 
 @cache

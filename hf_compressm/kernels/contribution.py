@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of
 from .mamba import LOG2_E, load_row, load_token
 
 
@@ -106,18 +107,19 @@ def contribution(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate
     blocks = triton.cdiv(channels, lanes)
     pairs = pairs_of_blocks(N, tile, u.device)
     parts = u.new_empty(batch, blocks, N, N, dtype=torch.float32)
-    _contribution_kernel[(blocks, len(pairs), batch)](
-        *(x.contiguous() for x in (u, delta, A, B, C, gate)),
-        pairs,
-        parts,
-        length,
-        channels,
-        N,
-        TILE=tile,
-        CHANNELS=lanes,
-        # The interpreter has no bfloat16 products; it makes the same ones of the same numbers in float32.
-        OPERAND=tl.bfloat16 if u.is_cuda else tl.float32,
-        num_warps={16: 1, 32: 4, 64: 4, 128: 8}[tile],
-    )
+    with on_device_of(u):
+        _contribution_kernel[(blocks, len(pairs), batch)](
+            *(x.contiguous() for x in (u, delta, A, B, C, gate)),
+            pairs,
+            parts,
+            length,
+            channels,
+            N,
+            TILE=tile,
+            CHANNELS=lanes,
+            # The interpreter has no bfloat16 products; it makes the same ones of the same numbers in float32.
+            OPERAND=tl.bfloat16 if u.is_cuda else tl.float32,
+            num_warps={16: 1, 32: 4, 64: 4, 128: 8}[tile],
+        )
     M = parts.sum((0, 1), dtype=torch.float64)
     return (M + M.mT) / 2

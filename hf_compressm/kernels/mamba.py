@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 CHUNK = 64
 """Tokens from one stored state to the next."""
@@ -234,20 +236,21 @@ def gramians(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, valid: T
     blocks = triton.cdiv(channels, lanes) * len(tiles)
     splits = min(batch, max(1, triton.cdiv(PROGRAMS, blocks)))
     P, Q = u.new_empty(2, splits, N, N, channels, dtype=torch.float32).unbind(0)
-    _gramians_kernel[(triton.cdiv(channels, lanes), len(tiles), splits)](
-        *(x.contiguous() for x in (u, delta, A.T, B, C, valid)),
-        tiles,
-        P,
-        Q,
-        batch,
-        length,
-        channels,
-        N,
-        TILE=tile,
-        CHANNELS=lanes,
-        num_warps=1,
-        maxnreg=128,
-    )
+    with on_device_of(u):
+        _gramians_kernel[(triton.cdiv(channels, lanes), len(tiles), splits)](
+            *(x.contiguous() for x in (u, delta, A.T, B, C, valid)),
+            tiles,
+            P,
+            Q,
+            batch,
+            length,
+            channels,
+            N,
+            TILE=tile,
+            CHANNELS=lanes,
+            num_warps=1,
+            maxnreg=128,
+        )
     return _whole(P), _whole(Q)
 
 
@@ -285,21 +288,22 @@ def chunk_starts(
     y = u.new_empty(u.shape if C is not None else 0, dtype=torch.float32)
     states = triton.next_power_of_2(N)
     lanes = 32 if states < 256 else 16
-    _starts_kernel[(triton.cdiv(channels, lanes), batch)](
-        *(x.contiguous() for x in (u, delta, A.T, B)),
-        B if C is None else C.contiguous(),
-        u if gate is None else gate.contiguous(),
-        starts,
-        y,
-        length,
-        channels,
-        N,
-        OUTPUT=C is not None,
-        CHUNK=CHUNK,
-        STATES=states,
-        CHANNELS=lanes,
-        num_warps=min(8, max(1, states // 16)),
-    )
+    with on_device_of(u):
+        _starts_kernel[(triton.cdiv(channels, lanes), batch)](
+            *(x.contiguous() for x in (u, delta, A.T, B)),
+            B if C is None else C.contiguous(),
+            u if gate is None else gate.contiguous(),
+            starts,
+            y,
+            length,
+            channels,
+            N,
+            OUTPUT=C is not None,
+            CHUNK=CHUNK,
+            STATES=states,
+            CHANNELS=lanes,
+            num_warps=min(8, max(1, states // 16)),
+        )
     return starts, y
 
 
@@ -323,19 +327,20 @@ def output_gram(
     moved = u.new_zeros((batch, length, N) if y is not None else 0, dtype=torch.float32)
     states = max(16, triton.next_power_of_2(N))
     lanes = 64
-    _output_gram_kernel[(batch * triton.cdiv(length, CHUNK), triton.cdiv(channels, lanes))](
-        *(x.contiguous() for x in (u, delta, A, B, gate, starts)),
-        u if y is None else y,
-        K,
-        moved,
-        length,
-        channels,
-        N,
-        OUTPUT=y is not None,
-        CHUNK=CHUNK,
-        STATES=states,
-        CHANNELS=lanes,
-        PRECISION=PRECISION,
-        num_warps=1 if states == 16 else 4,
-    )
+    with on_device_of(u):
+        _output_gram_kernel[(batch * triton.cdiv(length, CHUNK), triton.cdiv(channels, lanes))](
+            *(x.contiguous() for x in (u, delta, A, B, gate, starts)),
+            u if y is None else y,
+            K,
+            moved,
+            length,
+            channels,
+            N,
+            OUTPUT=y is not None,
+            CHUNK=CHUNK,
+            STATES=states,
+            CHANNELS=lanes,
+            PRECISION=PRECISION,
+            num_warps=1 if states == 16 else 4,
+        )
     return K, moved

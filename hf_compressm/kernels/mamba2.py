@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import on_device_of
 from .contribution import pairs_of_blocks, split
 from .mamba import CHUNK, LOG2_E, PRECISION
 
@@ -162,34 +163,36 @@ def controllability(
     x, delta, A, B, gate, valid = (tensor.contiguous() for tensor in (x, delta, A, B, gate, valid))
     dim = max(16, triton.next_power_of_2(head_dim))
     R = torch.empty_like(x, dtype=torch.float32)
-    _reach_kernel[(heads, batch)](
-        delta, A, gate, R, length, heads, head_dim, CHUNK=32, DIM=dim, PRECISION=PRECISION, num_warps=4
-    )
+    with on_device_of(x):
+        _reach_kernel[(heads, batch)](
+            delta, A, gate, R, length, heads, head_dim, CHUNK=32, DIM=dim, PRECISION=PRECISION, num_warps=4
+        )
     rows = min(128, max(16, triton.next_power_of_2(N)))
     columns = min(64, rows)
     parts = x.new_empty(batch, heads, N, N, dtype=torch.float32)
     G = torch.empty_like(delta, dtype=torch.float32)
-    _controllability_kernel[(heads, batch, triton.cdiv(N, rows) * triton.cdiv(N, columns))](
-        x,
-        delta,
-        A,
-        B,
-        R,
-        valid,
-        parts,
-        G,
-        length,
-        heads,
-        head_dim,
-        groups,
-        N,
-        CHUNK=16,
-        DIM=dim,
-        ROWS=rows,
-        COLUMNS=columns,
-        PRECISION=PRECISION,
-        num_warps=4 if rows < 64 else 8,
-    )
+    with on_device_of(x):
+        _controllability_kernel[(heads, batch, triton.cdiv(N, rows) * triton.cdiv(N, columns))](
+            x,
+            delta,
+            A,
+            B,
+            R,
+            valid,
+            parts,
+            G,
+            length,
+            heads,
+            head_dim,
+            groups,
+            N,
+            CHUNK=16,
+            DIM=dim,
+            ROWS=rows,
+            COLUMNS=columns,
+            PRECISION=PRECISION,
+            num_warps=4 if rows < 64 else 8,
+        )
     half = parts.sum(0, dtype=torch.float64)
     return half + half.mT, G
 
@@ -330,47 +333,49 @@ def contribution(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, gate
     columns = min(64, tile)
     chunks = triton.cdiv(length, CHUNK)
     starts = x.new_empty(batch, chunks, heads, head_dim, N, dtype=torch.float32)
-    _starts_kernel[(heads, batch, triton.cdiv(N, columns))](
-        x,
-        delta,
-        A,
-        B,
-        starts,
-        length,
-        heads,
-        head_dim,
-        groups,
-        N,
-        CHUNK=CHUNK,
-        DIM=max(16, triton.next_power_of_2(head_dim)),
-        COLUMNS=columns,
-        PRECISION=PRECISION,
-        num_warps=4,
-    )
+    with on_device_of(x):
+        _starts_kernel[(heads, batch, triton.cdiv(N, columns))](
+            x,
+            delta,
+            A,
+            B,
+            starts,
+            length,
+            heads,
+            head_dim,
+            groups,
+            N,
+            CHUNK=CHUNK,
+            DIM=max(16, triton.next_power_of_2(head_dim)),
+            COLUMNS=columns,
+            PRECISION=PRECISION,
+            num_warps=4,
+        )
     pairs = pairs_of_blocks(N, tile, x.device)
     spans = triton.cdiv(chunks, SPAN)
     parts = x.new_empty(batch * spans, groups, heads // groups, N, N, dtype=torch.float32)
-    _contribution_kernel[(heads, batch * spans, len(pairs))](
-        x,
-        delta,
-        A,
-        B,
-        C,
-        gate,
-        starts,
-        pairs,
-        parts,
-        length,
-        heads,
-        head_dim,
-        groups,
-        N,
-        SPAN=SPAN,
-        CHUNK=CHUNK,
-        TILE=tile,
-        # The interpreter has no bfloat16 products; it makes the same ones of the same numbers in float32.
-        OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
-        num_warps=8 if tile == 128 else 4,
-    )
+    with on_device_of(x):
+        _contribution_kernel[(heads, batch * spans, len(pairs))](
+            x,
+            delta,
+            A,
+            B,
+            C,
+            gate,
+            starts,
+            pairs,
+            parts,
+            length,
+            heads,
+            head_dim,
+            groups,
+            N,
+            SPAN=SPAN,
+            CHUNK=CHUNK,
+            TILE=tile,
+            # The interpreter has no bfloat16 products; it makes the same ones of the same numbers in float32.
+            OPERAND=tl.bfloat16 if x.is_cuda else tl.float32,
+            num_warps=8 if tile == 128 else 4,
+        )
     M = parts.sum((0, 2), dtype=torch.float64)
     return (M + M.mT) / 2

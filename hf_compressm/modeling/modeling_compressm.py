@@ -617,11 +617,13 @@ def step_of_heads(
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Few programs wait for memory, and take many rows of it at once; of many, those of small heads would have idle rows.
     rows = 64 if batch * heads <= FEW_PROGRAMS else 16
-    _step_kernel[(heads, batch)](
-        state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
-        state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
-        ROWS=rows, DIM=max(16, 1 << (head_dim - 1).bit_length()),
-    )  # fmt: skip
+    # Triton launches on the current device, which accelerate's hooks leave alone. (`device_of` would break a graph.)
+    with torch.cuda.device(x.get_device()):
+        _step_kernel[(heads, batch)](
+            state, x, dt, A, B.contiguous(), C.contiguous(), D, dt_bias, column_start, output,
+            state.shape[1], heads, head_dim, *x.stride(), *dt.stride(),
+            ROWS=rows, DIM=max(16, 1 << (head_dim - 1).bit_length()),
+        )  # fmt: skip
     return output
 
 
@@ -666,10 +668,11 @@ def gated_norm(norm: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = norm(x, gate)
         return normed
     output, x, gate = torch.empty_like(x), x.flatten(0, 1), gate.flatten(0, 1)
-    _gated_norm_kernel[(len(x), x.shape[1] // norm.group_size)](
-        x, gate, norm.weight, output, norm.group_size, x.stride(0), gate.stride(0), norm.variance_epsilon,
-        WIDTH=triton.next_power_of_2(norm.group_size),
-    )  # fmt: skip
+    with torch.cuda.device(x.get_device()):  # as in `step_of_heads`
+        _gated_norm_kernel[(len(x), x.shape[1] // norm.group_size)](
+            x, gate, norm.weight, output, norm.group_size, x.stride(0), gate.stride(0), norm.variance_epsilon,
+            WIDTH=triton.next_power_of_2(norm.group_size),
+        )  # fmt: skip
     return output
 
 

@@ -60,5 +60,7 @@ def test_every_architecture(model_type, tmp_path, monkeypatch):
 def test_what_can_not_be_estimated_is_refused(tmp_path):
     result = run(tiny_mamba(), tmp_path, "--realization", "project")
     assert (result.exit_code, "select" in result.stderr) == (1, True)
+    result = run(tiny_mamba(8), tmp_path, "--state-size", "64")
+    assert (result.exit_code, "can't be cut to 64" in " ".join(result.stderr.split())) == (1, True)
     result = run(tiny_mamba(), tmp_path, "--dtype", "int8")
     assert (result.exit_code, "bfloat16" in result.stderr) == (1, True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_compressm.cli import app
+from hf_compressm.cli import app, speed
 from hf_compressm.cutting.first_states import cut_to_first_states_
 from hf_compressm.layers import find_layers
 from tests.conftest import tiny_mamba, tiny_mamba2
@@ -59,10 +60,60 @@ def test_an_eighth_by_default_and_the_slow_path_is_said(tmp_path):
     assert "slow path" in result.stderr
 
 
+def test_what_the_memory_does_not_hold(tmp_path, monkeypatch):
+    """Is null in JSON, which has no NaN, and a dash in the table."""
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError
+
+    def rows(name, text):
+        return [line.split("│")[2:-1] for line in text.splitlines() if name in line]
+
+    decoding = speed._decoding
+    monkeypatch.setattr(speed, "_training", out_of_memory)
+    monkeypatch.setattr(speed, "_decoding", lambda *args: out_of_memory() if next(full) else decoding(*args))
+    full = iter([True, False])
+    result = run(tiny_mamba(16), tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    own, slim = json.loads(result.stdout, parse_constant=pytest.fail)["results"]
+    assert own["training, 2 x 8"] is own["decoding, batch 3"] is slim["training, 2 x 8"] is None
+    assert slim["decoding, batch 3"] > 0
+    full = iter([True, False])
+    table = run(tiny_mamba(16), tmp_path).stdout
+    assert [[cell.strip() for cell in row] for row in rows("training", table)] == [["-", "-"]]
+    ((own, slim),) = rows("decoding", table)
+    assert own.strip() == "-"
+    assert float(slim.replace(",", "")) > 0
+
+
 def test_sizes_in_any_order(tmp_path):
     result = run(tiny_mamba(8), tmp_path, "--state-size", "2", "--state-size", "4", "--json")
     assert result.exit_code == 0, result.output
     assert [column["state size"] for column in json.loads(result.stdout)["results"]] == [8, 2, 4]
+
+
+@pytest.mark.parametrize("command", ["benchmark", "estimate"])
+def test_the_device_is_the_current_one(command, tmp_path, monkeypatch):
+    """Of which torch takes memory, clocks and graphs where it is not told another: a GPU that is not the first, too."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def make_current(device):
+        current.append(str(device))
+        yield
+        current.pop()
+
+    def timed(*args, **options):
+        assert current[-1] == "cuda:1"
+        raise ValueError("it was timed")
+
+    tiny_mamba().config.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    monkeypatch.setattr(f"hf_compressm.cli.{command}.find_device", torch.device)
+    monkeypatch.setattr("hf_compressm.cli.speed.build", timed)
+    monkeypatch.setattr("hf_compressm.cli.estimating.find_layers", timed)
+    result = CliRunner().invoke(app, [command, str(tmp_path), "--device", "cuda:1"])
+    assert "it was timed" in result.stderr, result.output
 
 
 def test_refusals(tmp_path):

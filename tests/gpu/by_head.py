@@ -136,7 +136,7 @@ def timing(
             put(name, "prefill", prompt.numel() / seconds)
         for name, model in slim.items():
             if graph and largest:
-                batch, speed = _largest_batch(model, ids, work)
+                batch, speed = _largest_batch(model, ids)
                 put(name, "largest batch", batch)
                 put(name, "decode it", speed)
     del slim

@@ -159,6 +159,33 @@ def test_a_device_map(make, options, places, tmp_path):
     assert_near(spread(IDS.cuda()).logits, plain(IDS.cuda()).logits, CLOSE)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device is here")
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny_mamba, {"state_size": 4}),
+        (tiny_mamba2, {"state_size": 8, "realization": "select"}),
+        (tiny_mamba2, {"state_size": 8}),
+        (tiny_mamba2, {"state_size": 8, "realization": "project_heads"}),
+    ],
+)
+def test_another_device_than_the_current_one(make, options):
+    """Nothing is launched on the current one because it is the current one."""
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model, ids = make().to(device), IDS.to(device)
+        with torch.cuda.device(0):
+            report = compress_(model, CompreSSMConfig(**options, refit=0), ids)
+            found.append((report, model(ids).logits, model.generate(ids, **GREEDY)))
+    (report, logits, generated), (other, other_logits, other_generated) = found
+    assert report.sizes == other.sizes
+    for here, there in zip(report.layers, other.layers, strict=True):
+        assert_near(torch.tensor(there.hankel_singular_values), torch.tensor(here.hankel_singular_values), 1e-4)
+    assert other_logits.device == other_generated.device == torch.device("cuda:1")
+    assert_near(other_logits, logits, CLOSE)
+    assert torch.equal(other_generated.cpu(), generated.cpu())
+
+
 def test_a_checkpoint_is_loaded_on_the_gpu(tmp_path):
     """All of it, by no hooks, and saved from there; the command does the same."""
     tiny_mamba().save_pretrained(tmp_path / "full")
