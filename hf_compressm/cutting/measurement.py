@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import CompreSSMConfig, ConfigLike
+from ..config import CompreSSMConfig, ConfigLike, Weights
 from ..hankel.spectra import hankel_spectra
 from ..hankel.statistics import Statistics
 from ..layers import Layer, MixerInputs, realization_of
@@ -36,7 +36,7 @@ class Measurement:
     layers: Sequence[Layer]
     statistics: Sequence[Statistics]
     estimator: str = "ltv"
-    weights: str = "gate"
+    weights: Weights = "gate"
     inputs: Mapping[int, MixerInputs] | None = None
     sample: Mapping[str, Tensor] | None = None
     held_out: Sequence[Mapping[str, Tensor]] = ()

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..backends import Backend, OneProcess
 from ..compat.offloading import device_of
-from ..config import CompreSSMConfig, ConfigLike
+from ..config import CompreSSMConfig, ConfigLike, Weights
 from ..data.batches import BATCH, Batch
 from ..data.calibration import calibration_batches, hold_out
 from ..data.evaluation import evaluating
@@ -83,7 +83,7 @@ def measure(
     layers = find_layers(model)
     name = realization_of(config, layers)
     by_loss = can_weigh_by_loss(model, layers, config)
-    weights = "fisher" if by_loss else "gate"
+    weights: Weights = "fisher" if by_loss else "gate"
     reading = [layer for layer in layers if layer.reads_data]
     if config.max_divergence is not None or config.heal:
         _refuse_plain(model)
