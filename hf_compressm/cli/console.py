@@ -40,7 +40,8 @@ CalibrationFile = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda or cuda:1. By default a GPU, if there is one, and other GPUs and the CPU for what it does not hold."
+        help="cpu, cuda, cuda:1, or auto, which spreads the model over all GPUs and the CPU. By default a GPU, if there is one, "
+        "and other GPUs and the CPU for what it does not hold."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else there.")]
@@ -60,11 +61,18 @@ def fail(message: object) -> typer.Exit:
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """1 with a message for what the user can mend, 130 for Ctrl-C; a traceback is left to bugs."""
+    import torch
+
     try:
         yield
     except KeyboardInterrupt:
         note("stopped")
         raise typer.Exit(130) from None
+    except torch.OutOfMemoryError as error:
+        raise fail(
+            f"The GPU's memory does not hold it: {error}\n--device cpu runs without it. For compress and analyze, --device auto "
+            "spreads the model over all GPUs and the CPU."
+        ) from error
     except (OSError, TypeError, ValueError) as error:
         raise fail(error) from error
 
@@ -188,11 +196,15 @@ def current(device: Any) -> AbstractContextManager[object]:
 
 
 def load(model: str, progress: Progress, device: str | None = None) -> tuple[Any, Any]:
-    """The model on a device, by default where `default_device_map` has it, and its tokenizer or None."""
+    """The model on a device, or "auto" on all of them, by default where `default_device_map` has it; its tokenizer or None."""
     from ..hub import default_device_map, load_model, load_tokenizer
 
     task = progress.add_task(f"loading {escape(model)}", total=None)
-    loaded = load_model(model, device_map=default_device_map() if device is None else {"": find_device(device)})
+    if device == "auto":
+        device_map: Any = "auto"
+    else:
+        device_map = default_device_map() if device is None else {"": find_device(device)}
+    loaded = load_model(model, device_map=device_map)
     try:
         tokenizer = load_tokenizer(model)
     except (OSError, ValueError):

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import hf_compressm
+from hf_compressm import hub
 from hf_compressm.cli import app
 from hf_compressm.data.texts import windows
 from hf_compressm.layers import find_layers
@@ -259,6 +261,34 @@ def test_a_device_that_is_not_here(checkpoint, text, tmp_path):
         assert result.exit_code == 1
         assert "--device must be one of what is here, cpu" in result.stderr
     assert run("compress", checkpoint, "--dry-run", "--device", "cpu", "--calibration", text).exit_code == 0
+
+
+def test_a_model_that_is_spread(checkpoint, text, monkeypatch):
+    """Over all devices that are here."""
+    maps = []
+    load = hub.load_model
+    monkeypatch.setattr(hub, "load_model", lambda *args, **options: maps.append(options) or load(*args, **options))
+    for arguments in (
+        ("compress", checkpoint, "--dry-run", "--state-size", 4, "--no-evaluate"),
+        ("analyze", checkpoint),
+    ):
+        result = run(*arguments, "--device", "auto", "--calibration", text)
+        assert result.exit_code == 0, result.output
+    assert maps == [{"device_map": "auto"}] * 2
+    assert "or auto, which spreads" in " ".join(run("analyze", "--help").output.replace("│", "").split())
+
+
+def test_a_gpu_that_is_full(checkpoint, text, tmp_path, monkeypatch):
+    def out_of_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("hf_compressm.compress.measure", out_of_memory)
+    result = run("compress", checkpoint, tmp_path / "slim", "--calibration", text)
+    assert result.exit_code == 1
+    message = " ".join(result.stderr.split())
+    for part in ("The GPU's memory does not hold it", "2.00 GiB", "--device auto spreads", "--device cpu"):
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_tells_the_whole_story():
