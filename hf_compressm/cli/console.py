@@ -40,8 +40,7 @@ CalibrationFile = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda, cuda:1, or auto, which spreads the model over all GPUs and the CPU. By default a GPU, if there is one, "
-        "and other GPUs and the CPU for what it does not hold."
+        help="cpu, cuda, cuda:1, or auto, which spreads the model over all GPUs and the CPU. By default a GPU, if there is one."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, and nothing else there.")]
@@ -61,9 +60,9 @@ def fail(message: object) -> typer.Exit:
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """1 with a message for what the user can mend, 130 for Ctrl-C; a traceback is left to bugs."""
-    import torch
-
     try:
+        import torch
+
         yield
     except KeyboardInterrupt:
         note("stopped")
