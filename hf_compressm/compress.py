@@ -150,7 +150,8 @@ def compress_(
         config: what to cut; by default as much as keeps a `max_divergence` of 0.01 nats per token.
         calibration_data, tokenizer: as for `compress_pretrained`; of this process.
         optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
-            parameters that they belong to.
+            parameters that they belong to. Without it an optimizer that goes on has moments of the old shapes, which not each of
+            torch's refuses.
 
     Returns:
         the report, which is also `model.compression_report`.

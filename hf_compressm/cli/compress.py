@@ -178,8 +178,6 @@ def compress(
             with new_folder(output) as folder:
                 slim.save_pretrained(folder)
                 write_companions(slim, folder, tokenizer)
-    if not as_json:
-        Console().print(report)
     if nothing_cut:
         reason = why_nothing(config, find_layers(slim), report.realization)
         note(escape(f"nothing to cut: {reason or 'the target asks for none.'} Nothing was written."))
@@ -196,7 +194,9 @@ def compress(
             progress.add_task(f"pushing to {escape(push_to_hub)}", total=None)
             push_to_hub = publish(slim, push_to_hub, tokenizer=tokenizer, private=private or None)
         note(f"pushed to {escape(push_to_hub)}")
-    if as_json:
+    if not as_json:  # once all is done: whoever reads it may have left
+        Console().print(report)
+    else:
         where = {"saved_in": str(output) if output is not None else None, "pushed_to": push_to_hub}
         typer.echo(json.dumps(report.to_dict() | where, indent=2))
     if nothing_cut:

@@ -90,9 +90,14 @@ def interruptible() -> Iterator[None]:
 
 
 def empty_folder(folder: Path) -> Path:
-    """Refuse a folder that holds anything."""
+    """Refuse a folder that holds anything, or that can't be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise fail(f"{folder} is not an empty folder: name a new one.")
+    above = next(each for each in folder.resolve().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise fail(
+            f"{folder} can't be written, since {above} is {'read-only' if above.is_dir() else 'a file'}: name another."
+        )
     return folder
 
 

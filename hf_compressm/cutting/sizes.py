@@ -19,10 +19,12 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
         name: of the realization, from `layers.realization_of`.
 
     Raises:
-        ValueError: if a size is not below that of its layer or not good for it, or is given for another layer.
+        ValueError: if a size is not below that of its layer or not good for it, or is given for another layer; or if a ratio is
+            too small for the least sizes.
     """
     if config.state_size is None:
         _check_engine_leaves_a_choice(config, layers, name)
+        _check_ratio(config, layers, name)
         return
     by_index = {layer.index: layer for layer in layers}
     wanted = (
@@ -41,6 +43,18 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
             )
             raise ValueError(f"Layer {index} has {layer.state_size} states, so it can't be cut to {size}: {todo}.")
         layer.realizations[name].check_size(layer, size)
+
+
+def _check_ratio(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:
+    if config.ratio is None or config.uniform:
+        return
+    total = round(config.ratio * sum(layer.state_size for layer in layers))
+    least = sum(sizes_to_choose_from(config, layer, name)[0] for layer in layers)
+    if total < least:
+        raise ValueError(
+            f"ratio={config.ratio:g} leaves {total} states for {len(layers)} layers, which need at least {least}: raise "
+            "ratio, or lower min_state_size or multiple_of."
+        )
 
 
 def _check_engine_leaves_a_choice(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:

@@ -216,6 +216,10 @@ def _beside(name: str, values: Any, ids: Tensor) -> Tensor:
 def _tokenized(texts: list[Any], tokenizer: Any) -> list[list[int]]:
     if tokenizer is None:
         raise TypeError("Calibration texts need a tokenizer: pass tokenizer=, or token ids [n, L].")
+    if not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer= takes a tokenizer, got {type(tokenizer).__name__}: AutoTokenizer.from_pretrained(...) loads one."
+        )
     other = next((text for text in texts if not isinstance(text, str)), None)
     if other is not None:
         raise TypeError(f"A list of calibration texts holds {type(other).__name__}, too: give texts only.")
@@ -227,7 +231,8 @@ def _ids(values: Any, shape: str) -> Tensor:
     ids = _tensor(values)
     if ids is None or ids.dim() != shape.count(",") + 1 or ids.dtype != torch.int64:
         found = type(values).__name__ if ids is None else f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
-        raise TypeError(f"Calibration data holds token ids, whole numbers {shape}, got {found}.")
+        one = " For one sequence, give [1, L]." if ids is not None and ids.dim() < 2 else ""
+        raise TypeError(f"Calibration data holds token ids, whole numbers {shape}, got {found}.{one}")
     return ids
 
 

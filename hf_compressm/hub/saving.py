@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, modeling_utils
 from ..compat.pretrained import SPLIT, UPLOAD
 from ..compat.trainer import PUSH_FROM_CHECKPOINT
 from ..modeling.modeling_compressm import is_slimmed, wrap_once, write_source
-from ..reporting.card import card_files, write_model_card
+from ..reporting.card import FIGURE, card_files, without_section, write_model_card
 from ..reporting.files import write_files_whole
-from ..reporting.record import record_files
+from ..reporting.record import RECORD, is_of_another, record_files
 from .source import Layout, config_files, source_layout
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -67,9 +67,18 @@ def _with_files(stock_save: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _LAYOUT.reset(token)
         write_files_whole(save_directory, files)
+        if is_main_process and is_of_another(save_directory):
+            _remove_files_of_another(Path(save_directory))
         return result
 
     return save_pretrained
+
+
+def _remove_files_of_another(folder: Path) -> None:
+    """What a slim model left that another one was saved over."""
+    write_files_whole(folder, without_section(folder))
+    for name in (RECORD, FIGURE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _as_in_source(stock_split: Callable[..., Any]) -> Callable[..., Any]:

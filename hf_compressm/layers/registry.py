@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -63,9 +64,15 @@ def plain_model(model: Any) -> Any:
 
     Raises:
         TypeError: if it is wrapped in anything else, or neither a model of transformers nor one whose layers need no config.
+        ValueError: in `torch.inference_mode`, whose tensors no training could use again.
     """
     model = uncompiled(model)
     if isinstance(model, PreTrainedModel) or is_plain(model):
+        if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+            raise ValueError(
+                "Parameters that are made in torch.inference_mode() can't be trained or healed: load and cut the model outside of it, "
+                "or under torch.no_grad(). Nothing was changed."
+            )
         return model
     if isinstance(model, nn.Module) and hasattr(model, "merge_and_unload"):
         todo = (

@@ -73,13 +73,16 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
         model: that was cut, or not.
         folder: where the model is, or is to be, saved.
         repo_id: the repository that it is for, if known.
+
+    Raises:
+        ValueError: if there is a README.md that can't be read.
     """
     history = history_of(model)
     if not history:
         return {}
     path = Path(folder) / CARD
     card = model_card(model, repo_id)
-    old = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True) if path.exists() else None
+    old = ModelCard(_read(path), ignore_metadata_errors=True) if path.exists() else None
     if old is not None and not old.data.to_dict():
         return {}
     figure = io.BytesIO()
@@ -87,6 +90,24 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
     if old is not None:
         _keep_text_and_metadata(old, card, _section(model, repo_id))
     return {CARD: str(card).encode(), FIGURE: figure.getvalue()}
+
+
+def without_section(folder: str | Path) -> dict[str, bytes]:
+    """The README.md in a folder without what it says of a cut, by its name; nothing if it says nothing of one."""
+    path = Path(folder) / CARD
+    if not path.is_file() or BEGIN not in (text := _read(path)) or END not in text:
+        return {}
+    return {CARD: _merge(text, "").encode()}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error}), so that the model card can't go there: convert it, or save to another folder. "
+            "Nothing was written."
+        ) from error
 
 
 def _keep_text_and_metadata(old: Any, card: Any, section: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
 
 from ..compat.pretrained import commit_hash
 from ..config import CompreSSMConfig
@@ -150,7 +150,7 @@ def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:
         hub_kwargs: as for `hf_hub_download`: `revision`, `token`, `subfolder`, ...
 
     Raises:
-        OSError: if there is no record, or none that can be read.
+        OSError: if there is no record, none that can be read, or one of other sizes than those of the model beside it.
     """
     path = Path(name_or_path) / RECORD
     if not Path(name_or_path).is_dir():
@@ -162,6 +162,24 @@ def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:
             raise _no_record(name_or_path) from error
     if not path.is_file():
         raise _no_record(name_or_path)
+    cuts = _parsed(path)
+    if not _is_of(cuts[-1], path.parent):
+        raise OSError(
+            f"{path} is of other sizes than the {CONFIG_NAME} beside it: another model was saved there. Delete it."
+        )
+    return cuts
+
+
+def is_of_another(folder: str | Path) -> bool:
+    """Whether there is a record in a folder that is of other sizes than the model there."""
+    path = Path(folder) / RECORD
+    try:
+        return path.is_file() and not _is_of(_parsed(path)[-1], path.parent)
+    except OSError:
+        return False
+
+
+def _parsed(path: Path) -> tuple[Cut, ...]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema_version"] > SCHEMA_VERSION:
@@ -174,6 +192,15 @@ def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:
         raise OSError(
             f"{path} is damaged ({type(error).__name__}: {error}): save or download the model again."
         ) from error
+
+
+def _is_of(cut: Cut, folder: Path) -> bool:
+    """Whether a folder's model may have the sizes that a cut left."""
+    try:
+        sizes = get_state_sizes(AutoConfig.from_pretrained(folder).get_text_config())
+    except (OSError, ValueError, KeyError):  # none, as of a plain module, or one that loading it complains of
+        return True
+    return all(index < len(sizes) and sizes[index] == size for index, size in cut.report.sizes.items())
 
 
 def get_report(source: PreTrainedModel | str | Path, **hub_kwargs: Any) -> CompressionReport:

@@ -19,6 +19,7 @@ from ..compat.trainer import calling_trainer, checkpoint_parent
 from ..compat.wrapping import inside
 from ..config import CompreSSMConfig, ConfigLike
 from ..cutting import Measurement, Plan
+from ..cutting.nothing_to_cut import why_nothing
 from ..cutting.optimizer import as_list, check_optimizers
 from ..cutting.snapshot import undone_on_error
 from ..data.calibration import calibration_batches
@@ -60,7 +61,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     Args:
         config: a `CompreSSMConfig`, or its values as a dictionary. `realization` "auto" means "select" in training,
             and "balance" for time-invariant layers.
-        calibration_data: what to measure on instead of the training batches, as for `compress_`.
+        calibration_data: what to measure on instead of the training batches, as for `compress_`; read when training begins.
         tokenizer: for calibration texts.
 
     Attributes:
@@ -82,7 +83,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     goes to the model card.
 
     Checkpoints carry their sizes and load by themselves. `resume_from_checkpoint` before, between or after the cuts gives
-    the sizes and losses of the run without the interruption; `load_best_model_at_end` may load other sizes, and the report
+    the sizes and losses of the run without the interruption (but for `jamba`, `granitemoehybrid` and `nemotron_h`, which the `Trainer` of
+    transformers 5.24 does not load back); `load_best_model_at_end` may load other sizes, and the report
     is about those. A training loop that begins again on the model that it was cutting (`auto_find_batch_size`, or `train`
     after an error or Ctrl-C) goes on from the cuts that were made.
 
@@ -126,6 +128,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.tokenizer = tokenizer
         self._trainer: Any = None
         self._announced = ""
+        self._given: list[dict[str, torch.Tensor]] = []  # the calibration data, read
         # Whose state this callback's is, and whether its training loop has not ended.
         self._model: Any = None
         self._training = False
@@ -232,7 +235,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.config.rollback is not None:
             check_evaluation(self.trainer)
         check_optimizers(as_list(optimizer), model)
-        if self._remaining and self.calibration_data is None and state.global_step:
+        if self._remaining and self.calibration_data is not None:
+            self._given = calibration_batches(self.calibration_data, model, self.tokenizer)
+        elif self._remaining and state.global_step:
             self._recorder.load(checkpoint, args.process_index, args.world_size)
         return layers
 
@@ -323,6 +328,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._training = False
         if self.stopped and self._config.tolerance is None:
             logger.warning("hf_compressm: the target was not reached, since rollback undid a cut.")
+        if self.history and not self.stopped and self.history[-1].sizes == self.initial_sizes:
+            layers = find_layers(self._model())
+            reason = why_nothing(self._config, layers, self._config.realization)
+            if reason is not None:
+                logger.warning(f"hf_compressm: none of {self.attempts} attempts cut anything: {reason}")
         if self._remaining:
             logger.warning(
                 f"hf_compressm: training ended after step {state.global_step}, before the cuts that were due after steps "
@@ -345,6 +355,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _attempt(self, args: Any, state: Any, control: Any, model: PreTrainedModel, optimizer: Any) -> None:
         begin = time.perf_counter()
         layers = find_layers(model)
+        self._check_sizes(layers)
         measurement = self._measure(model)
         config = attempt_config(self._config, self.attempts, self.initial_sizes, layers)
         if config is None:  # a tolerance of 0 shows the spectra, and cuts nothing
@@ -362,15 +373,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         trainer_log(self.trainer, control, attempt_logs(attempt, seconds, self._timer.take()))
         say_what_was_cut(plan, attempt, seconds)
 
+    def _check_sizes(self, layers: list[Layer]) -> None:
+        """Refuse a model that something else has cut: what is known of its states is of others."""
+        known = self.history[-1].sizes if self.history else self.initial_sizes
+        for layer in layers:
+            if layer.state_size != known[layer.index]:
+                raise ValueError(
+                    f"Layer {layer.index} has {layer.state_size} states and had {known[layer.index]} when {type(self).__name__} last "
+                    "looked: cut the model by this callback alone, or by compress_ alone."
+                )
+
     def _measure(self, model: PreTrainedModel) -> Measurement:
         """On the recorded or given batches of all processes."""
         if self.calibration_data is None:
             batches = self._recorder.on(device_of(model))
             return measure_batches(model, batches, self._config, self._backend, MEASURED_TOKENS)
-        data = self._backend.together(
-            "reading the calibration data", lambda: calibration_batches(self.calibration_data, model, self.tokenizer)
-        )
-        given: list[Batch] = [((), to_device(batch, model.device)) for batch in data]
+        given: list[Batch] = [((), to_device(batch, model.device)) for batch in self._given]
         return measure_batches(model, given, self._config, self._backend)
 
     def _gate(self, plan: Plan, step: int) -> Plan:

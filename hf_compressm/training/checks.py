@@ -71,11 +71,17 @@ def check_evaluation(trainer: Any) -> None:
     """Refuse a `rollback` that has nothing to look at.
 
     Raises:
-        ValueError: if there is no evaluation set, or more than one.
+        ValueError: if there is no evaluation set, or more than one, or nothing computes the metric.
     """
     evaluation = trainer.eval_dataset
     if evaluation is None or isinstance(evaluation, dict):
         raise ValueError("rollback needs one evaluation set: pass eval_dataset to the Trainer, or drop rollback.")
+    name = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    if trainer.compute_metrics is None and name != "loss":
+        raise ValueError(
+            f"rollback looks at metric_for_best_model={name!r}, which nothing computes: pass compute_metrics to the Trainer, or "
+            "name the loss."
+        )
 
 
 def check_alone(callback: Any, trainer: Any) -> None:

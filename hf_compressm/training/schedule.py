@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import ENGINES, REFIT_IN_TRAINING, TOLERANCE, CompreSSMConfig
+from ..cutting.nothing_to_cut import why_nothing
 from ..cutting.sizes import check_targets, sizes_to_choose_from
 from ..layers import Layer, check_engine, realization_of
 
@@ -83,19 +84,13 @@ def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
         layers: of the model, before the first cut.
 
     Raises:
-        ValueError: if a size is not below that of its layer or not good for it, or a ratio is too small.
+        ValueError: if a size is not below that of its layer or not good for it, a ratio is too small, or there is no smaller size.
     """
     check_engine(config, layers)
     name = realization_of(config, layers, in_training=True)
     check_targets(config, layers, name)
-    if config.ratio is not None and not config.uniform:
-        total = round(config.ratio * sum(layer.state_size for layer in layers))
-        least = sum(sizes_to_choose_from(config, layer, name)[0] for layer in layers)
-        if total < least:
-            raise ValueError(
-                f"ratio={config.ratio} leaves {total} states for {len(layers)} layers, which need at least {least}: raise "
-                "ratio, or lower min_state_size or multiple_of."
-            )
+    if config.tolerance and all(len(sizes_to_choose_from(config, layer, name)) == 1 for layer in layers):
+        raise ValueError(f"CompreSSMCallback would cut nothing: {why_nothing(config, layers, name)}")
 
 
 def attempt_config(

@@ -255,6 +255,18 @@ def test_a_model_without_a_tokenizer(tmp_path, text):
     assert run("compress", tmp_path / "bare", tmp_path / "other", "--calibration", text).exit_code == 1
 
 
+def test_an_output_that_can_not_be_written_is_told_at_once(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_compressm.cli.compress.load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    result = run("compress", checkpoint, tmp_path / "file" / "slim")
+    assert result.exit_code == 1
+    assert "is a file: name another" in " ".join(result.stderr.split())
+    monkeypatch.setattr("os.access", lambda *_: False)
+    result = run("compress", checkpoint, tmp_path / "new" / "slim")
+    assert result.exit_code == 1
+    assert "is read-only: name another" in " ".join(result.stderr.split())
+
+
 def test_a_device_that_is_not_here(checkpoint, text, tmp_path):
     for arguments in (("compress", checkpoint, tmp_path / "slim"), ("analyze", checkpoint)):
         result = run(*arguments, "--device", "cuda:7", "--calibration", text)

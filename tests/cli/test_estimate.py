@@ -22,7 +22,7 @@ def run(model, folder, *arguments: str):
     ("make", "arguments", "after"),
     [
         (tiny_mamba, ["--state-size", "3"], {"state_size=3": [6, 2 * 48 * 3 * 4]}),
-        (tiny_mamba2, ["--ratio", "0.25"], {"ratio=0.25": [8, 2 * 64 * 4 * 4]}),
+        (tiny_mamba2, ["--ratio", "0.5"], {"ratio=0.5": [16, 2 * 64 * 8 * 4]}),
         (
             tiny_mamba2,
             [],

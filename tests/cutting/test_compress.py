@@ -293,7 +293,7 @@ def test_config_round_trips():
         ({"state_size": 8}, None, "8 states"),
         ({"state_size": {5: 2}}, None, "layer 5"),
         ({"realization": "project"}, None, "Mamba-2"),
-        ({"ratio": 0.01}, None, "total"),
+        ({"ratio": 0.01}, None, "need at least 2: raise ratio"),
         ({}, torch.zeros(2, 3, dtype=torch.long), "warm up"),
         ({}, torch.full((2, 30), VOCABULARY), "vocabulary"),
         ({}, torch.zeros(0, 30, dtype=torch.long), "empty"),
@@ -384,3 +384,15 @@ def test_weights_that_are_not_finite_are_refused_before_any_change(mamba, token_
         compress_(mamba, CompreSSMConfig(state_size=4), token_ids)
     assert shapes == {name: tensor.shape for name, tensor in mamba.named_parameters()}
     assert mamba.config.state_size == 8
+
+
+def test_inference_mode_is_refused(token_ids):
+    model = tiny_mamba()
+    with torch.inference_mode():
+        for attempt in (compress_, hankel_singular_values):
+            with pytest.raises(ValueError, match=r"outside of it, or under torch.no_grad"):
+                attempt(model, calibration_data=token_ids)
+        made = tiny_mamba()
+    with pytest.raises(ValueError, match=r"inference_mode"):
+        compress_(made, CompreSSMConfig(state_size=4), token_ids)
+    assert not any(parameter.is_inference() for parameter in model.parameters())

@@ -186,3 +186,10 @@ def test_of_a_stream_without_an_end_the_first_tokens_are_read(item, monkeypatch)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     assert 3 * BATCH * L <= tokens < 4 * BATCH * L
     assert len(taken) <= 4 * BATCH
+
+
+def test_what_was_meant_is_guessed():
+    with pytest.raises(TypeError, match=r"one sequence, give \[1, L\]"):
+        list(batches_of(torch.arange(12)))
+    with pytest.raises(TypeError, match=r"takes a tokenizer, got str: AutoTokenizer"):
+        list(batches_of(["a text"], "gpt2"))

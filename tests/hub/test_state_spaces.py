@@ -221,7 +221,10 @@ def test_export_of_a_slimmed_model(tmp_path):
 
 def test_export_refuses_what_mamba_ssm_cannot_hold(tmp_path):
     model = build(mamba2_config())
-    for cut, projected, cure in (({0: 3}, None, "uniform=True"), ({0: 3, 1: 3, 2: 3}, {0: 8}, "select")):
+    for cut, projected, cure in (
+        ({0: 3}, None, "uniform=True"),
+        ({0: 3, 1: 3, 2: 3}, {0: 8}, "no projected states: compress with uniform=True"),
+    ):
         set_state_sizes(model.config, cut, projected)
         with pytest.raises(ValueError, match=cure):
             export_mamba_ssm(model, tmp_path / "new")

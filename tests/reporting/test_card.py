@@ -81,3 +81,11 @@ def test_no_card_without_a_cut(tmp_path):
         model_card(tiny_mamba())
     write_model_card(tiny_mamba(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_readme_that_can_not_be_read_is_named(tmp_path, mamba, token_ids):
+    compress_(mamba, CompreSSMConfig(state_size=4, refit=0), token_ids)
+    (tmp_path / "README.md").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"README.md is no text in UTF-8"):
+        mamba.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

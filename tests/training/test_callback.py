@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertConfig, BertForMaskedLM, TrainerCallback
+from transformers.utils import logging
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, hankel_singular_values
 from hf_compressm.backends.ddp import DDP
@@ -290,6 +291,13 @@ class Mine(torch.nn.Module):
         (tiny_mamba, {"end": 50}, {}, "lower end"),
         (tiny_mamba, {"end": 1, "num_reductions": 3}, {}, "num_reductions"),
         (tiny_mamba, {"rollback": 0.1}, {}, "eval_dataset"),
+        (
+            tiny_mamba,
+            {"rollback": 0.1},
+            {"eval_dataset": dataset(4), "metric_for_best_model": "accuracy"},
+            "'accuracy', which nothing computes",
+        ),
+        (tiny_mamba2, {}, {}, "would cut nothing: the layers have 16 states, and no smaller size"),
         (frozen, {}, {}, "frozen"),
         (bert, {}, {}, "no Mamba"),
         (lora, {}, {}, "PEFT"),
@@ -315,6 +323,38 @@ def test_an_attempt_whose_target_is_reached_already_shows_the_spectra(tmp_path):
     assert [attempt.step for attempt in history] == [1, 2, 3, 4]
     assert sum(sizes(model)) <= 64
     assert any(one.sizes == other.sizes for one, other in pairwise(history))
+
+
+def test_calibration_texts_without_a_tokenizer_are_refused_before_the_first_step(tmp_path):
+    callback = CompreSSMCallback(CompreSSMConfig(state_size=4, **WINDOW), ["a text"])
+    trainer = make_trainer(tmp_path, tiny_mamba(), callbacks=[callback])
+    with pytest.raises(TypeError, match="need a tokenizer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_run_that_cut_nothing_says_why(tmp_path, caplog):
+    logging.enable_propagation()
+    make_trainer(tmp_path, tiny_mamba(), CompreSSMConfig(tolerance=1e-9, **WINDOW)).train()
+    logging.disable_propagation()
+    (said,) = [record.message for record in caplog.records if "none of 2 attempts" in record.message]
+    assert "raise tolerance" in said
+
+
+class CutsToo(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 3:
+            compress_(model, {"state_size": 5, "refit": 0}, torch.randint(0, 9, (2, 12)), optimizer=optimizer)
+
+
+def test_a_model_that_something_else_cuts_is_refused(tmp_path):
+    model = tiny_mamba()
+    callback = CompreSSMCallback(CompreSSMConfig(state_size=4, **WINDOW))
+    trainer = make_trainer(tmp_path, model, callbacks=[CutsToo(), callback])
+    with pytest.raises(ValueError, match="Layer 0 has 5 states and had 6 when CompreSSMCallback last looked"):
+        trainer.train()
+    assert sizes(model) == [5, 5]
+    assert len(callback.history) == 1
 
 
 def test_new_parameters_are_refused_where_the_model_is_sharded():
