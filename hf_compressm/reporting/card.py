@@ -169,7 +169,7 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
     parts = [
         BEGIN,
         "## A smaller state",
-        f"{origin} with **{report.states_after:,} of {report.states_before:,} SSM states** ({how}), chosen by their Hankel "
+        f"{origin} with **{report.states_after:,} of {history[0].report.states_before:,} SSM states** ({how}), chosen by their Hankel "
         "singular values with hf_compressm, after CompreSSM ([arXiv 2510.02823](https://arxiv.org/abs/2510.02823)).",
         _totals(report),
         *_healing(report),
@@ -177,7 +177,7 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
         f"![Hankel singular values of every layer]({FIGURE})",
         "Each line is a layer: how much each of its states matters to its output, from the most to the least, before the "
         "cut. Dots show where it was cut.",
-        "<details><summary>Every layer</summary>\n",
+        f"<details><summary>Every layer{', at the last cut' if history[1:] else ''}</summary>\n",
         _layers(report),
         "</details>\n",
         "### How to load it",

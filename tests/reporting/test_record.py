@@ -48,6 +48,7 @@ def test_a_second_cut_appends(tmp_path, token_ids):
     assert [cut.report for cut in read_record(tmp_path)] == [first, second]
     assert get_report(tmp_path) == second
     assert "It was cut 2 times, with 32 -> 16 -> 8 SSM states" in (tmp_path / "README.md").read_text()
+    assert "8 of 32 SSM states" in (tmp_path / "README.md").read_text()
 
 
 def test_measuring_and_cutting_nothing_leave_no_record(tmp_path, mamba, token_ids):
