@@ -22,6 +22,7 @@ from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import dataset, losses, make_trainer, sizes
 
 WINDOW = {"start": 0, "end": 4, "num_reductions": 2}
+slow_to_count = pytest.mark.no_cover  # torch.compile looks at each line that coverage does, and takes twice as long
 
 
 def same_weights(one, other) -> bool:
@@ -185,6 +186,7 @@ def test_gradient_checkpointing_and_bf16(tmp_path):
     assert sizes(model) == [3, 3]
 
 
+@slow_to_count
 def test_a_compiled_model_is_traced_again(tmp_path):
     config = CompreSSMConfig(state_size=3, start=0, end=2, num_reductions=1)
     plain, compiled = tiny_mamba(layers=1), tiny_mamba(layers=1)
@@ -196,6 +198,7 @@ def test_a_compiled_model_is_traced_again(tmp_path):
     torch.testing.assert_close(losses(one), losses(two), rtol=1e-5, atol=1e-5)
 
 
+@slow_to_count
 def test_a_loop_with_accelerate():
     """As the help of `compress_` shows it."""
     accelerator = Accelerator(cpu=True)
