@@ -197,9 +197,15 @@ def _parsed(path: Path) -> tuple[Cut, ...]:
 def _is_of(cut: Cut, folder: Path) -> bool:
     """Whether a folder's model may have the sizes that a cut left."""
     try:
-        sizes = get_state_sizes(AutoConfig.from_pretrained(folder).get_text_config())
+        config = AutoConfig.from_pretrained(folder).get_text_config()
     except (OSError, ValueError, KeyError):  # none, as of a plain module, or one that loading it complains of
         return True
+    return _left_sizes_of(cut, config)
+
+
+def _left_sizes_of(cut: Cut, config: Any) -> bool:
+    """Whether the sizes that a cut left are those in a config."""
+    sizes = get_state_sizes(config)
     return all(index < len(sizes) and sizes[index] == size for index, size in cut.report.sizes.items())
 
 
@@ -250,8 +256,7 @@ def _of_origin(model: Any) -> tuple[Cut, ...]:
     except OSError as error:
         logger.warning(f"hf_compressm: the history of earlier cuts is lost, since it can't be read: {error}")
         return ()
-    sizes = get_state_sizes(config)
-    return history if all(sizes[index] == size for index, size in history[-1].report.sizes.items()) else ()
+    return history if _left_sizes_of(history[-1], config) else ()
 
 
 def _is_on_hub(name: str, revision: str | None) -> bool:
