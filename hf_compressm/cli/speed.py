@@ -7,6 +7,7 @@ the first states: nothing is downloaded but the config.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import itertools
 import math
@@ -91,6 +92,7 @@ def benchmark(
     whose cache allows one, and the largest batch that decodes in its memory, with its tokens/s. Where the memory does not
     hold a row's batch, its value is NaN.
     """
+    _release(device)  # what the size before this one held
     model = build(config, device, size, realization)
     yield "state size", float(max(layer.state_size for layer in find_layers(model)))
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
@@ -100,22 +102,24 @@ def benchmark(
 
     yield (
         f"training, {work.train_batch} x {work.length}",
-        _or_nan(lambda: _training(model, tokens(work.train_batch, work.length), work)),
+        _or_nan(lambda: _training(model, tokens(work.train_batch, work.length), work), device),
     )
     model = model.eval().requires_grad_(False).to(work.dtype)
     prompt = tokens(work.prefill_batch, work.length)
     yield (
         f"prefill, {work.prefill_batch} x {work.length}",
-        _or_nan(lambda: prompt.numel() / _seconds(lambda: model(prompt, use_cache=True), device, work.repeats)),
+        _or_nan(
+            lambda: prompt.numel() / _seconds(lambda: model(prompt, use_cache=True), device, work.repeats), device
+        ),
     )
     (cache,) = _cache(model(tokens(1, 1), use_cache=True)).values()
     yield "state bytes per sequence", _state_bytes(model, cache)
     graphs = (False, True) if device.type == "cuda" and cache.is_compileable else (False,)
     for graph, batch in itertools.product(graphs, work.decode_batches):
         row = f"decoding, batch {batch}, CUDA graph" if graph else f"decoding, batch {batch}"
-        yield row, _or_nan(lambda b=batch, g=graph: _decoding(model, tokens(b, 1), work, g))  # type: ignore[misc]
+        yield row, _or_nan(lambda b=batch, g=graph: _decoding(model, tokens(b, 1), work, g), device)  # type: ignore[misc]
     if device.type == "cuda":
-        largest, speed = _largest_batch(model, tokens)
+        largest, speed = _largest_batch(model, tokens, device)
         yield "largest batch that decodes", largest
         yield "decoding, largest batch", speed
 
@@ -138,12 +142,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _or_nan(measure: Callable[[], float]) -> float:
+def _release(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _or_nan(measure: Callable[[], float], device: torch.device) -> float:
+    """What is measured; NaN, and the memory as it was, if it does not hold what that takes."""
     try:
         return measure()
     except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return math.nan
+        pass  # while it is handled, its traceback holds all that the measurement did
+    _release(device)
+    return math.nan
 
 
 def _training(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> float:
@@ -157,8 +170,10 @@ def _training(model: PreTrainedModel, ids: torch.Tensor, work: Workload) -> floa
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = _seconds(step, ids.device, work.repeats)
-    model.zero_grad(set_to_none=True)
+    try:
+        seconds = _seconds(step, ids.device, work.repeats)
+    finally:  # a step that the memory does not hold leaves gradients behind, too
+        model.zero_grad(set_to_none=True)
     return ids.numel() / seconds
 
 
@@ -200,7 +215,9 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _largest_batch(model: nn.Module, tokens: Callable[[int, int], torch.Tensor]) -> tuple[float, float]:
+def _largest_batch(
+    model: nn.Module, tokens: Callable[[int, int], torch.Tensor], device: torch.device
+) -> tuple[float, float]:
     """The batch that fills the memory, from what a small one takes, and its tokens/s."""
     quick = Workload(repeats=2)
 
@@ -218,7 +235,7 @@ def _largest_batch(model: nn.Module, tokens: Callable[[int, int], torch.Tensor])
     states = max(cast(torch.Tensor, cache.get_recurrent_state(layer.index)).numel() for layer in find_layers(model))
     batch = min(int(MEMORY_SHARE * free / per_sequence), COUNTED // states)
     while batch > 2 * small:
-        speed = _or_nan(lambda b=batch: _decoding(model, tokens(b, 1), quick))  # type: ignore[misc]
+        speed = _or_nan(lambda b=batch: _decoding(model, tokens(b, 1), quick), device)  # type: ignore[misc]
         if not math.isnan(speed):
             return float(batch), speed
         batch = int(0.9 * batch)
