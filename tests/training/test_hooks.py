@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 
-from hf_compressm import CompreSSMConfig
+from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.layers import find_layers
 from tests.conftest import tiny_mamba
 from tests.training.conftest import dataset, make_trainer, sizes
@@ -21,9 +21,9 @@ def hooks(model):
     return [len(layer.mixer._load_state_dict_pre_hooks) for layer in find_layers(model)]
 
 
-def pickled(model):
+def pickled(thing):
     file = io.BytesIO()
-    torch.save(model, file)
+    torch.save(thing, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
@@ -76,3 +76,21 @@ def test_the_trainer_that_loads_has_the_hooks(tmp_path):
     del second
     gc.collect()
     assert hooks(model) == [1, 1]
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+def test_a_copy_of_the_callback_has_what_it_found_and_no_trainer(tmp_path, copied):
+    trainer = make_trainer(tmp_path, tiny_mamba(), CONFIG, max_steps=3)
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, CompreSSMCallback))
+    trainer.train()
+    callback.subclass_s_own = "kept"
+    other = copied(callback)
+    assert other.state() == callback.state()
+    assert len(other.history) == 1
+    assert other.subclass_s_own == "kept"
+    assert callback.trainer is trainer
+    with pytest.raises(ValueError, match="has no trainer"):
+        _ = other.trainer
+    model = tiny_mamba()
+    make_trainer(tmp_path, model, callbacks=[other], max_steps=3).train()
+    assert sizes(model) == [4, 4]
