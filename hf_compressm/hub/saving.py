@@ -76,8 +76,9 @@ def _with_files(stock_save: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_files_of_another(folder: Path) -> None:
     """What a slim model left that another one was saved over."""
-    write_files_whole(folder, without_section(folder))
-    for name in (RECORD, FIGURE):
+    left = without_section(folder)
+    write_files_whole(folder, {name: content for name, content in left.items() if content})
+    for name in (RECORD, FIGURE, *(name for name, content in left.items() if not content)):
         (folder / name).unlink(missing_ok=True)
 
 

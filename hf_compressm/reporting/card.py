@@ -1,11 +1,14 @@
 """The model card of a slimmed model: what was cut, what it cost, how to load it, whom to cite.
 
-The card is a section between two comments, so that a README.md with a text of its own keeps that text.
+The card is a section between two comments, so that a README.md with a text of its own keeps that text. A third tells
+what the section brought to the metadata, which goes with it.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from .report import CompressionReport
 
 CARD, FIGURE = "README.md", "spectra.png"
 BEGIN, END = "<!-- compressm: this section is written anew at each save -->", "<!-- /compressm -->"
+_BROUGHT = re.compile("<!-- compressm metadata: (.*) -->")
 TAGS = ["compressm", "model-compression", "state-space-models"]
 
 # In the card that transformers gives a model without one; nothing in it is worth keeping.
@@ -54,8 +58,21 @@ def model_card(model: PreTrainedModel, repo_id: str | None = None) -> ModelCard:
     """
     if not has_card(model):
         raise ValueError("The model was not cut, so there is nothing to tell: call compress_ first.")
+    return _card(model, repo_id)
+
+
+def _card(model: PreTrainedModel, repo_id: str | None, old: ModelCard | None = None) -> ModelCard:
+    """The card of a model, with the text and metadata of an old one, if there is one."""
     title = (repo_id or "A slim " + model.config.model_type).split("/")[-1]
-    return ModelCard(f"---\n{_data(model, title).to_yaml()}\n---\n\n# {title}\n\n{_section(model, repo_id)}\n")
+    card = ModelCard(f"---\n{_data(model, title).to_yaml()}\n---\n\n# {title}\n\n")
+    theirs: dict[str, Any] = {}
+    if old is not None:
+        _take_back_(old)
+        theirs = old.data.to_dict()
+        _keep_metadata(old, card)
+    section = _section(model, repo_id, _brought(card, theirs))
+    card.text = _merge(card.text if old is None or _TEMPLATE in old.text else old.text, section)
+    return card
 
 
 def write_model_card(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> None:
@@ -66,8 +83,8 @@ def write_model_card(model: PreTrainedModel, folder: str | Path, repo_id: str | 
 def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None = None) -> dict[str, bytes]:
     """`README.md` and `spectra.png` of a model that was cut, by their names; nothing for any other.
 
-    A card that is in the folder already keeps its text and metadata, and the section is put in its place or at the end. A
-    README.md without metadata is no model card and stays as it is.
+    A card that is in the folder already keeps its text and metadata, but for what an earlier save brought, and the section is
+    put in its place or at the end. A README.md without metadata is no model card and stays as it is.
 
     Args:
         model: that was cut, or not.
@@ -81,51 +98,75 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
     if not history:
         return {}
     path = Path(folder) / CARD
-    card = model_card(model, repo_id)
-    old = ModelCard(_read(path), ignore_metadata_errors=True) if path.exists() else None
-    if old is not None and not old.data.to_dict():
-        return {}
-    figure = io.BytesIO()
-    history[-1].report.plot().savefig(figure, dpi=150)
-    if old is not None:
-        _keep_text_and_metadata(old, card, _section(model, repo_id))
-    return {CARD: str(card).encode(), FIGURE: figure.getvalue()}
-
-
-def without_section(folder: str | Path) -> dict[str, bytes]:
-    """The README.md in a folder without what it says of a cut, by its name; nothing if it says nothing of one."""
-    path = Path(folder) / CARD
-    if not path.is_file() or BEGIN not in (text := _read(path)) or END not in text:
-        return {}
-    return {CARD: _merge(text, "").encode()}
-
-
-def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        old = _read(path) if path.exists() else None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is no text in UTF-8 ({error}), so that the model card can't go there: convert it, or save to another folder. "
             "Nothing was written."
         ) from error
+    if old is not None and not old.data.to_dict():
+        return {}
+    figure = io.BytesIO()
+    history[-1].report.plot().savefig(figure, dpi=150)
+    return {CARD: str(_card(model, repo_id, old)).encode(), FIGURE: figure.getvalue()}
 
 
-def _keep_text_and_metadata(old: Any, card: Any, section: str) -> None:
+def without_section(folder: str | Path) -> dict[str, bytes]:
+    """The README.md in a folder without what it says of a cut, by its name.
+
+    It is empty if nothing else was in it; nothing if it says nothing of one.
+    """
+    path = Path(folder) / CARD
+    if not path.is_file() or BEGIN.encode() not in (content := path.read_bytes()) or END.encode() not in content:
+        return {}
+    card = _read(path)
+    _take_back_(card)
+    card.text = _merge(card.text, "")
+    if card.data.to_dict():
+        return {CARD: str(card).encode()}
+    its_own = re.sub(r"\A# .*", "", card.text.strip())  # but for a title
+    return {CARD: card.text.lstrip().encode() if its_own else b""}
+
+
+def _read(path: Path) -> ModelCard:
+    return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+
+
+def _keep_metadata(old: Any, card: Any) -> None:
     """Of the old card, in the new one. In place."""
-    if _TEMPLATE not in old.text:
-        card.text = _merge(old.text, section)
-        if old.data.eval_results:  # its own, or the trainer's
-            card.data.eval_results, card.data.model_name = old.data.eval_results, old.data.model_name
+    if _TEMPLATE not in old.text and old.data.eval_results:  # its own, or the trainer's
+        card.data.eval_results, card.data.model_name = old.data.eval_results, old.data.model_name
     for name, value in old.data.to_dict().items():
         if name not in ("tags", "model-index") and value not in (None, [], ""):
             card.data[name] = value
     card.data.tags = list(dict.fromkeys([*(old.data.tags or []), *card.data.tags]))
 
 
+def _brought(card: Any, theirs: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a card that is not theirs; of the tags, those that are not."""
+    brought = {name: value for name, value in card.data.to_dict().items() if value != theirs.get(name)}
+    return brought | {"tags": [tag for tag in card.data.tags if tag not in (theirs.get("tags") or [])]}
+
+
+def _take_back_(card: Any) -> None:
+    """Off a card's metadata what its section brought, unless somebody has changed it since. In place."""
+    found = _BROUGHT.search(card.text)
+    if found is None:
+        return
+    there = card.data.to_dict()
+    for name, value in json.loads(found[1]).items():
+        if name == "tags":
+            card.data.tags = [tag for tag in there.get(name) or [] if tag not in value] or None
+        elif there.get(name) == value:
+            for attribute in ("eval_results", "model_name") if name == "model-index" else (name,):
+                card.data[attribute] = None
+
+
 def _merge(text: str, section: str) -> str:
     if BEGIN in text and END in text:
         return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
-    return f"{text.strip()}\n\n{section}\n"
+    return f"\n{text.strip()}\n\n{section}\n"
 
 
 def _data(model: PreTrainedModel, title: str) -> ModelCardData:
@@ -156,7 +197,7 @@ def _base(model: PreTrainedModel, history: Sequence[Cut]) -> str | None:
     return history[0].base or base_model(model)
 
 
-def _section(model: PreTrainedModel, repo_id: str | None) -> str:
+def _section(model: PreTrainedModel, repo_id: str | None, brought: dict[str, Any]) -> str:
     history = history_of(model)
     report, base = history[-1].report, _base(model, history)
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"A {model.config.model_type} model"
@@ -168,6 +209,7 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
     }.get(report.realization, report.realization)
     parts = [
         BEGIN,
+        f"<!-- compressm metadata: {_in_comment(brought)} -->",
         "## A smaller state",
         f"{origin} with **{report.states_after:,} of {history[0].report.states_before:,} SSM states** ({how}), chosen by their Hankel "
         "singular values with hf_compressm, after CompreSSM ([arXiv 2510.02823](https://arxiv.org/abs/2510.02823)).",
@@ -187,6 +229,10 @@ def _section(model: PreTrainedModel, repo_id: str | None) -> str:
         END,
     ]
     return "\n\n".join(parts)
+
+
+def _in_comment(values: dict[str, Any]) -> str:
+    return json.dumps(values).replace(">", r"\u003e")  # by which it might end
 
 
 def _healing(report: CompressionReport) -> list[str]:

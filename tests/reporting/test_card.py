@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from huggingface_hub import ModelCard, ModelCardData
 
 from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.reporting.card import base_model, model_card, write_model_card
+from hf_compressm.reporting.record import set_report_
+from hf_compressm.reporting.rows import Perplexity
 from tests.conftest import tiny_mamba, tiny_mamba2
 
 
@@ -74,6 +79,33 @@ def test_the_section_is_replaced(slim, tmp_path, token_ids):
     text = path.read_text()
     assert "| 1 | 8 | 2 |" in text
     assert text.count("### Citation") == text.count("Mine.") == 1
+
+
+@pytest.mark.parametrize("theirs", [{"license": "mit", "tags": ["mine"], "base_model": "a/b"}, {}])
+def test_what_a_cut_brought_to_a_card_goes_with_it(theirs, tmp_path, mamba, token_ids):
+    """Where an uncut model is saved over it: text and metadata are theirs again, however often ours was written."""
+    path = tmp_path / "README.md"
+    if theirs:
+        path.write_text(str(ModelCard(f"---\n{ModelCardData(**theirs).to_yaml()}\n---\n\n# Mine\n")))
+    compress_(mamba, CompreSSMConfig(state_size=4, refit=0), token_ids)
+    measured = Perplexity(before=3.0, after=4.0, data="a -> b --> c")
+    set_report_(mamba, replace(mamba.compression_report, perplexity=measured))
+    for base in ("me/first", "me/second"):
+        mamba.config.name_or_path = base
+        mamba.compression_history = tuple(replace(cut, base=base) for cut in mamba.compression_history)
+        mamba.save_pretrained(tmp_path)
+        data = ModelCard.load(path).data
+        assert data.base_model == theirs.get("base_model", base)
+        assert {"compressm", *theirs.get("tags", [])} <= set(data.tags)
+        assert data.eval_results[0].metric_type == "perplexity"
+    changed = ModelCard.load(path)
+    changed.data.pipeline_tag = "feature-extraction"  # theirs from now on
+    path.write_text(f"{changed}\nMine.\n")
+    tiny_mamba().save_pretrained(tmp_path)
+    card = ModelCard.load(path)
+    assert card.data.to_dict() == theirs | {"pipeline_tag": "feature-extraction"}
+    assert "Mine." in card.text
+    assert "compressm" not in str(card)
 
 
 def test_no_card_without_a_cut(tmp_path):
