@@ -15,11 +15,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..data.texts import STATE_SPACES_TOKENIZER as TOKENIZER
 from .files import write_files_whole
 from .record import RECORD, Cut, base_model, history_of
 from .report import CompressionReport
+
+logger = logging.get_logger(__name__)
 
 CARD, FIGURE = "README.md", "spectra.png"
 BEGIN, END = "<!-- compressm: this section is written anew at each save -->", "<!-- /compressm -->"
@@ -115,12 +118,19 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
 def without_section(folder: str | Path) -> dict[str, bytes]:
     """The README.md in a folder without what it says of a cut, by its name.
 
-    It is empty if nothing else was in it; nothing if it says nothing of one.
+    It is empty if nothing else was in it; nothing if it says nothing of one, or can't be read, of which a warning tells.
     """
     path = Path(folder) / CARD
     if not path.is_file() or BEGIN.encode() not in (content := path.read_bytes()) or END.encode() not in content:
         return {}
-    card = _read(path)
+    try:
+        card = _read(path)
+    except Exception as error:  # no UTF-8, or no YAML, whose errors are those of a library that is not asked for here
+        logger.warning(
+            f"hf_compressm: {path} tells of a cut of the model that was here before, and stays as it is, since it can't be read "
+            f"({error}): delete what is not true any more."
+        )
+        return {}
     _take_back_(card)
     card.text = _merge(card.text, "")
     if card.data.to_dict():

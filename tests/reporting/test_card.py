@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -121,3 +122,28 @@ def test_a_readme_that_can_not_be_read_is_named(tmp_path, mamba, token_ids):
     with pytest.raises(ValueError, match=r"README.md is no text in UTF-8"):
         mamba.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "broken", [lambda text: text.encode("latin-1"), lambda text: text.replace("tags:", "tags: [")]
+)
+def test_a_card_that_can_not_be_read_is_left_alone_by_an_uncut_model(broken, slim, tmp_path, caplog, monkeypatch):
+    slim.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    content = broken(f"{path.read_text()}\ncaf\u00e9\n")
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(content)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny_mamba().save_pretrained(tmp_path)
+    assert "README.md tells of a cut" in caplog.text
+    assert path.read_bytes() == content
+    assert not (tmp_path / "compressm.json").exists()
+
+
+def test_a_readme_without_a_word_of_ours_is_left_alone_by_an_uncut_model(slim, tmp_path, caplog, monkeypatch):
+    slim.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_bytes("caf\u00e9".encode("latin-1"))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny_mamba().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == "caf\u00e9".encode("latin-1")
+    assert not caplog.records
