@@ -14,8 +14,11 @@ def checkpoint_parent(trainer: Any) -> str:
     return str(trainer._get_output_dir(trial=None))
 
 
-def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
-    """Have a `Trainer` call `prepare_` with the folder of a checkpoint before it loads weights from it. In place."""
+def before_loading_(trainer: Any, prepare_: Callable[[str], bool]) -> None:
+    """Have a `Trainer` call `prepare_` with the folder of a checkpoint before it loads weights from it. In place.
+
+    It returns whether it has loaded them itself, so that the `Trainer` does not.
+    """
     load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
     prepare = trainer._prepare_for_training
 
@@ -26,12 +29,12 @@ def before_loading_(trainer: Any, prepare_: Callable[[str], None]) -> None:
         return prepare(steps, batches, folder)
 
     def load_from_checkpoint(folder: str, *args: Any, **kwargs: Any) -> None:
-        prepare_(folder)
-        load(folder, *args, **kwargs)
+        if not prepare_(folder):
+            load(folder, *args, **kwargs)
 
     def load_best_model() -> None:
-        prepare_(trainer.state.best_model_checkpoint)
-        load_best()
+        if not prepare_(trainer.state.best_model_checkpoint):
+            load_best()
 
     trainer._load_from_checkpoint, trainer._load_best_model = load_from_checkpoint, load_best_model
     trainer._prepare_for_training = prepare_for_training

@@ -83,8 +83,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     goes to the model card.
 
     Checkpoints carry their sizes and load by themselves. `resume_from_checkpoint` before, between or after the cuts gives
-    the sizes and losses of the run without the interruption (but for `jamba`, `granitemoehybrid` and `nemotron_h`, which the `Trainer` of
-    transformers 5.24 does not load back); `load_best_model_at_end` may load other sizes, and the report
+    the sizes and losses of the run without the interruption (in one process and under DDP also for mixtures of experts and `nemotron_h`,
+    which the `Trainer` of transformers 5.24 alone does not load back); `load_best_model_at_end` may load other sizes, and the report
     is about those. A training loop that begins again on the model that it was cutting (`auto_find_batch_size`, or `train`
     after an error or Ctrl-C) goes on from the cuts that were made.
 

@@ -22,6 +22,7 @@ from ..compat.wrapping import inside
 from ..cutting.apply import write_sizes_
 from ..layers import Layer, ResizeParameter, find_layers, is_plain, make_room_, set_data_, size_in
 from ..modeling.state_sizes import sizes_may_differ
+from .converted import load_converted_
 from .forms import take_forms_
 from .resuming import damaged
 
@@ -51,7 +52,12 @@ class ReshapeOnLoad:
         A model has the hooks of one trainer: of the one that was made last, or that loads.
         """
         cls._install(trainer, trainer.model, listener)
-        before_loading_(trainer, lambda folder: cls._install(trainer, trainer.model, listener))
+
+        def install_again(folder: str) -> bool:
+            cls._install(trainer, trainer.model, listener)
+            return False
+
+        before_loading_(trainer, install_again)
         if trainer.model_init is not None:
             make = trainer.call_model_init
 
@@ -107,7 +113,7 @@ class ReshapeBeforeLoad:
     """Gives the layers of a model the sizes of a checkpoint before its weights are loaded, where `ReshapeOnLoad` can't.
 
     Where it is sharded, each process loads into its own parts, which must have the right shapes already. Elsewhere these are
-    layers that are projected in the checkpoint or in the model.
+    layers that are projected in the checkpoint or in the model, and checkpoints that a Trainer can't load at all: see `load_converted_`.
 
     Args:
         trainer, listener: as for `ReshapeOnLoad`.
@@ -122,16 +128,16 @@ class ReshapeBeforeLoad:
         """Have the trainer call it with the folder of each checkpoint that it loads weights from."""
         before_loading_(trainer, cls(trainer, listener))
 
-    def __call__(self, folder: str) -> None:
-        """Give the model the sizes of the checkpoint in a folder."""
+    def __call__(self, folder: str) -> bool:
+        """Give the model the sizes of the checkpoint in a folder; whether its weights, too."""
         trainer, listener = self.trainer(), self.listener()
         if trainer is None:
-            return
+            return False
         backend, model = find_backend(trainer), inside(trainer.model)
         if not backend.loads_in_place:
             if take_forms_(model, folder, getattr(trainer, "optimizer", None)) and listener is not None:
                 listener.on_sizes_loaded(model)
-            return
+            return load_converted_(model, folder)
         backend.settle_()
         sizes = sizes_in_state(folder, self.name)
         resized = [
@@ -142,6 +148,7 @@ class ReshapeBeforeLoad:
             reshape_(model, layer, sizes[layer.index], listener, states, backend.resize_parameter_)
         if resized:
             backend.after_cut_()
+        return False
 
 
 def sizes_in_state(folder: str, callback: str) -> dict[int, int]:
