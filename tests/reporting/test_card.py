@@ -92,7 +92,6 @@ def test_what_a_cut_brought_to_a_card_goes_with_it(theirs, tmp_path, mamba, toke
     measured = Perplexity(before=3.0, after=4.0, data="a -> b --> c")
     set_report_(mamba, replace(mamba.compression_report, perplexity=measured))
     for base in ("me/first", "me/second"):
-        mamba.config.name_or_path = base
         mamba.compression_history = tuple(replace(cut, base=base) for cut in mamba.compression_history)
         mamba.save_pretrained(tmp_path)
         data = ModelCard.load(path).data
