@@ -3,11 +3,11 @@
 `python tests/gpu/sharded_scale.py` trains mamba-2.8b with N=128 and granite-4-h-micro, a hybrid with Mamba-2 layers, with
 random weights, in bf16 with activation checkpointing, on 1, 2, 4, ... GPUs: with FSDP2 where there are several. Each GPU
 has the same batch, whatever their number. It prints a row for each: tokens a second of all GPUs, peak memory of a GPU,
-and what a GPU receives and sends in collectives, each before and after the cut; the cut's seconds; and the first and the
-last loss. Mamba-1 scans with the Triton kernel of `train_reference_models.py`. `--layers 16` makes the models so deep;
+and what a GPU receives and sends in collectives, each before and after the cut; the cut's seconds; losses and norms of the
+gradients, of the first step, those before and after the cut and the last. Mamba-1 scans with the Triton kernel of `train_reference_models.py`. `--layers 16` makes the models so deep;
 `--tiny` is for two CPU cores.
 
-`--same` shares one batch out among the GPUs, so that all losses are to be the same, and goes on from each sharded checkpoint of after
+`--same` shares one batch out among the GPUs, so that all losses and norms are to be the same, and goes on from each sharded checkpoint of after
 the cut on every other number of GPUs.
 """
 
@@ -51,6 +51,7 @@ TINY: dict[str, dict[str, Any]] = {
     | {"shared_intermediate_size": 32},
 }
 STEPS, CUT, SAVED = 16, 7, 12
+SHOWN = 0, CUT - 1, CUT, STEPS - 1
 
 
 class Traffic:
@@ -159,13 +160,14 @@ def train(args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=args.resume)
     seconds, peaks, traffic = zip(*watch.ends, strict=True)
     log = trainer.state.log_history
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+    losses, norms = ([float(entry[name]) for entry in log if name in entry] for name in ("loss", "grad_norm"))
     result = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "states": sorted({layer.state_size for layer in find_layers(trainer.model)}),
         "tokens": batch * length * processes,
         "cut_seconds": sum(entry.get("compressm/cut_seconds", 0.0) for entry in log),
-        "losses": losses[-1:] if args.resume else (losses[0], losses[CUT - 1], losses[CUT], losses[-1]),
+        "losses": losses[-1:] if args.resume else [losses[step] for step in SHOWN],
+        "norms": [] if args.resume else [norms[step] for step in SHOWN],
     }
     for name, part in {} if args.resume else {"before": slice(2, CUT), "after": slice(CUT + 2, None)}.items():
         result[name] = {
@@ -220,9 +222,9 @@ def main() -> None:
         return
     there = torch.cuda.device_count() or 2
     print(
-        "| shape | GPUs | parameters | states | tokens/s | after | GiB a GPU | after | GiB moved a step | after | cut, s | losses |"
+        "| shape | GPUs | parameters | states | tokens/s | after | GiB a GPU | after | GiB moved a step | after | cut, s | losses | norms of the gradients |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shape:
             numbers = args.gpus or [n for n in (1, 2, 4, 8) if n <= there]
@@ -240,7 +242,8 @@ def main() -> None:
                 memory = [f"{part['peak']:.1f}" for part in (before, after)]
                 moved = [f"{part['traffic']:.2f}" for part in (before, after)]
                 cells = [shape, str(processes), f"{run['parameters'] / 1e9:.2f}B", f"{run['states']}", *speed, *memory]
-                cells += [*moved, f"{run['cut_seconds']:.1f}", " ".join(f"{loss:.3f}" for loss in run["losses"])]
+                cells += [*moved, f"{run['cut_seconds']:.1f}"]
+                cells += [" ".join(f"{value:.3f}" for value in run[name]) for name in ("losses", "norms")]
                 print(f"| {' | '.join(cells)} |", flush=True)
                 print(f"{shape} on {processes}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             for source, processes in itertools.permutations([n for n in runs if n > 1] if args.same else [], 2):

@@ -267,7 +267,7 @@ def test_a_cut_gives_memory_back(model_type):
     ("make", "options"),
     [
         (tiny_mamba, {"state_size": 1}),
-        (tiny_mamba2, {"state_size": 2, "realization": "select"}),
+        (tiny_mamba2, {"state_size": 8, "realization": "select"}),
         (tiny_mamba2, {"state_size": 2, "realization": "project_heads"}),
     ],
     ids=["refit", "refit of Mamba-2", "by head"],
