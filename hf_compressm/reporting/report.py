@@ -60,6 +60,11 @@ class CompressionReport:
         """State size after the cut, by layer index."""
         return {layer.index: layer.new_size for layer in self.layers}
 
+    @property
+    def resized(self) -> dict[int, tuple[int, int]]:
+        """State size before and after the cut, by layer index."""
+        return {layer.index: (layer.old_size, layer.new_size) for layer in self.layers}
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists and numbers."""
         state_bytes = {"state_bytes_before": self.state_bytes_before, "state_bytes_after": self.state_bytes_after}
