@@ -37,7 +37,7 @@ from .recording import Batch, BatchRecorder, to_device
 from .resuming import attempts_until, read_attributes, states_after, states_left, states_shape
 from .rollback import Metric
 from .run_report import run_report
-from .schedule import attempt_config, attempt_steps, check_target, training_config
+from .schedule import attempt_config, attempt_steps, check_still_below, check_target, training_config
 from .settling import rank_correlation
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Take up a checkpoint's state, or else keep that of this loop if it is restarted; whether there was any.
 
         Raises:
-            ValueError: if the checkpoint's is damaged.
+            ValueError: if the checkpoint's is damaged, or its layers are smaller than a `state_size`.
         """
         mine = self._model is not None and self._model() is model
         sizes = {layer.index: layer.state_size for layer in layers}
@@ -289,6 +289,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._reset()
                 vars(self).update(attributes)
                 self._report(model, layers)
+                check_still_below(self._config, layers)
                 return True
         return restarted
 

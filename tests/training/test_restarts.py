@@ -218,6 +218,21 @@ def test_damaged_state_is_refused_before_the_first_step(checkpoint, tmp_path, en
     _refused(folder, tmp_path, "trainer_state.json is damaged")
 
 
+@pytest.mark.parametrize("size", [7, {1: 5, 0: 8}])
+def test_a_size_that_the_checkpoint_is_below_is_refused(checkpoint, tmp_path, size):
+    _refused(
+        checkpoint, tmp_path, r"Layer 0 has 6 states in the checkpoint", CompreSSMConfig(state_size=size, **WINDOW)
+    )
+
+
+def test_another_size_that_the_checkpoint_is_not_below_is_reached(checkpoint, tmp_path):
+    """Also where its path leads over sizes that a layer is below already."""
+    model = tiny_mamba()
+    config = CompreSSMConfig(state_size={0: 6, 1: 3}, start=0, end=4, num_reductions=3)
+    make_trainer(tmp_path, model, config, max_steps=5).train(resume_from_checkpoint=str(checkpoint))
+    assert sizes(model) == [6, 3]
+
+
 def test_damaged_batches_are_refused_before_the_first_step(checkpoint, tmp_path):
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(checkpoint, folder)
@@ -226,9 +241,10 @@ def test_damaged_batches_are_refused_before_the_first_step(checkpoint, tmp_path)
     _refused(folder, tmp_path, "compressm_batches_0.pt is damaged")
 
 
-def _refused(folder, tmp_path, message):
+def _refused(folder, tmp_path, message, config=None):
     steps = []
-    trainer = make_trainer(tmp_path, tiny_mamba(), CompreSSMConfig(state_size=4, **WINDOW), max_steps=5)
+    config = config or CompreSSMConfig(state_size=4, **WINDOW)
+    trainer = make_trainer(tmp_path, tiny_mamba(), config, max_steps=5)
     trainer.training_step = lambda *args: steps.append(args)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(folder))
