@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from ..cutting import Measurement, Plan
 from ..cutting.nothing_to_cut import why_nothing
 from ..cutting.optimizer import as_list, check_optimizers
 from ..cutting.snapshot import undone_on_error
+from ..data.batches import batches_of
 from ..data.calibration import calibration_batches
 from ..interrupts import uninterrupted
 from ..layers import Layer, find_layers, is_plain, realization_of
@@ -61,7 +63,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     Args:
         config: a `CompreSSMConfig`, or its values as a dictionary. `realization` "auto" means "select" in training,
             and "balance" for time-invariant layers.
-        calibration_data: what to measure on instead of the training batches, as for `compress_`; read when training begins.
+        calibration_data: what to measure on instead of the training batches, as for `compress_`; read when training begins. An
+            iterator is replaced by what was read of it.
         tokenizer: for calibration texts.
 
     Attributes:
@@ -188,10 +191,18 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Tell the callback its trainer. Needed only if it was added after the trainer's construction."""
         if self._trainer is None or self._trainer() is not trainer:
             self._trainer = weakref.ref(trainer)
+            self._take_over(trainer)
             ReshapeOnLoad.install(trainer, self)
             ReshapeBeforeLoad.install(trainer, self)
             self._announced = announce(type(self).__name__)
         return self
+
+    def _take_over(self, trainer: Any) -> None:
+        """Be the trainer's callback, with the data of the one before it if the trainer made this one of a checkpoint's config."""
+        before, trainer.compressm_callback = getattr(trainer, "compressm_callback", None), self
+        restored = before is not None and trainer.args.restore_callback_states_from_checkpoint
+        if restored and self.calibration_data is None:
+            self.calibration_data, self.tokenizer = before.calibration_data, before.tokenizer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A trainer was made with this callback."""
@@ -258,6 +269,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             check_evaluation(self.trainer)
         check_optimizers(as_list(optimizer), model)
         if self._remaining and self.calibration_data is not None:
+            if isinstance(self.calibration_data, Iterator):  # which can't be read again when training is restarted
+                self.calibration_data = batches_of(self.calibration_data, self.tokenizer)
             self._given = calibration_batches(self.calibration_data, model, self.tokenizer)
         elif self._remaining and state.global_step:
             self._recorder.load(checkpoint, args.process_index, args.world_size)

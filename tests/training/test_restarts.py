@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -52,6 +53,36 @@ def test_a_restarted_loop_goes_on_from_the_cuts_that_were_made(tmp_path, target,
     report = model.compression_report
     assert [(row.old_size, row.new_size) for row in report.layers] == [(8, size) for size in sizes(model)]
     assert [cut.report for cut in history_of(model)] == [report]
+
+
+def test_data_that_can_be_read_once_serves_restarts_and_further_runs(tmp_path):
+    callback = CompreSSMCallback(
+        CompreSSMConfig(tolerance=0.3, min_reduction=0, **WINDOW),
+        calibration_data=({"input_ids": row["input_ids"]} for row in dataset(4)),
+    )
+    fail = Fail(3, RuntimeError("CUDA out of memory."))
+    trainer = make_trainer(tmp_path, tiny_mamba(), callbacks=[callback, fail], max_steps=6, auto_find_batch_size=True)
+    trainer.train()
+    assert fail.error is None
+    assert len(pickle.loads(pickle.dumps(callback)).calibration_data) == 1  # all rows in one batch
+    trainer.train()
+    assert len(callback.history) == 2
+
+
+def test_data_is_taken_over_by_the_callback_that_a_trainer_makes_of_a_checkpoint(tmp_path, token_ids):
+    options = {"config": CompreSSMConfig(state_size=4, **WINDOW), "calibration_data": token_ids, "tokenizer": len}
+    first = CompreSSMCallback(**options)
+    run = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, tiny_mamba(), callbacks=[first], **run).train()
+    given = CompreSSMCallback(**options)
+    settings = run | {"save_strategy": "no", "restore_callback_states_from_checkpoint": True}
+    trainer = make_trainer(tmp_path, tiny_mamba(seed=9), callbacks=[given], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (mine,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CompreSSMCallback)]
+    assert mine is not given
+    assert mine.calibration_data is token_ids
+    assert mine.tokenizer is len
+    assert mine.history[-1].hankel_singular_values == first.history[-1].hankel_singular_values
 
 
 def test_a_run_that_ctrl_c_ended_goes_on_when_train_is_called_again(tmp_path):
