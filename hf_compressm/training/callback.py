@@ -367,6 +367,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.history and not self.stopped and self.history[-1].sizes == self.initial_sizes:
             layers = find_layers(self._model())
             reason = why_nothing(self._config, layers, self._config.realization)
+            skipped = sum(attempt.skipped for attempt in self.history)
+            if skipped:
+                least = f"min_reduction={self.config.min_reduction:g}"
+                reason = (
+                    f"{skipped} would have removed a smaller share of the states than {least}: lower min_reduction."
+                )
             if reason is not None:
                 logger.warning(f"hf_compressm: none of {self.attempts} attempts cut anything: {reason}")
         if self._remaining:
@@ -468,27 +474,25 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.history:
             last = self.history[-1]
             correlation = rank_correlation(last.states, last.contributions, states, contributions)
+        made = {} if undone else plan.realizations
         attempt = Attempt(
             step=step,
             sizes={layer.index: layer.state_size for layer in layers},
             hankel_singular_values={row.index: row.hankel_singular_values for row in plan.report.layers},
             contributions=contributions,
             states=states,
-            output_error={row.index: row.output_error for row in plan.report.layers},
-            energy_kept={
-                row.index: row.energy_kept if row.index in plan.realizations and not undone else 1.0
-                for row in plan.report.layers
-            },
+            output_error={row.index: row.output_error if row.index in made else 0.0 for row in plan.report.layers},
+            energy_kept={row.index: row.energy_kept if row.index in made else 1.0 for row in plan.report.layers},
             parameters=plan.report.parameters_before,
             rank_correlation=correlation,
             undone=undone,
+            skipped=not plan.realizations and plan.report.states_after < plan.report.states_before,
         )
         self.history.append(attempt)
         self.attempts += 1
         self.stopped = undone
-        if not undone:
-            of_index = {layer.index: layer for layer in layers}
-            self.kept |= {i: states_left(self.kept[i], made, of_index[i]) for i, made in plan.realizations.items()}
+        of_index = {layer.index: layer for layer in layers}
+        self.kept |= {i: states_left(self.kept[i], new, of_index[i]) for i, new in made.items()}
         return attempt
 
     def _report(self, model: PreTrainedModel, layers: list[Layer]) -> None:
