@@ -6,6 +6,7 @@ what the section brought to the metadata, which goes with it.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -112,6 +113,9 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
         return {}
     figure = io.BytesIO()
     history[-1].report.plot().savefig(figure, dpi=150)
+    # matplotlib's parser left exceptions in cycles with their frames, and so with those of whoever saves the model: it would stay, on
+    # a GPU too, until Python happens to collect.
+    gc.collect()
     return {CARD: str(_card(model, repo_id, old)).encode(), FIGURE: figure.getvalue()}
 
 
