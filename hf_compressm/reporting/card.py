@@ -6,11 +6,11 @@ what the section brought to the metadata, which goes with it.
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,23 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
         ) from error
     if old is not None and not old.data.to_dict():
         return {}
-    figure = io.BytesIO()
-    history[-1].report.plot().savefig(figure, dpi=150)
-    # matplotlib's parser left exceptions in cycles with their frames, and so with those of whoever saves the model: it would stay, on
-    # a GPU too, until Python happens to collect.
-    gc.collect()
-    return {CARD: str(_card(model, repo_id, old)).encode(), FIGURE: figure.getvalue()}
+    return {CARD: str(_card(model, repo_id, old)).encode(), FIGURE: _drawn(history[-1].report)}
+
+
+def _drawn(report: CompressionReport) -> bytes:
+    """The figure, as a PNG.
+
+    By a thread of its own: matplotlib's parser leaves exceptions in cycles with their frames and those of all callers. Of these one
+    holds the model that is saved, which would stay, on a GPU too, until Python happens to collect.
+    """
+
+    def draw() -> bytes:
+        figure = io.BytesIO()
+        report.plot().savefig(figure, dpi=150)
+        return figure.getvalue()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(draw).result()
 
 
 def without_section(folder: str | Path) -> dict[str, bytes]:
