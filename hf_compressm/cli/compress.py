@@ -140,6 +140,8 @@ def compress(
         )
     if output is None and push_to_hub is None and not dry_run:
         raise fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
+    if private and push_to_hub is None:
+        raise fail("--private is for a new repository on the Hub: give --push-to-hub NAME, or drop it.")
     if output is not None and not dry_run:
         empty_folder(output)
     config = CompreSSMConfig(
@@ -155,6 +157,8 @@ def compress(
         heal=heal,
         heal_parameters=heal_parameters,  # type: ignore[arg-type]
     )
+    if heal_parameters != "cut" and not heal:
+        raise fail("--heal-parameters tells what --heal trains: give --heal TOKENS, or drop it.")
     if push_to_hub is not None and not dry_run:
         check_login()
     with progress_bar() as progress:
