@@ -119,7 +119,7 @@ class CompressionReport:
 
         Beside them, where it is known, what any other total of states would have cost, and the states of each head.
         """
-        return plot_report(self.layers, self.tradeoff)
+        return plot_report(self.layers, self.tradeoff, "" if self.divergence is None else self.divergence.unit)
 
     def _summary(self) -> str:
         text = (
@@ -128,7 +128,7 @@ class CompressionReport:
         )
         if self.divergence is not None:
             text += (
-                f"\ndivergence {self.divergence.measured:.4f} nats per token on held-out text, "
+                f"\ndivergence {self.divergence.measured:.4f} {self.divergence.unit} on held-out text, "
                 f"{self.divergence.asked:g} allowed\n(predicted: {self.divergence.predicted:.4f})"
             )
         if self.healing is not None:
