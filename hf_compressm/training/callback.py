@@ -200,8 +200,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def _take_over(self, trainer: Any) -> None:
         """Be the trainer's callback, with the data of the one before it if the trainer made this one of a checkpoint's config."""
         before, trainer.compressm_callback = getattr(trainer, "compressm_callback", None), self
-        restored = before is not None and trainer.args.restore_callback_states_from_checkpoint
-        if restored and self.calibration_data is None:
+        restored = trainer.args.restore_callback_states_from_checkpoint
+        if before is not None and restored and self.calibration_data is None:
             self.calibration_data, self.tokenizer = before.calibration_data, before.tokenizer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
