@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backends import Backend, Loop, find_backend, join, launched, processes
+from .compat.offloading import device_of
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import Plan, measure
 from .cutting.apply import replaced_parameters
+from .cutting.measuring import seconds_for
 from .cutting.optimizer import as_list, check_optimizers
 from .cutting.sizes import check_targets
 from .cutting.snapshot import undone_on_error
-from .data.evaluation import describe, evaluation_ids
+from .data.evaluation import Evaluation, describe, evaluation_ids
 from .data.evaluation import evaluate as evaluation
 from .data.healing import HealingText
 from .healing import check_can_heal, cut_and_heal_
@@ -63,7 +65,7 @@ def compress_pretrained(
             was cut. The login is checked before anything else is done.
         private: make that repository a private one, if it is new.
         evaluate: take the perplexity before and after the cut, on a text that the package ships, into the report and the
-            model card. By default when pushing, if there is a tokenizer.
+            model card. By default when pushing, if there is a tokenizer, and the model has a head.
         **from_pretrained_kwargs: for `from_pretrained`, such as `dtype`, `revision` or `device_map`. Without the last the model
             is on the GPU, if there is one, where transformers would leave it on the CPU.
 
@@ -87,32 +89,59 @@ def compress_pretrained(
             raise TypeError(f"A model is already loaded: drop {', '.join(from_pretrained_kwargs)}, or give its name.")
         model: PreTrainedModel = plain_model(name_or_model)
     else:
-        hub = {
-            key: from_pretrained_kwargs[key]
-            for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-            if key in from_pretrained_kwargs
-        }
         model = load_model(name_or_model, **{"device_map": default_device_map()} | from_pretrained_kwargs)
         if tokenizer is None:
             try:
-                tokenizer = load_tokenizer(name_or_model, **hub)
+                tokenizer = load_tokenizer(name_or_model, **from_pretrained_kwargs)
             except (OSError, ValueError) as error:
                 logger.info(f"hf_compressm: no tokenizer for {name_or_model} ({error}).")
-    if evaluate and tokenizer is None:
-        raise ValueError("The perplexity is taken on text, and there is no tokenizer: pass tokenizer=.")
-    if evaluate is None:
-        evaluate = push_to_hub is not None and tokenizer is not None
-    ids = evaluation_ids(tokenizer) if evaluate else None
-    before = evaluation(model, ids) if ids is not None else None
-    report = compress_(model, config, calibration_data, tokenizer=tokenizer)
-    if ids is not None:
-        measured = Perplexity.of(before, evaluation(model, ids), describe(ids))
-        set_report_(model, replace(report, perplexity=measured))
+    report = compress_and_evaluate_(
+        model, config, calibration_data, tokenizer=tokenizer, evaluate=evaluate, by_default=push_to_hub is not None
+    )
     if push_to_hub is not None and report.states_after == report.states_before:
         logger.warning(f"hf_compressm: nothing was cut, so nothing was pushed to {push_to_hub}.")
     elif push_to_hub is not None:
         publish(model, push_to_hub, tokenizer=tokenizer, private=private, token=token)
     return model
+
+
+def compress_and_evaluate_(
+    model: PreTrainedModel,
+    config: ConfigLike,
+    calibration_data: Any,
+    *,
+    tokenizer: Any,
+    evaluate: bool | None,
+    by_default: bool,
+    evaluation: Callable[[PreTrainedModel, Tensor], Evaluation] = evaluation,
+) -> CompressionReport:
+    """`compress_`, with the perplexity before and after in the report.
+
+    Args:
+        model, config, calibration_data, tokenizer: as for `compress_`.
+        evaluate: whether to take the perplexity.
+        by_default: whether to if `evaluate` is None, where the model has a head and a tokenizer.
+        evaluation: takes it, of the model on token ids.
+
+    Raises:
+        ValueError, TypeError: as `compress_`, before the first evaluation if the target is wrong; and if there can be none.
+    """
+    headless = getattr(model, "base_model", model) is model
+    if evaluate and (headless or tokenizer is None):
+        why = "the model has no head" if headless else "the model has no tokenizer"
+        raise ValueError(f"The perplexity is taken of predictions of a text, and {why}: don't ask to evaluate.")
+    if evaluate is None:
+        evaluate = by_default and not headless and tokenizer is not None
+    if not evaluate:
+        return compress_(model, config, calibration_data, tokenizer=tokenizer)
+    _check_target(CompreSSMConfig.of(config).after_training(), model)
+    ids = evaluation_ids(tokenizer)
+    before = evaluation(model, ids)
+    report = compress_(model, config, calibration_data, tokenizer=tokenizer)
+    after = before if report.states_after == report.states_before else evaluation(model, ids)
+    report = replace(report, perplexity=Perplexity.of(before, after, describe(ids)))
+    set_report_(model, report)
+    return report
 
 
 def compress_(
@@ -179,7 +208,12 @@ def compress_(
         "reading the text to heal on", lambda: HealingText(calibration_data, model, tokenizer, config.heal)
     )
     text.pool_(backend.gather)
-    measurement = backend.together("measuring", lambda: measure(model, text.measured, config))
+    bounded = config
+    if (
+        calibration_data is None and config.calibration_seconds is None
+    ):  # which `measure` can't know, since it is given some
+        bounded = replace(config, calibration_seconds=seconds_for(model.num_parameters(), device_of(model)))
+    measurement = backend.together("measuring", lambda: measure(model, text.measured, bounded))
     plan = backend.decide(lambda: measurement.plan(replace(config, heal=0)).cpu())
     return cut_and_heal_(
         model, plan, lambda: _cut_(model, plan, optimizer, backend), text, measurement.held_out, config, backend
@@ -192,13 +226,17 @@ def _checked(
     """The config and the plain model, once nothing is known that speaks against a cut."""
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     backend.refuse()
-    layers = find_layers(model)
-    check_targets(config, layers, realization_of(config, layers))
+    _check_target(config, model)
     if optimizer is not None:
         check_optimizers(as_list(optimizer), model)
     if config.heal:
         check_can_heal(model, config)
     return config, model
+
+
+def _check_target(config: CompreSSMConfig, model: PreTrainedModel) -> None:
+    layers = find_layers(model)
+    check_targets(config, layers, realization_of(config, layers))
 
 
 def _facts(config: CompreSSMConfig, model: PreTrainedModel, optimizer: Any) -> dict[str, Any]:

@@ -87,7 +87,8 @@ class CompreSSMConfig:
             `compress_pretrained`; a Mamba on a GPU wants its kernels (the `cuda` extra).
         heal_parameters: what is trained: in mixers that were "cut", the parameters that A, B, C, D and the steps come from, or
             "all" of the model, which takes a second copy of it.
-        seed: of the "random" selection, and of the order in which healing reads its text.
+        seed: of the "random" selection, of the order in which healing reads its text, and of the labels that "fisher" samples: the
+            statistics of the default cut depend on it a little.
         start, end: in training, the window of the cuts: shares of the steps if below 1, else steps. The paper cuts in
             the warm-up. The last cut comes at `end`.
         num_reductions: attempts to cut, equidistant between `start` and `end`. A tolerance is given up at each of them;
@@ -132,6 +133,7 @@ class CompreSSMConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            value = value.item() if getattr(value, "ndim", None) == 0 else value  # of torch or numpy
             if value is not None or field.default is not None:
                 object.__setattr__(self, field.name, _FIELDS[field.name](field.name, value))
         targets = [name for name in TARGETS if getattr(self, name) is not None]

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+import torch
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, compress_pretrained, measure
 from hf_compressm import config as module
@@ -17,7 +18,9 @@ WHOLE = ("refit", "multiple_of", "min_state_size", "seed", "num_reductions", "ca
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("spelled", [4, 4.0, np.int64(4), np.uint8(4), np.float32(4), Fraction(8, 2)])
+@pytest.mark.parametrize(
+    "spelled", [4, 4.0, np.int64(4), np.uint8(4), np.float32(4), np.array(4), torch.tensor(4), Fraction(8, 2)]
+)
 def test_whole_numbers(name, spelled):
     config = CompreSSMConfig(**{name: spelled})
     assert type(getattr(config, name)) is int
@@ -26,7 +29,9 @@ def test_whole_numbers(name, spelled):
 
 
 @pytest.mark.parametrize("name", ["max_divergence", "tolerance", "ratio", "start", "end", "min_reduction", "rollback"])
-@pytest.mark.parametrize("spelled", [0.0625, np.float64(0.0625), np.float16(0.0625), Fraction(1, 16)])
+@pytest.mark.parametrize(
+    "spelled", [0.0625, np.float64(0.0625), np.float16(0.0625), torch.tensor(0.0625), Fraction(1, 16)]
+)
 def test_numbers(name, spelled):
     config = CompreSSMConfig(**{name: spelled} | ({"end": 1} if name == "start" else {}))
     assert getattr(config, name) == 0.0625

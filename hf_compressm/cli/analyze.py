@@ -19,6 +19,7 @@ from .console import (
     Model,
     calibration_text,
     check_figure,
+    fail,
     load,
     measuring,
     note,
@@ -35,7 +36,10 @@ def analyze(
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra, and with --frontier the trade-off.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Show the sizes that this share of Hankel energy asks for.")] = 0.05,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Show the sizes that this share of Hankel energy asks for, in the table; 0.05 by default."),
+    ] = None,
     frontier: Annotated[
         bool,
         typer.Option(
@@ -52,11 +56,16 @@ def analyze(
     import torch
 
     from ..compress import hankel_singular_values
-    from ..config import CompreSSMConfig
+    from ..config import TOLERANCE, CompreSSMConfig
     from ..cutting import measure
     from ..hankel.ranks import energy_rank_of_layer
 
     # Before the long part.
+    if tolerance is not None and (frontier or as_json):
+        raise fail(
+            f"--tolerance is for the table, not for {'--frontier' if frontier else '--json'}: drop one of them."
+        )
+    tolerance = TOLERANCE if tolerance is None else tolerance
     CompreSSMConfig(tolerance=tolerance)
     if figure is not None:
         check_figure(figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -125,14 +125,11 @@ def compress(
     hf-compressm compress state-spaces/mamba-130m slim --max-divergence 0.02
     """
     from ..backends import launched
-    from ..compress import compress_
+    from ..compress import compress_and_evaluate_
     from ..config import CompreSSMConfig
     from ..cutting.nothing_to_cut import why_nothing
-    from ..data.evaluation import describe, evaluation_ids
     from ..hub import check_login, publish, write_companions
     from ..layers import find_layers
-    from ..reporting.record import set_report_
-    from ..reporting.rows import Perplexity
 
     if launched() > 1:
         raise fail(
@@ -140,6 +137,8 @@ def compress(
         )
     if output is None and push_to_hub is None and not dry_run:
         raise fail("Name a folder for the slim model, or give --push-to-hub NAME or --dry-run.")
+    if private and push_to_hub is None:
+        raise fail("--private is for a new repository on the Hub: give --push-to-hub NAME, or drop it.")
     if output is not None and not dry_run:
         empty_folder(output)
     config = CompreSSMConfig(
@@ -155,24 +154,24 @@ def compress(
         heal=heal,
         heal_parameters=heal_parameters,  # type: ignore[arg-type]
     )
+    if heal_parameters != "cut" and not heal:
+        raise fail("--heal-parameters tells what --heal trains: give --heal TOKENS, or drop it.")
     if push_to_hub is not None and not dry_run:
         check_login()
     with progress_bar() as progress:
         slim, tokenizer = load(model, progress, device)
         data = healing_text_of(tokenizer, calibration) if heal else calibration_text(slim, tokenizer, calibration)
-        if evaluate and tokenizer is None:
-            raise ValueError("The perplexity is taken on text, and the model has no tokenizer: drop --evaluate.")
-        if evaluate is None:
-            evaluate = tokenizer is not None and (dry_run or push_to_hub is not None)
-        ids = evaluation_ids(tokenizer) if evaluate else None
-        before = timed_evaluation(slim, ids, progress, "perplexity before") if ids is not None else None
         with measuring(progress):
-            report = compress_(slim, config, data, tokenizer=tokenizer)
+            report = compress_and_evaluate_(
+                slim,
+                config,
+                data,
+                tokenizer=tokenizer,
+                evaluate=evaluate,
+                by_default=dry_run or push_to_hub is not None,
+                evaluation=partial(timed_evaluation, progress=progress, description="perplexity"),
+            )
         nothing_cut = report.states_after == report.states_before
-        if ids is not None and not nothing_cut:
-            after = timed_evaluation(slim, ids, progress, "perplexity after")
-            report = replace(report, perplexity=Perplexity.of(before, after, describe(ids)))
-            set_report_(slim, report)
         if output is not None and not dry_run and not nothing_cut:
             progress.add_task("saving", total=None)
             with new_folder(output) as folder:

@@ -90,7 +90,9 @@ def interruptible() -> Iterator[None]:
 
 
 def empty_folder(folder: Path) -> Path:
-    """Refuse a folder that holds anything, or that can't be made."""
+    """Refuse a folder that holds anything, or that can't be made, and the shell's own, which would be another one then."""
+    if folder.resolve() == Path.cwd():
+        raise fail(f"{folder} is the current folder, which can't be replaced by a whole one: name a new one in it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise fail(f"{folder} is not an empty folder: name a new one.")
     above = next(each for each in folder.resolve().parents if each.exists())

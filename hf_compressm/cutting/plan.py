@@ -184,6 +184,8 @@ def make_plan(
             ladder, config.max_divergence, realizations_of, trial, distance.tokens
         )
         tradeoff = ladder.tradeoff(factor)
+        if not distance.has_head:
+            divergence = replace(divergence, unit="of the last hidden states' energy")
     else:
         realizations = realizations_of(choose_sizes(config, layers, choices, spectra, costs))
     sizes = {index: made.size for index, made in realizations.items()}

@@ -38,7 +38,8 @@ def load_model(name_or_path: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     if is_state_spaces_checkpoint(name_or_path, **hub_kwargs):
         return load_state_spaces_model(name_or_path, **from_pretrained_kwargs)
     _check_folder(Path(name_or_path), hub_kwargs.get("subfolder", ""))
-    kwargs = from_pretrained_kwargs | {"output_loading_info": True}
+    # What does not fit is told with the rest, and refused below.
+    kwargs = from_pretrained_kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     config = kwargs.get("config")
     if not hasattr(config, "to_dict"):
         trust = kwargs.get("trust_remote_code")

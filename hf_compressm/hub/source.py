@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..compat.pretrained import commit_hash
 from ..modeling.modeling_compressm import MODULE_NAME, is_slimmed
-from ..reporting.card import CARD
+from ..reporting.card import CARD, FIGURE
 from ..reporting.record import RECORD, base_model, history_of
 
 logger = logging.get_logger(__name__)
@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 # What is made anew, and weights of all formats; and nothing in folders.
 _WEIGHTS = ("safetensors", "bin", "pt", "pth", "ckpt", "msgpack", "h5", "onnx", "gguf", "npz")
 _NOT_CARRIED = (
-    *(CONFIG_NAME, CARD, RECORD, f"{MODULE_NAME}.py", "spectra.png", ".*", "*.index.json", "trainer_state.json"),
+    *(CONFIG_NAME, CARD, RECORD, f"{MODULE_NAME}.py", FIGURE, ".*", "*.index.json", "trainer_state.json"),
     *(f"*.{suffix}" for suffix in _WEIGHTS),
     "*/*",
 )

@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,23 @@ def card_files(model: PreTrainedModel, folder: str | Path, repo_id: str | None =
         ) from error
     if old is not None and not old.data.to_dict():
         return {}
-    figure = io.BytesIO()
-    history[-1].report.plot().savefig(figure, dpi=150)
-    return {CARD: str(_card(model, repo_id, old)).encode(), FIGURE: figure.getvalue()}
+    return {CARD: str(_card(model, repo_id, old)).encode(), FIGURE: _drawn(history[-1].report)}
+
+
+def _drawn(report: CompressionReport) -> bytes:
+    """The figure, as a PNG.
+
+    By a thread of its own: matplotlib's parser leaves exceptions in cycles with their frames and those of all callers. Of these one
+    holds the model that is saved, which would stay, on a GPU too, until Python happens to collect.
+    """
+
+    def draw() -> bytes:
+        figure = io.BytesIO()
+        report.plot().savefig(figure, dpi=150)
+        return figure.getvalue()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(draw).result()
 
 
 def without_section(folder: str | Path) -> dict[str, bytes]:

@@ -21,17 +21,18 @@ def plot_spectra(reports: Mapping[str, Sequence[LayerReport]]) -> Any:
     return figure
 
 
-def plot_report(layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff] | None) -> Any:
+def plot_report(layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff] | None, unit: str) -> Any:
     """One model, as a matplotlib Figure.
 
-    Its spectra, the divergence to expect of any number of states, and the states of each head, as far as they are known.
+    Its spectra, the divergence to expect of any number of states, in some unit, and the states of each head, as far as they are
+    known.
     """
     by_head = any(layer.head_sizes for layer in layers)
     figure, panels = _panels(1 + (tradeoff is not None) + by_head)
     _draw_spectra(panels[0], "", layers)
     panels[0].set_ylabel("Hankel singular value / largest of its layer")
     if tradeoff is not None:
-        _draw_tradeoff(panels[1], layers, tradeoff)
+        _draw_tradeoff(panels[1], layers, tradeoff, unit)
     if by_head:
         _draw_heads(panels[-1], layers)
     return figure
@@ -53,7 +54,7 @@ def _draw_heads(axes: Any, layers: Sequence[LayerReport]) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_tradeoff(right: Any, layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff]) -> None:
+def _draw_tradeoff(right: Any, layers: Sequence[LayerReport], tradeoff: Sequence[Tradeoff], unit: str) -> None:
     points = [point for point in tradeoff if point.divergence > 0]
     right.plot([point.states for point in points], [point.divergence for point in points], color="0.25", lw=2)
     now = sum(layer.new_size for layer in layers)
@@ -61,7 +62,7 @@ def _draw_tradeoff(right: Any, layers: Sequence[LayerReport], tradeoff: Sequence
     right.annotate(f" {now} states", (now, right.get_ylim()[1]), va="top", color=_colors()(0.5))
     right.set_yscale("log")
     right.set_xlabel("states of all layers")
-    right.set_ylabel("divergence of the predictions (nats per token)")
+    right.set_ylabel(f"divergence of the predictions ({unit})")
     right.set_title("What fewer states cost", loc="left", fontsize=11)
     _tidy(right)
 

@@ -23,6 +23,7 @@ class Attempt:
         rank_correlation: how far the ranking of the states agrees with that of the attempt before; None where there is
             nothing to compare.
         undone: whether `rollback` took the cut back.
+        skipped: whether `min_reduction` left it out.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Attempt:
     parameters: int
     rank_correlation: float | None = None
     undone: bool = False
+    skipped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from ..compat.pretrained import commit_hash
+from ..compat.wrapping import inside
 from ..config import CompreSSMConfig
 from ..modeling.modeling_compressm import ARCHITECTURES
 from ..modeling.state_sizes import get_state_sizes
@@ -111,7 +114,7 @@ def history_of(model: PreTrainedModel) -> tuple[Cut, ...]:
     if known is None:
         model.compression_history = history  # type: ignore[assignment]
     report: Any = getattr(model, "compression_report", None)
-    if history and report is not None and report.sizes == history[-1].report.sizes:
+    if history and report is not None and report.resized == history[-1].report.resized:
         last = history[-1]
         history = (*history[:-1], Cut(report, last.config, last.base, last.versions))
     return history
@@ -158,6 +161,10 @@ def read_record(name_or_path: str | Path, **hub_kwargs: Any) -> tuple[Cut, ...]:
             path = Path(hf_hub_download(str(name_or_path), RECORD, **hub_kwargs))
         except HFValidationError as error:
             raise OSError(f"{name_or_path} is neither a folder nor the name of a repository on the Hub.") from error
+        except LocalEntryNotFoundError as error:  # a kind of the next
+            raise OSError(
+                f"There is no folder {name_or_path}, and the Hub is out of reach: check the path, or try again online."
+            ) from error
         except EntryNotFoundError as error:
             raise _no_record(name_or_path) from error
     if not path.is_file():
@@ -188,7 +195,7 @@ def _parsed(path: Path) -> tuple[Cut, ...]:
         if not cuts:
             raise ValueError("it has no cut")
         return cuts
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(
             f"{path} is damaged ({type(error).__name__}: {error}): save or download the model again."
         ) from error
@@ -204,8 +211,11 @@ def _is_of(cut: Cut, folder: Path) -> bool:
 
 
 def _left_sizes_of(cut: Cut, config: Any) -> bool:
-    """Whether the sizes that a cut left are those in a config."""
-    sizes = get_state_sizes(config)
+    """Whether the sizes that a cut left are those in a config, which may be of a model that has none."""
+    try:
+        sizes = get_state_sizes(config)
+    except ValueError:
+        return False
     return all(index < len(sizes) and sizes[index] == size for index, size in cut.report.sizes.items())
 
 
@@ -213,16 +223,22 @@ def get_report(source: PreTrainedModel | str | Path, **hub_kwargs: Any) -> Compr
     """The report of a slim model's last cut, in any process.
 
     Args:
-        source: the model, its folder, or its name on the Hub.
+        source: the model, also as DDP or torch.compile wraps it, its folder, or its name on the Hub.
         hub_kwargs: as for `hf_hub_download`, for a name.
 
     Raises:
         ValueError: if the model was never cut.
+        TypeError: if it is none of these.
         OSError: if a folder or repository has no record that can be read.
     """
     if isinstance(source, str | Path):
         return read_record(source, **hub_kwargs)[-1].report
-    history = history_of(source)
+    if not isinstance(source, nn.Module):
+        raise TypeError(
+            f"A report is that of a model, its folder or its name on the Hub, got {source!r}: give one of these."
+        )
+    model = inside(source)
+    history = history_of(inside(model.module) if isinstance(model, DistributedDataParallel) else model)
     if not history:
         raise ValueError(f"This {type(source).__name__} was not cut, so there is no report: call compress_ first.")
     return history[-1].report
@@ -264,7 +280,13 @@ def _is_on_hub(name: str, revision: str | None) -> bool:
         return True
     try:
         hf_hub_download(name, RECORD, revision=revision)
-    except (OSError, EntryNotFoundError):  # not there, or the Hub is out of reach
+    except LocalEntryNotFoundError:  # a kind of the next
+        logger.warning(
+            f"hf_compressm: the Hub is out of reach, so that it is not known whether {name} was cut before: if it was, the record of "
+            "those cuts is not carried on."
+        )
+        return False
+    except (OSError, EntryNotFoundError):
         return False
     return True
 

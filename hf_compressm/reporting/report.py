@@ -60,6 +60,11 @@ class CompressionReport:
         """State size after the cut, by layer index."""
         return {layer.index: layer.new_size for layer in self.layers}
 
+    @property
+    def resized(self) -> dict[int, tuple[int, int]]:
+        """State size before and after the cut, by layer index."""
+        return {layer.index: (layer.old_size, layer.new_size) for layer in self.layers}
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists and numbers."""
         state_bytes = {"state_bytes_before": self.state_bytes_before, "state_bytes_after": self.state_bytes_after}
@@ -114,7 +119,7 @@ class CompressionReport:
 
         Beside them, where it is known, what any other total of states would have cost, and the states of each head.
         """
-        return plot_report(self.layers, self.tradeoff)
+        return plot_report(self.layers, self.tradeoff, "" if self.divergence is None else self.divergence.unit)
 
     def _summary(self) -> str:
         text = (
@@ -123,7 +128,7 @@ class CompressionReport:
         )
         if self.divergence is not None:
             text += (
-                f"\ndivergence {self.divergence.measured:.4f} nats per token on held-out text, "
+                f"\ndivergence {self.divergence.measured:.4f} {self.divergence.unit} on held-out text, "
                 f"{self.divergence.asked:g} allowed\n(predicted: {self.divergence.predicted:.4f})"
             )
         if self.healing is not None:

@@ -49,10 +49,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the slim model's predictions are from the full one's, on tokens that nothing was fitted to.
-
-    In nats per token, or, of a model without a head, the share of its last hidden states' energy.
-    """
+    """How far the slim model's predictions are from the full one's, on tokens that nothing was fitted to."""
 
     asked: float
     """The most that was allowed, `max_divergence`."""
@@ -61,6 +58,8 @@ class Divergence:
     measured: float
     tokens: int
     """That it was measured on."""
+    unit: str = "nats per token"
+    """Or "of the last hidden states' energy", of a model without a head."""
 
 
 @dataclass(frozen=True)

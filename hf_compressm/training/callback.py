@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from ..cutting import Measurement, Plan
 from ..cutting.nothing_to_cut import why_nothing
 from ..cutting.optimizer import as_list, check_optimizers
 from ..cutting.snapshot import undone_on_error
+from ..data.batches import batches_of
 from ..data.calibration import calibration_batches
 from ..interrupts import uninterrupted
 from ..layers import Layer, find_layers, is_plain, realization_of
@@ -37,7 +39,7 @@ from .recording import Batch, BatchRecorder, to_device
 from .resuming import attempts_until, read_attributes, states_after, states_left, states_shape
 from .rollback import Metric
 from .run_report import run_report
-from .schedule import attempt_config, attempt_steps, check_target, training_config
+from .schedule import attempt_config, attempt_steps, check_still_below, check_target, training_config
 from .settling import rank_correlation
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     Args:
         config: a `CompreSSMConfig`, or its values as a dictionary. `realization` "auto" means "select" in training,
             and "balance" for time-invariant layers.
-        calibration_data: what to measure on instead of the training batches, as for `compress_`; read when training begins.
+        calibration_data: what to measure on instead of the training batches, as for `compress_`; read when training begins. An
+            iterator is replaced by what was read of it.
         tokenizer: for calibration texts.
 
     Attributes:
@@ -188,10 +191,18 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Tell the callback its trainer. Needed only if it was added after the trainer's construction."""
         if self._trainer is None or self._trainer() is not trainer:
             self._trainer = weakref.ref(trainer)
+            self._take_over(trainer)
             ReshapeOnLoad.install(trainer, self)
             ReshapeBeforeLoad.install(trainer, self)
             self._announced = announce(type(self).__name__)
         return self
+
+    def _take_over(self, trainer: Any) -> None:
+        """Be the trainer's callback, with the data of the one before it if the trainer made this one of a checkpoint's config."""
+        before, trainer.compressm_callback = getattr(trainer, "compressm_callback", None), self
+        restored = trainer.args.restore_callback_states_from_checkpoint
+        if before is not None and restored and self.calibration_data is None:
+            self.calibration_data, self.tokenizer = before.calibration_data, before.tokenizer
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A trainer was made with this callback."""
@@ -258,6 +269,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             check_evaluation(self.trainer)
         check_optimizers(as_list(optimizer), model)
         if self._remaining and self.calibration_data is not None:
+            if isinstance(self.calibration_data, Iterator):  # which can't be read again when training is restarted
+                self.calibration_data = batches_of(self.calibration_data, self.tokenizer)
             self._given = calibration_batches(self.calibration_data, model, self.tokenizer)
         elif self._remaining and state.global_step:
             self._recorder.load(checkpoint, args.process_index, args.world_size)
@@ -267,7 +280,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         """Take up a checkpoint's state, or else keep that of this loop if it is restarted; whether there was any.
 
         Raises:
-            ValueError: if the checkpoint's is damaged.
+            ValueError: if the checkpoint's is damaged, or its layers are smaller than a `state_size`.
         """
         mine = self._model is not None and self._model() is model
         sizes = {layer.index: layer.state_size for layer in layers}
@@ -289,6 +302,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
                 self._reset()
                 vars(self).update(attributes)
                 self._report(model, layers)
+                check_still_below(self._config, layers)
                 return True
         return restarted
 
@@ -353,6 +367,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.history and not self.stopped and self.history[-1].sizes == self.initial_sizes:
             layers = find_layers(self._model())
             reason = why_nothing(self._config, layers, self._config.realization)
+            skipped = sum(attempt.skipped for attempt in self.history)
+            if skipped:
+                least = f"min_reduction={self.config.min_reduction:g}"
+                reason = (
+                    f"{skipped} would have removed a smaller share of the states than {least}: lower min_reduction."
+                )
             if reason is not None:
                 logger.warning(f"hf_compressm: none of {self.attempts} attempts cut anything: {reason}")
         if self._remaining:
@@ -454,27 +474,25 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.history:
             last = self.history[-1]
             correlation = rank_correlation(last.states, last.contributions, states, contributions)
+        made = {} if undone else plan.realizations
         attempt = Attempt(
             step=step,
             sizes={layer.index: layer.state_size for layer in layers},
             hankel_singular_values={row.index: row.hankel_singular_values for row in plan.report.layers},
             contributions=contributions,
             states=states,
-            output_error={row.index: row.output_error for row in plan.report.layers},
-            energy_kept={
-                row.index: row.energy_kept if row.index in plan.realizations and not undone else 1.0
-                for row in plan.report.layers
-            },
+            output_error={row.index: row.output_error if row.index in made else 0.0 for row in plan.report.layers},
+            energy_kept={row.index: row.energy_kept if row.index in made else 1.0 for row in plan.report.layers},
             parameters=plan.report.parameters_before,
             rank_correlation=correlation,
             undone=undone,
+            skipped=not plan.realizations and plan.report.states_after < plan.report.states_before,
         )
         self.history.append(attempt)
         self.attempts += 1
         self.stopped = undone
-        if not undone:
-            of_index = {layer.index: layer for layer in layers}
-            self.kept |= {i: states_left(self.kept[i], made, of_index[i]) for i, made in plan.realizations.items()}
+        of_index = {layer.index: layer for layer in layers}
+        self.kept |= {i: states_left(self.kept[i], new, of_index[i]) for i, new in made.items()}
         return attempt
 
     def _report(self, model: PreTrainedModel, layers: list[Layer]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -54,10 +55,22 @@ class BatchRecorder:
         return [to_device(batch, device) for batch in self.batches]
 
     def save(self, folder: str, rank: int) -> None:
-        """Write the batches to a checkpoint that is there."""
-        if self.batches and os.path.isdir(folder):
-            path = os.path.join(folder, BATCHES_NAME.format(rank=rank))
-            torch.save(self.on(torch.device("cpu")), f"{path}.partial")
+        """Write the batches to a checkpoint that is there, if they are of what can be read back; else a warning says so."""
+        if not self.batches or not os.path.isdir(folder):
+            return
+        path = os.path.join(folder, BATCHES_NAME.format(rank=rank))
+        try:
+            torch.save(_of_tensors(self.on(torch.device("cpu"))), f"{path}.partial")
+            _read(f"{path}.partial")
+        except (ValueError, TypeError, AttributeError, pickle.PicklingError):
+            os.remove(f"{path}.partial")
+            kinds: set[str] = set()
+            _with_each(list(self.batches), lambda value: kinds.add(type(value).__name__))
+            logger.warning_once(
+                "hf_compressm: checkpoints are saved without the batches that the next cut is measured on, since not all that these "
+                f"hold can be read back ({', '.join(sorted(kinds))}): after resuming, it may be measured on fewer."
+            )
+        else:
             os.replace(f"{path}.partial", path)  # whole, or not there
 
     def load(self, folder: str | None, rank: int, processes: int = 1) -> None:
@@ -120,10 +133,24 @@ def _dealt(batches: Sequence[Batch], rank: int, processes: int) -> Batch:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Tensors in lists, tuples and dictionaries, on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    return _with_each(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+
+def _of_tensors(batch: Any) -> Any:
+    """With what is numpy's as numbers and tensors, which a checkpoint may hold."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        return torch.tensor(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
+
+    return _with_each(batch, plain)
+
+
+def _with_each(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of lists, tuples and dictionaries, with each value in them changed."""
     if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
+        return {name: _with_each(value, change) for name, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+        return type(batch)(_with_each(value, change) for value in batch)
+    return change(batch)

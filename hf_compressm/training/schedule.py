@@ -93,6 +93,25 @@ def check_target(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
         raise ValueError(f"CompreSSMCallback would cut nothing: {why_nothing(config, layers, name)}")
 
 
+def check_still_below(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
+    """Refuse a state_size that a checkpoint's layers are below.
+
+    Args:
+        config: from `training_config`.
+        layers: of the model that was loaded from it.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for layer in layers:
+        target = _target(config.state_size, layer.index)
+        if target is not None and target > layer.state_size:
+            raise ValueError(
+                f"Layer {layer.index} has {layer.state_size} states in the checkpoint, so it can't be cut to state_size={target}: ask "
+                "for as few, or resume from a checkpoint before that cut."
+            )
+
+
 def attempt_config(
     config: CompreSSMConfig, attempt: int, initial: dict[int, int], layers: Sequence[Layer]
 ) -> CompreSSMConfig | None:
@@ -113,6 +132,8 @@ def attempt_config(
             if target is None:
                 continue
             size = round(initial[layer.index] + way * (target - initial[layer.index]))
+            if size >= layer.state_size:  # as after a checkpoint of a run with another target
+                continue
             if way < 1:
                 size = min(n for n in sizes_to_choose_from(config, layer, name) if n >= size)
             if size < layer.state_size:

@@ -227,6 +227,26 @@ def test_refusals_write_nothing(tmp_path, arguments, message, checkpoint):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compress", "slim", "--private"), "give --push-to-hub NAME"),
+        (("compress", "slim", "--heal-parameters", "all"), "give --heal TOKENS"),
+        (("compress", "."), "is the current folder"),
+        (("export", "."), "is the current folder"),
+        (("analyze", "--tolerance", 0.05, "--frontier"), "not for --frontier"),
+        (("analyze", "--tolerance", 0.05, "--json"), "not for --json"),
+    ],
+)
+def test_what_would_do_nothing_or_elsewhere_is_refused(tmp_path, monkeypatch, arguments, message, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    command, *options = arguments
+    result = run(command, checkpoint, *options)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refuses_models_and_folders(tmp_path, checkpoint):
     assert run("compress", tmp_path / "nowhere", tmp_path / "slim").exit_code == 1
     shutil.copytree(checkpoint, tmp_path / "half")

@@ -89,8 +89,12 @@ def test_half_written_checkpoints_are_refused(tmp_path, mamba, token_ids, damage
 def test_a_checkpoint_of_another_size_is_refused(tmp_path, mamba, token_ids):
     mamba.save_pretrained(tmp_path)
     tiny_mamba(state_size=6).config.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError), match=r"mismatched|shapes"):
-        compress_pretrained(tmp_path, CompreSSMConfig(state_size=4), calibration_data=token_ids)
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=r"other shapes .*layers\.0\.mixer\.A_log"):
+            compress_pretrained(tmp_path, CompreSSMConfig(state_size=4), calibration_data=token_ids, **options)
+    mamba.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"other shapes .*embeddings"):
+        compress_pretrained(tmp_path, calibration_data=token_ids, vocab_size=5)
 
 
 def test_quantised_checkpoints_are_refused(tmp_path, mamba):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -146,3 +148,17 @@ def test_a_readme_without_a_word_of_ours_is_left_alone_by_an_uncut_model(slim, t
     tiny_mamba().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == "caf\u00e9".encode("latin-1")
     assert not caplog.records
+
+
+def test_a_saved_model_is_freed_once_nothing_holds_it(tmp_path, token_ids):
+    model = tiny_mamba()
+    compress_(model, CompreSSMConfig(state_size=3), token_ids)
+    gc.collect()
+    gc.disable()
+    try:
+        model.save_pretrained(tmp_path)
+        there = weakref.ref(model)
+        del model
+        assert there() is None
+    finally:
+        gc.enable()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, compress_, get_report, hankel_singular_values
 from hf_compressm.reporting.record import RECORD, history_of, read_record
@@ -62,6 +64,19 @@ def test_measuring_and_cutting_nothing_leave_no_record(tmp_path, mamba, token_id
         get_report(tmp_path)
 
 
+def test_a_second_call_that_cuts_nothing_leaves_the_record_of_the_first(tmp_path, mamba, token_ids):
+    first = compress_(mamba, CompreSSMConfig(state_size=4), token_ids)
+    mamba.save_pretrained(tmp_path / "one")
+    compress_(mamba, CompreSSMConfig(tolerance=0), token_ids)
+    mamba.save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    compress_(again, CompreSSMConfig(tolerance=0), token_ids)
+    again.save_pretrained(tmp_path / "three")
+    for source in (mamba, again, tmp_path / "two", tmp_path / "three"):
+        assert get_report(source) == first
+    assert "8 of 16 SSM states" in (tmp_path / "three" / "README.md").read_text()
+
+
 def test_a_training_run_is_one_cut(tmp_path, token_ids):
     model = tiny_mamba()
     compress_(model, CompreSSMConfig(state_size=6), token_ids)
@@ -102,6 +117,7 @@ def test_a_record_of_other_sizes_is_not_the_models(tmp_path, mamba, token_ids):
         ("[]", "damaged"),
         ('{"schema_version": 1}', "damaged"),
         ('{"schema_version": 1, "cuts": [{}]}', "damaged"),
+        ('{"schema_version": 1, "cuts": [{"report": []}]}', "damaged"),
         ('{"schema_version": 1, "cuts": []}', "damaged .*no cut"),
         ('{"schema_version": 2, "cuts": []}', "newer hf_compressm"),
     ],
@@ -129,7 +145,51 @@ def test_a_record_of_a_model_that_another_was_saved_over(tmp_path, mamba, token_
     assert history_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == ()
 
 
+def test_a_model_without_a_state_size_that_a_slim_one_was_replaced_by(tmp_path, mamba, token_ids):
+    compress_(mamba, CompreSSMConfig(**UNIFORM), token_ids)
+    mamba.save_pretrained(tmp_path / "slim")
+    record = (tmp_path / "slim" / RECORD).read_text()
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+    other.save_pretrained(tmp_path / "slim")
+    assert not {RECORD, "spectra.png", "README.md"} & {path.name for path in (tmp_path / "slim").iterdir()}
+    (tmp_path / "slim" / RECORD).write_text(record)  # as where it was saved by other means
+    AutoModelForCausalLM.from_pretrained(tmp_path / "slim").save_pretrained(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert not (tmp_path / "elsewhere" / RECORD).exists()
+
+
+def test_a_wrapped_model_tells(mamba, token_ids, monkeypatch):
+    report = compress_(mamba, CompreSSMConfig(**UNIFORM), token_ids)
+    assert get_report(torch.compile(mamba, backend="eager")) is report
+
+    class Wrapper(torch.nn.Module):
+        """Without processes."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    monkeypatch.setattr("hf_compressm.reporting.record.DistributedDataParallel", Wrapper)
+    assert get_report(Wrapper(mamba)) is report
+
+
 def test_what_is_no_model_at_all(tmp_path):
     for name in ("no such/folder at all", "./nosuchfolder"):
         with pytest.raises(OSError, match="neither a folder"):
             get_report(name)
+    for source in (None, 3):
+        with pytest.raises(TypeError, match=f"got {source}"):
+            get_report(source)
+
+
+def test_where_the_hub_is_out_of_reach(mamba, monkeypatch, caplog):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("hf_compressm.reporting.record.hf_hub_download", offline)
+    with pytest.raises(OSError, match="no folder me/slim, and the Hub is out of reach"):
+        get_report("me/slim")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    mamba.config.name_or_path = "me/slim"
+    assert history_of(mamba) == history_of(mamba) == ()
+    assert sum("not known whether me/slim was cut before" in record.message for record in caplog.records) == 1

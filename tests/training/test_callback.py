@@ -344,6 +344,21 @@ def test_a_run_that_cut_nothing_says_why(tmp_path, caplog):
     assert "raise tolerance" in said
 
 
+def test_a_run_whose_cuts_were_skipped_says_so(tmp_path, caplog):
+    callback = CompreSSMCallback(CompreSSMConfig(tolerance=0.3, min_reduction=0.9, **WINDOW))
+    logging.enable_propagation()
+    make_trainer(tmp_path, tiny_mamba(), callbacks=[callback]).train()
+    logging.disable_propagation()
+    (said,) = [record.message for record in caplog.records if "none of 2 attempts" in record.message]
+    assert said.endswith(
+        "2 would have removed a smaller share of the states than min_reduction=0.9: lower min_reduction."
+    )
+    for attempt in callback.history:
+        assert attempt.skipped
+        assert attempt.output_error == {0: 0.0, 1: 0.0}
+        assert attempt.energy_kept == {0: 1.0, 1: 1.0}
+
+
 class CutsToo(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == 3:

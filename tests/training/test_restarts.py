@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -52,6 +53,36 @@ def test_a_restarted_loop_goes_on_from_the_cuts_that_were_made(tmp_path, target,
     report = model.compression_report
     assert [(row.old_size, row.new_size) for row in report.layers] == [(8, size) for size in sizes(model)]
     assert [cut.report for cut in history_of(model)] == [report]
+
+
+def test_data_that_can_be_read_once_serves_restarts_and_further_runs(tmp_path):
+    callback = CompreSSMCallback(
+        CompreSSMConfig(tolerance=0.3, min_reduction=0, **WINDOW),
+        calibration_data=({"input_ids": row["input_ids"]} for row in dataset(4)),
+    )
+    fail = Fail(3, RuntimeError("CUDA out of memory."))
+    trainer = make_trainer(tmp_path, tiny_mamba(), callbacks=[callback, fail], max_steps=6, auto_find_batch_size=True)
+    trainer.train()
+    assert fail.error is None
+    assert len(pickle.loads(pickle.dumps(callback)).calibration_data) == 1  # all rows in one batch
+    trainer.train()
+    assert len(callback.history) == 2
+
+
+def test_data_is_taken_over_by_the_callback_that_a_trainer_makes_of_a_checkpoint(tmp_path, token_ids):
+    options = {"config": CompreSSMConfig(state_size=4, **WINDOW), "calibration_data": token_ids, "tokenizer": len}
+    first = CompreSSMCallback(**options)
+    run = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, tiny_mamba(), callbacks=[first], **run).train()
+    given = CompreSSMCallback(**options)
+    settings = run | {"save_strategy": "no", "restore_callback_states_from_checkpoint": True}
+    trainer = make_trainer(tmp_path, tiny_mamba(seed=9), callbacks=[given], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (mine,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CompreSSMCallback)]
+    assert mine is not given
+    assert mine.calibration_data is token_ids
+    assert mine.tokenizer is len
+    assert mine.history[-1].hankel_singular_values == first.history[-1].hankel_singular_values
 
 
 def test_a_run_that_ctrl_c_ended_goes_on_when_train_is_called_again(tmp_path):
@@ -218,6 +249,21 @@ def test_damaged_state_is_refused_before_the_first_step(checkpoint, tmp_path, en
     _refused(folder, tmp_path, "trainer_state.json is damaged")
 
 
+@pytest.mark.parametrize("size", [7, {1: 5, 0: 8}])
+def test_a_size_that_the_checkpoint_is_below_is_refused(checkpoint, tmp_path, size):
+    _refused(
+        checkpoint, tmp_path, r"Layer 0 has 6 states in the checkpoint", CompreSSMConfig(state_size=size, **WINDOW)
+    )
+
+
+def test_another_size_that_the_checkpoint_is_not_below_is_reached(checkpoint, tmp_path):
+    """Also where its path leads over sizes that a layer is below already."""
+    model = tiny_mamba()
+    config = CompreSSMConfig(state_size={0: 6, 1: 3}, start=0, end=4, num_reductions=3)
+    make_trainer(tmp_path, model, config, max_steps=5).train(resume_from_checkpoint=str(checkpoint))
+    assert sizes(model) == [6, 3]
+
+
 def test_damaged_batches_are_refused_before_the_first_step(checkpoint, tmp_path):
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(checkpoint, folder)
@@ -226,9 +272,10 @@ def test_damaged_batches_are_refused_before_the_first_step(checkpoint, tmp_path)
     _refused(folder, tmp_path, "compressm_batches_0.pt is damaged")
 
 
-def _refused(folder, tmp_path, message):
+def _refused(folder, tmp_path, message, config=None):
     steps = []
-    trainer = make_trainer(tmp_path, tiny_mamba(), CompreSSMConfig(state_size=4, **WINDOW), max_steps=5)
+    config = config or CompreSSMConfig(state_size=4, **WINDOW)
+    trainer = make_trainer(tmp_path, tiny_mamba(), config, max_steps=5)
     trainer.training_step = lambda *args: steps.append(args)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(folder))

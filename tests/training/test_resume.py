@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.training.recording import BatchRecorder
 from tests.conftest import tiny_mamba, tiny_mamba2
 from tests.training.conftest import losses, make_trainer, sizes
 
@@ -77,6 +81,33 @@ def test_a_resume_without_the_recorded_batches_warns_and_goes_on(whole, tmp_path
     resumed = make_trainer(tmp_path, model, config(kind), **(SETTINGS | {"save_strategy": "no"}))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert sum(sizes(model)) == sum(sizes(trainer.model))
+
+
+def test_batches_that_hold_numpys_numbers_are_saved_and_read(tmp_path):
+    """As a collator may put them there."""
+    recorder, ids = BatchRecorder(2), torch.arange(4)[None]
+    batch = {"input_ids": ids, "count": np.int64(1), "weights": [np.ones(2), np.float32(0.5), np.bool_(True)]}
+    recorder.batches.append(((), batch))
+    recorder.save(str(tmp_path), 0)
+    read = BatchRecorder(2)
+    read.load(str(tmp_path), 0)
+    ((args, found),) = read.batches
+    assert args == ()
+    assert torch.equal(found["input_ids"], ids)
+    assert found["count"] == 1
+    assert torch.equal(found["weights"][0], torch.ones(2, dtype=torch.float64))
+    assert found["weights"][1:] == [0.5, True]
+
+
+@pytest.mark.parametrize("other", [np.array(["a"], dtype=object), slice(3), lambda: None, threading.Lock()])
+def test_batches_that_could_not_be_read_are_not_saved(tmp_path, caplog, monkeypatch, other):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    recorder = BatchRecorder(2)
+    recorder.batches.append(((), {"input_ids": torch.arange(4)[None], "other": other}))
+    recorder.save(str(tmp_path), 0)
+    assert list(tmp_path.iterdir()) == []
+    (warning,) = [record.message for record in caplog.records if "saved without the batches" in record.message]
+    assert f"Tensor, {type(other).__name__})" in warning
 
 
 def test_model_init_makes_models_that_resume_too(tmp_path):

@@ -114,3 +114,10 @@ def test_the_ratio_falls_in_equal_steps():
 def test_targets_that_can_not_be_reached_are_refused(target):
     with pytest.raises(ValueError):
         check_target(training_config(CompreSSMConfig(**target)), find_layers(tiny_mamba(8)))
+
+
+def test_a_layer_that_is_as_small_already_is_left_out():
+    layers = find_layers(tiny_mamba(5))
+    config = training_config(CompreSSMConfig(state_size=3, num_reductions=4))
+    assert attempt_config(config, 0, {0: 8, 1: 8}, layers) is None
+    assert attempt_config(config, 2, {0: 8, 1: 8}, layers).state_size == {0: 4, 1: 4}
