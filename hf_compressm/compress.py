@@ -209,9 +209,8 @@ def compress_(
     )
     text.pool_(backend.gather)
     bounded = config
-    if (
-        calibration_data is None and config.calibration_seconds is None
-    ):  # which `measure` can't know, since it is given some
+    # The package's own text is read for a while only, and `measure` can't know that it is given that.
+    if calibration_data is None and config.calibration_seconds is None:
         bounded = replace(config, calibration_seconds=seconds_for(model.num_parameters(), device_of(model)))
     measurement = backend.together("measuring", lambda: measure(model, text.measured, bounded))
     plan = backend.decide(lambda: measurement.plan(replace(config, heal=0)).cpu())
