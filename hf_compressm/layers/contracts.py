@@ -155,6 +155,8 @@ class Realization(ABC):
     """Whether what it makes is a stock layer, which transformers loads without this package."""
     makes_anew: ClassVar[bool] = False
     """Whether a parameter that the layer had is another one afterwards, of which an optimizer knows nothing."""
+    wants: ClassVar[str] = ""
+    """What `fits` looks for in a layer, for messages."""
 
     @property
     def size(self) -> int:
@@ -201,6 +203,14 @@ class Realization(ABC):
         """The sizes that may be chosen for a layer, ascending; the last is its present one."""
         step = config.multiple_of if isinstance(config.multiple_of, int) else 1
         return allowed_sizes(layer.state_size, config.min_state_size, step)
+
+    @classmethod
+    def check_layer(cls, layer: Any) -> None:
+        """Refuse a layer that it fits, of which something is wrong that would only be seen at the cut.
+
+        Raises:
+            ValueError: with what it is.
+        """
 
     @classmethod
     def check_size(cls, layer: Any, size: int) -> None:

@@ -15,6 +15,7 @@ A mixer is known by what it has, not by its name. Two families and these differe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,7 +145,14 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
             f"uniform=True asks for a stock checkpoint, and layer {projected[0]} scans a projected state, which no stock "
             "class loads: cut the model that it was projected from with uniform=True, or drop uniform=True."
         )
-    have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
+    name = _realization_of(config, layers, in_training)
+    if _asks_for_a_cut(config):
+        for layer in layers:
+            layer.realizations[name].check_layer(layer)
+    return name
+
+
+def _realization_of(config: CompreSSMConfig, layers: Sequence[Layer], in_training: bool) -> str:
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
         if config.realization not in ("auto", "project_heads") or config.selection != "auto":
@@ -153,19 +161,52 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
                 "realization='project_heads'. Nothing was changed."
             )
         return "project_heads"
+    of_each = [{name for name, made in layer.realizations.items() if made.fits(layer)} for layer in layers]
+    have = set.intersection(*of_each)
+    if config.realization in have:
+        return config.realization
+    if not _asks_for_a_cut(config) and "select" not in have:
+        return "select"  # which is not made
+    if not have:
+        raise ValueError(_nothing_fits(layers, of_each))
+    name = _best(config, layers, have, in_training)
+    if config.realization == "auto" and name in have:
+        return name
+    best = _best(replace(config, selection="auto"), layers, have, in_training)
+    best = best if best in have else min(have)
+    can = f"which can {' or '.join(sorted(have))}"
     if config.realization == "auto":
-        kinds = {name: {layer.realizations[name] for layer in layers} for name in sorted(have)}
-        suited = (n for n, made in kinds.items() if all(one.suits(config, in_training=in_training) for one in made))
-        return next(suited, "select")
-    if config.realization not in have:
-        reason = (
-            "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
-            "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
-            if config.realization in ("project", "project_heads")
-            else f"is not for these layers, which can {' or '.join(sorted(have))}"
+        raise ValueError(
+            f"selection={config.selection!r} is for realization='select', which is not for these layers, {can}. Take "
+            f"realization={best!r} without a selection. Nothing was changed."
         )
-        raise ValueError(f"realization={config.realization!r} {reason}. Take realization='select'.")
-    return config.realization
+    reason = (
+        "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
+        "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
+        if config.realization in ("project", "project_heads")
+        else f"is not for these layers, {can}"
+    )
+    raise ValueError(f"realization={config.realization!r} {reason}. Take realization={best!r}.")
+
+
+def _best(config: CompreSSMConfig, layers: Sequence[Layer], have: set[str], in_training: bool) -> str:
+    """What "auto" means, of what the layers have: "select" if nothing suits better."""
+    kinds = {name: {layer.realizations[name] for layer in layers} for name in sorted(have)}
+    suited = (n for n, made in kinds.items() if all(one.suits(config, in_training=in_training) for one in made))
+    return next(suited, "select")
+
+
+def _nothing_fits(layers: Sequence[Layer], of_each: Sequence[set[str]]) -> str:
+    layer = next((layer for layer, names in zip(layers, of_each, strict=True) if not names), None)
+    if layer is None:
+        each = (f"layer {layer.index} {' or '.join(sorted(n))}" for layer, n in zip(layers, of_each, strict=True))
+        return f"The layers have no realization in common: {', '.join(each)}. Nothing was changed."
+    wanted = (f"{name!r} wants {made.wants}" for name, made in sorted(layer.realizations.items()) if made.wants)
+    return f"{layer.name} can't be cut by any realization: {', '.join(wanted)}. Nothing was changed."
+
+
+def _asks_for_a_cut(config: CompreSSMConfig) -> bool:
+    return config.tolerance != 0 and config.ratio != 1
 
 
 def realize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -112,6 +113,13 @@ def test_failures_change_nothing():
 
     not_finite = fail(lti_parameters)
 
+    def lti_parameters(self, a, B, C):
+        return LRU.lti_parameters(self, a, B, C) | {"nu_log": torch.where(a.imag == 0, a.abs(), torch.nan)}
+
+    at_the_cut = fail(lti_parameters)
+    nan = net()
+    nan.mixers[1].B_re.data[0] = torch.nan
+
     def lti_system(self):
         a, B, C = LRU.lti_system(self)
         return 2 * a, B, C
@@ -125,7 +133,12 @@ def test_failures_change_nothing():
     for model, message in [
         (twice, "undo each other"),
         (unknown, "no parameter"),
-        (not_finite, "not finite"),
+        (not_finite, r"mixers\.1\.lti_parameters gives a nu_log that is not finite for a real eigenvalue"),
+        (at_the_cut, r"not finite in mixers\.1\.nu_log: look at the model's weights\. Nothing was changed\.$"),
+        (
+            nan,
+            r"mixers\.1\.lti_system\(\) gives no system: B has entries that are not finite\. Nothing was changed\.$",
+        ),
         (unstable, r"mixers\.1 can't be measured.*not stable"),
         (no_system, "gives no system"),
         (net(), "state_size"),  # for the default, a max_divergence
@@ -133,7 +146,39 @@ def test_failures_change_nothing():
         before, optimizer = copy.deepcopy(model.state_dict()), torch.optim.AdamW(model.parameters())
         with pytest.raises(ValueError, match=message):
             compress_(model, None if message == "state_size" else {"state_size": 4}, optimizer=optimizer)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(value.equal(before[name]) or model is nan for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_real_eigenvalues_of_a_truncated_system_are_taken(seed):
+    """By the docstring's recipe; two cuts of three make some."""
+    torch.manual_seed(seed)
+    model = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, 16, r_min=0.6, r_max=0.95, max_phase=3.1))
+    compress_(model, CompreSSMConfig(tolerance=0.05))
+    assert all(size < 16 for size in sizes(model))
+    systems = [layer.system() for layer in find_layers(model)]
+    assert any((system.a.imag.abs() < 1e-6).any() for system in systems)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("kind", "eigenvalue"), [("positive", "0.5"), ("negative", "-0.5")])
+def test_a_mixer_that_can_not_take_real_eigenvalues_is_refused_before_the_first_step(kind, eigenvalue, tmp_path):
+    class Fragile(LRU):
+        def lti_parameters(self, a, B, C):
+            angle = a.angle() if kind == "positive" else math.pi - a.angle()
+            return super().lti_parameters(a, B, C) | {"theta_log": angle.log()}
+
+    model = net(lambda: Fragile(SIZE, 12))
+    message = rf"mixers\.0\.lti_parameters gives a theta_log that is not finite for a real eigenvalue \({eigenvalue}\)"
+    with pytest.raises(ValueError, match=message):
+        compress_(model, CompreSSMConfig(state_size=6))
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(state_size=6, start=0, end=4, num_reductions=1))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert len(hankel_singular_values(model).layers) == 2
+    assert sizes(model) == [12, 12]
+    compress_(model, CompreSSMConfig(state_size=6, realization="select"))
 
 
 def test_real_eigenvalues_are_selected(token_ids):
