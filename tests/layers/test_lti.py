@@ -198,6 +198,81 @@ def test_real_eigenvalues_are_selected(token_ids):
         compress_(model, CompreSSMConfig(state_size=2, realization="balance"))
 
 
+class Packed(LRU):
+    """Two numbers for each state in one parameter, and where `real` no complex state."""
+
+    def __init__(self, size: int, states: int, real: bool) -> None:
+        super().__init__(size, states)
+        self.packed, self.real = torch.nn.Parameter(torch.cat([self.nu_log.data, self.theta_log.data])), real
+        del self.nu_log, self.theta_log
+
+    def lti_system(self):
+        nu_log, theta_log = self.packed.chunk(2)
+        a = torch.exp(torch.complex(-nu_log.exp(), theta_log.exp()))
+        system = a, torch.complex(self.B_re, self.B_im), torch.complex(self.C_re, self.C_im)
+        return tuple(matrix.abs() for matrix in system) if self.real else system
+
+    def lti_parameters(self, a, B, C):
+        made = LRU.lti_parameters(self, a, B, C)
+        packed = torch.cat([made.pop("nu_log"), made.pop("theta_log")])
+        return made | {"packed": packed, "B_re": B.real, "B_im": B.imag}
+
+
+@pytest.mark.parametrize(
+    ("real", "values", "message"),
+    [
+        (
+            True,
+            {},
+            r"mixers\.0 can't be cut by any realization: 'balance' wants complex states, 'select' wants one slice",
+        ),
+        (True, {"realization": "select"}, "'select' wants one slice for each state"),
+        (
+            False,
+            {"selection": "magnitude"},
+            "not for these layers, which can balance. Take realization='balance' without",
+        ),
+        (False, {"realization": "select"}, "not for these layers, which can balance. Take realization='balance'"),
+        (False, {"realization": "project"}, "Take realization='balance'"),
+    ],
+    ids=str,
+)
+def test_what_the_layers_can_not_have_is_refused_before_anything_changes(real, values, message):
+    model = net(lambda: Packed(SIZE, 12, real))
+    with pytest.raises(ValueError, match=message):
+        compress_(model, CompreSSMConfig(state_size=4, **values))
+    assert sizes(model) == [12, 12]
+    assert len(hankel_singular_values(model).layers) == 2
+    if not real:
+        assert compress_(model, CompreSSMConfig(state_size=4)).realization == "balance"
+        assert model.mixers[0].packed.shape == (8,)
+
+
+@pytest.mark.parametrize("realization", ["auto", "select"])
+def test_a_parameter_of_one_shape_at_every_size_is_named_beside_the_others(realization, token_ids):
+    class Stepped(S5):
+        """One step for all states."""
+
+        def __init__(self, size: int, states: int) -> None:
+            super().__init__(size, states)
+            self.log_step = torch.nn.Parameter(torch.tensor([math.log(0.05)]))
+
+        def lti_parameters(self, a, B, C):
+            made = super().lti_parameters(a, B, C)
+            return {"log_step": made.pop("log_step")[:1]} | made
+
+    def stepped() -> Net:
+        return net(lambda: Stepped(SIZE, 12))
+
+    model, fresh = stepped(), stepped()
+    compress_(model, CompreSSMConfig(state_size=4, realization=realization))
+    step = 0.03 if realization == "auto" else 0.05
+    assert float(model.mixers[0].log_step.detach().exp()) == pytest.approx(step)
+    assert resize_like_(fresh, model.state_dict()) == {0: 4, 1: 4}
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(token_ids).logits, model(token_ids).logits)
+
+
 def test_moments_of_new_states_begin_anew_and_others_stay(token_ids):
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
