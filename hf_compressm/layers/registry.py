@@ -106,7 +106,7 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
 
     Raises:
         ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, computed from others,
-            with an adapter), or two of one index.
+            with an adapter, another layer's, too), or two of one index.
     """
     layers: list[Layer] = []
     hints = {}
@@ -257,6 +257,32 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
                 raise ValueError(
                     f"{layer.name}.{name} is a {type(parameter.data).__name__}, which can't be given new data: if it is "
                     f"quantised, {quantised}"
+                )
+    _refuse_shared(model, layers)
+
+
+def _refuse_shared(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Refuse a mixer of which a config would tell two sizes, and parameters that are changed in one mixer and another's, too."""
+    if isinstance(model, PreTrainedModel):
+        mixers: dict[int, str] = {}
+        found = {id(layer.mixer) for layer in layers}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if id(module) in found and mixers.setdefault(id(module), name) != name:
+                raise ValueError(
+                    f"{mixers[id(module)]} and {name} are one mixer, of which the config would tell two sizes, and which can't be "
+                    "saved: give each layer its own (copy.deepcopy). Nothing was changed."
+                )
+    owners: dict[int, tuple[Layer, str]] = {}
+    for layer in layers:
+        for name, parameter in layer.mixer.named_parameters():
+            owner, own_name = owners.setdefault(id(parameter), (layer, name))
+            if owner is not layer and any(
+                shared in {*one.system_parameters(), *one.changed_by_a_cut()}
+                for one, shared in ((owner, own_name), (layer, name))
+            ):
+                raise ValueError(
+                    f"{owner.name}.{own_name} and {layer.name}.{name} are one parameter, which a cut would change for both: "
+                    "give each mixer its own. Nothing was changed."
                 )
 
 
