@@ -27,6 +27,7 @@ from .data.healing import HealingText
 from .healing import check_can_heal, cut_and_heal_
 from .hub import check_login, default_device_map, load_model, load_tokenizer, publish
 from .layers import find_layers, plain_model, realization_of
+from .modeling.state_sizes import check_state_sizes
 from .reporting.record import set_report_
 from .reporting.report import CompressionReport
 from .reporting.rows import Perplexity
@@ -193,6 +194,7 @@ def _checked(
     config, model = CompreSSMConfig.of(config).after_training(), plain_model(model)
     backend.refuse()
     layers = find_layers(model)
+    check_state_sizes(model, {layer.index: 1 for layer in layers})
     check_targets(config, layers, realization_of(config, layers))
     if optimizer is not None:
         check_optimizers(as_list(optimizer), model)

@@ -54,6 +54,8 @@ class Layer(Protocol):
     mixer: Any
     index: int
     """Of the layer in the model. A mixer that does not know it leaves it None, and gets its place among the layers."""
+    sizes_may_differ: bool
+    """Whether the model's config can tell another size for each layer; `find_layers` sets it."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
     head_state_sizes: tuple[int, ...] | None

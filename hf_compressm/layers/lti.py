@@ -32,7 +32,8 @@ transformers has no such model, so a mixer of one's own takes part by two method
 
 Such a model may be a plain `torch.nn.Module`: the state sizes are in the shapes of its weights, so that `state_dict()` is
 all that there is to save. A slim one is loaded into a fresh model by `hf_compressm.layers.resize_like_(model, state_dict)` and
-then `model.load_state_dict(state_dict)`, which without the former refuses the shapes.
+then `model.load_state_dict(state_dict)`, which without the former refuses the shapes. A `PreTrainedModel` takes n from a
+`state_size` in its config, one for all layers: ask for `uniform=True`, or name the size, and `from_pretrained` loads it.
 """
 
 from __future__ import annotations

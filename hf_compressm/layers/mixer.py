@@ -34,6 +34,7 @@ class MixerLayer:
     reads_data: ClassVar[bool] = True
     in_plain_models: ClassVar[bool] = False
     keeps_samples_apart: ClassVar[bool] = False
+    sizes_may_differ: bool = True
     unprojected_state_size: int | None = None
     head_state_sizes: tuple[int, ...] | None = None
     gradient_at: str | None = None

@@ -27,6 +27,7 @@ from ..compat.offloading import is_in_memory
 from ..compat.sharding import is_sharded
 from ..compat.wrapping import uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
+from ..modeling.state_sizes import sizes_may_differ
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization
 from .engines import check_engine
@@ -115,6 +116,7 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
         family = next((family for family, remarks in misfits.items() if not remarks), None)
         if family is not None:
             layer = family(name, module)
+            layer.sizes_may_differ = not isinstance(model, PreTrainedModel) or sizes_may_differ(model.config)
             layer.index = len(layers) if layer.index is None else layer.index
             layers.append(layer)
         elif _looks_like_a_mixer(module):

@@ -336,13 +336,21 @@ class NetConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+class SizelessConfig(NetConfig):
+    model_type = "sizeless_net"
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        del self.state_size
+
+
 class PreTrainedNet(PreTrainedModel):
     config_class = NetConfig
     base_model_prefix = "net"
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__(config)
-        self.net = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, config.state_size))
+        self.net = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, getattr(config, "state_size", 12)))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -363,3 +371,23 @@ def test_a_model_of_transformers_keeps_a_budget_and_is_saved(tmp_path, token_ids
     again = PreTrainedNet.from_pretrained(tmp_path)
     assert torch.equal(again(token_ids).logits, model(token_ids).logits)
     assert get_report(tmp_path) == report
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (NetConfig(), {"ratio": 0.5}, "one state size for all layers.*uniform=True"),
+        (NetConfig(), {"state_size": {0: 4}}, "uniform=True"),
+        (NetConfig(), {"tolerance": 0.1}, "uniform=True"),
+        (SizelessConfig(), {"state_size": 6}, "The config of a sizeless_net model has no state size"),
+    ],
+)
+def test_a_config_without_a_place_for_the_sizes_is_refused_before_the_first_step(config, values, message, tmp_path):
+    model = PreTrainedNet(config)
+    with pytest.raises(ValueError, match=message):
+        compress_(model, values, object())
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(**values, start=0, end=4, num_reductions=1))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert len(hankel_singular_values(model).layers) == 2
