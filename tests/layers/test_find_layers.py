@@ -106,6 +106,24 @@ def test_shapes_are_checked():
         find_layers(model)
 
 
+class Quantised(nn.Module):
+    """A linear layer of torch.ao.quantization's, which computes its weight when it is asked for it."""
+
+    def weight(self):
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(("make", "name"), [(tiny_mamba, "x_proj"), (tiny_mamba2, "in_proj")])
+def test_dynamically_quantised_mixers_are_named(make, name):
+    model = make()
+    for block in model.backbone.layers:
+        setattr(block.mixer, name, Quantised())
+    with pytest.raises(
+        ValueError, match=rf"looks like one.* has no tensor {name}\.weight: it is quantised or computed"
+    ):
+        find_layers(model)
+
+
 def test_known_layers_are_cut_beside_unknown_ones():
     model = tiny_mamba()
     model.extra = nn.Module()
