@@ -29,6 +29,7 @@ from .data.healing import HealingText
 from .healing import check_can_heal, cut_and_heal_
 from .hub import check_login, default_device_map, load_model, load_tokenizer, publish
 from .layers import find_layers, plain_model, realization_of
+from .modeling.state_sizes import check_state_sizes
 from .reporting.record import set_report_
 from .reporting.report import CompressionReport
 from .reporting.rows import Perplexity
@@ -235,6 +236,7 @@ def _checked(
 
 def _check_target(config: CompreSSMConfig, model: PreTrainedModel) -> None:
     layers = find_layers(model)
+    check_state_sizes(model, {layer.index: 1 for layer in layers})
     check_targets(config, layers, realization_of(config, layers))
 
 

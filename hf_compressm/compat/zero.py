@@ -77,18 +77,20 @@ def is_held(model: Any) -> bool:
     if deepspeed is None or not isinstance(model, nn.Module):
         return False
     held = (is_zero3(p) or getattr(p, "_hp_mapping", None) is not None for p in model.parameters())
-    return isinstance(model, deepspeed.DeepSpeedEngine) or any(held)
+    engine = getattr(deepspeed, "DeepSpeedEngine", ())  # it may be half imported
+    return isinstance(model, engine) or any(held)
 
 
 @contextmanager
 def gathered_zero3(parameters: Sequence[Tensor]) -> Iterator[None]:
     """With the data of parameters that are not at hand yet; all processes must come here."""
-    deepspeed: Any = sys.modules.get("deepspeed")
-    if deepspeed is None:
+    spread: list[Any] = [p for p in parameters if is_zero3(p)]
+    if not spread:
         yield
         return
+    deepspeed: Any = sys.modules["deepspeed"]
     status = deepspeed.zero.partition_parameters.ZeroParamStatus
-    wanted = [p for p in parameters if is_zero3(p) and p.ds_status is not status.AVAILABLE]  # type: ignore[attr-defined]
+    wanted = [p for p in spread if p.ds_status is not status.AVAILABLE]
     with deepspeed.zero.GatheredParameters(wanted, modifier_rank=None, enabled=bool(wanted)):
         yield
 

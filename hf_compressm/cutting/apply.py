@@ -40,10 +40,11 @@ def cut_(
         with weights_at_hand(layer.mixer):
             cuts = realization.parameter_cuts(layer)
             # Looked at, and made once more in its turn: all layers' together would be most of a second model.
-            if not all(torch.isfinite(data).all() for data in new_data(layer, cuts).values()):
+            wrong = [name for name, data in new_data(layer, cuts).items() if not torch.isfinite(data).all()]
+            if wrong:
                 raise ValueError(
-                    f"The cut of layer {layer.index} to {realization.size} states is not finite: look at the model's "
-                    "weights and the calibration data. Nothing was changed."
+                    f"The cut of layer {layer.index} to {realization.size} states is not finite in {layer.name}.{wrong[0]}: "
+                    f"look at the model's weights{' and the calibration data' if layer.reads_data else ''}. Nothing was changed."
                 )
             for name, cut in cuts.items():
                 states += cut_states(optimizers, f"{layer.name}.{name}", parameters.get(name), cut)

@@ -19,10 +19,11 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
         name: of the realization, from `layers.realization_of`.
 
     Raises:
-        ValueError: if a size is not below that of its layer or not good for it, or is given for another layer; or if a ratio is
-            too small for the least sizes.
+        ValueError: if a size is not below that of its layer or not good for it, or is given for another layer; if a ratio is
+            too small for the least sizes; or if layers that must be alike would not be.
     """
     if config.state_size is None:
+        _check_alike(config, layers)
         _check_engine_leaves_a_choice(config, layers, name)
         _check_ratio(config, layers, name)
         return
@@ -43,6 +44,22 @@ def check_targets(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -
             )
             raise ValueError(f"Layer {index} has {layer.state_size} states, so it can't be cut to {size}: {todo}.")
         layer.realizations[name].check_size(layer, size)
+    _check_alike(config, layers)
+
+
+def _check_alike(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
+    """Refuse sizes of their own for layers whose config has one for all."""
+    if config.state_size is None:
+        alike = config.uniform or len(layers) == 1 or config.tolerance == 0 or config.ratio == 1
+    elif isinstance(config.state_size, Mapping):
+        alike = len({config.state_size.get(layer.index, layer.state_size) for layer in layers}) == 1
+    else:
+        alike = True
+    if not alike and not all(layer.sizes_may_differ for layer in layers):
+        raise ValueError(
+            "The config of this model has one state size for all layers, so that it could not be saved with others: ask for "
+            "uniform=True, or for one state_size. Nothing was changed."
+        )
 
 
 def _check_ratio(config: CompreSSMConfig, layers: Sequence[Layer], name: str) -> None:

@@ -54,6 +54,8 @@ class Layer(Protocol):
     mixer: Any
     index: int
     """Of the layer in the model. A mixer that does not know it leaves it None, and gets its place among the layers."""
+    sizes_may_differ: bool
+    """Whether the model's config can tell another size for each layer; `find_layers` sets it."""
     unprojected_state_size: int | None
     """The size that B and C are projected from, where the layer is projected already."""
     head_state_sizes: tuple[int, ...] | None
@@ -155,6 +157,8 @@ class Realization(ABC):
     """Whether what it makes is a stock layer, which transformers loads without this package."""
     makes_anew: ClassVar[bool] = False
     """Whether a parameter that the layer had is another one afterwards, of which an optimizer knows nothing."""
+    wants: ClassVar[str] = ""
+    """What `fits` looks for in a layer, for messages."""
 
     @property
     def size(self) -> int:
@@ -201,6 +205,14 @@ class Realization(ABC):
         """The sizes that may be chosen for a layer, ascending; the last is its present one."""
         step = config.multiple_of if isinstance(config.multiple_of, int) else 1
         return allowed_sizes(layer.state_size, config.min_state_size, step)
+
+    @classmethod
+    def check_layer(cls, layer: Any) -> None:
+        """Refuse a layer that it fits, of which something is wrong that would only be seen at the cut.
+
+        Raises:
+            ValueError: with what it is.
+        """
 
     @classmethod
     def check_size(cls, layer: Any, size: int) -> None:

@@ -133,12 +133,12 @@ def check_engine(config: CompreSSMConfig, layers: Sequence[Layer]) -> None:
         model_type = _model_type(layer)
         if layer.family not in engine.sizes or model_type not in engine.model_types:
             others = [name for name, other in ENGINES.items() if model_type in other.model_types]
+            todo = f"Take another engine ({', '.join(others)}), or drop engine" if others else "Drop engine"
             raise ValueError(
-                f"{engine.name} ({engine.version}) can't run {model_type or type(layer.mixer).__name__} models. Take "
-                f"another engine ({', '.join(others)}), or drop engine."
+                f"{engine.name} ({engine.version}) can't run {model_type or type(layer.mixer).__name__} models. {todo}."
             )
-        size = config.state_size
-        if isinstance(size, int) and size not in engine.sizes[layer.family]:
+        size = config.state_size.get(layer.index) if isinstance(config.state_size, Mapping) else config.state_size
+        if size is not None and size not in engine.sizes[layer.family]:
             raise ValueError(
                 f"{engine.name} ({engine.version}) takes {engine.sizes[layer.family]} as the state size of a {layer.family} "
                 f"layer, and any other it {engine.otherwise}: give one of these instead of {size}, or drop engine."

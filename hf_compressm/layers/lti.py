@@ -11,7 +11,8 @@ transformers has no such model, so a mixer of one's own takes part by two method
         def lti_parameters(self, a, B, C):
             '''The parameters that make it this system, by name'''
             gamma = (1 - a.abs().square()).sqrt()
-            nu_log, theta_log = a.abs().log().neg().log(), (a.angle() % (2 * math.pi)).log()
+            nu_log = a.abs().log().neg().log()
+            theta_log = (a.angle() % (2 * math.pi)).clamp_min(1e-9).log()  # the angle of a real state is 0
             B = B / gamma[:, None]
             return {"nu_log": nu_log, "theta_log": theta_log, "gamma_log": gamma.log(), "B_re": B.real, "B_im": B.imag,
                     "C_re": C.real, "C_im": C.imag}
@@ -22,14 +23,17 @@ transformers has no such model, so a mixer of one's own takes part by two method
   C [systems, p, n]. All are cut to one size.
 - Where only one of each conjugate pair is stored (S4D, S5), C is twice what is stored: y = Re(C x).
 - `lti_parameters` names every parameter whose shape depends on n; a, B and C come to it as complex128, on the mixer's device.
+  Some eigenvalues of a truncated system are real, of either sign: what it makes of these has to be finite, too.
+- Balanced truncation wants complex states. Real ones are selected, which wants one slice for each state in these parameters.
 - Where FSDP2 shards the mixer, its parameters are zeros while only shapes are asked for.
 - D, and whatever else the mixer has, stays as it is.
 - The mixer's forward takes n from its parameters. If it has an attribute `state_size`, that is kept up to date; if it has a
   `layer_idx`, reports call it by that, and else by its place in the model.
 
 Such a model may be a plain `torch.nn.Module`: the state sizes are in the shapes of its weights, so that `state_dict()` is
-all that there is to save. A slim one is loaded into a fresh model by `resize_like_(model, state_dict)` and then
-`model.load_state_dict(state_dict)`, which without the former refuses the shapes.
+all that there is to save. A slim one is loaded into a fresh model by `hf_compressm.layers.resize_like_(model, state_dict)` and
+then `model.load_state_dict(state_dict)`, which without the former refuses the shapes. A `PreTrainedModel` takes n from a
+`state_size` in its config, one for all layers: ask for `uniform=True`, or name the size, and `from_pretrained` loads it.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.offloading import weights_at_hand
-from ..compat.sharding import holding, shapes_only
+from ..compat.sharding import holding, is_in_pieces, is_sharded, shapes_only
 from ..config import CompreSSMConfig
 from ..hankel.lti import LTIStatistics, ModalSystem, Truncated, TruncatedPath
 from .contracts import Realization, ResizeParameter
@@ -55,11 +59,15 @@ from .selection import Select
 # The share of its output energy by which a cut mixer may be off the system that it was made for; any in half precision.
 CLOSE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}
 
+# Eigenvalues that every mixer has to have parameters for, where it is balanced.
+REAL = (0.5, -0.5)
+
 
 class SelectModes(Select):
     """Keep some of the states as they are (modal truncation): the baseline."""
 
     has_fit = False
+    wants = "one slice for each state in the parameters that depend on their number"
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -77,6 +85,7 @@ class Balance(Realization):
 
     name = kind = "balance"
     makes_anew = True
+    wants = "complex states"
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -87,6 +96,28 @@ class Balance(Realization):
     def suits(cls, config: CompreSSMConfig, *, in_training: bool) -> bool:
         """Whenever no selection is named."""
         return config.selection == "auto"
+
+    @classmethod
+    def check_layer(cls, layer: Any) -> None:
+        """Refuse a mixer that has no finite parameters for real eigenvalues, which truncation makes of complex ones.
+
+        Of a sharded mixer it is seen at the cut: what else `lti_parameters` reads is not at hand here.
+
+        Raises:
+            ValueError: with the parameter.
+        """
+        if any(is_sharded(parameter) or is_in_pieces(parameter) for parameter in layer.mixer.parameters()):
+            return
+        for eigenvalue in REAL:
+            a, B, C = layer.system().first(1)
+            made = layer.parameters_of(torch.full_like(a, eigenvalue), torch.ones_like(B), torch.ones_like(C))
+            wrong = next((name for name, value in made.items() if not value.isfinite().all()), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"{layer.name}.lti_parameters gives a {wrong} that is not finite for a real eigenvalue ({eigenvalue}), and "
+                    "balanced truncation makes such ones: keep it finite, by a clamp as that of the LRU in "
+                    "hf_compressm.layers.lti. Nothing was changed."
+                )
 
     @classmethod
     def paths(
@@ -241,10 +272,11 @@ class LTILayer(MixerLayer):
         """What the weights say, which is all that there is to know.
 
         Raises:
-            ValueError: if the system is not stable.
+            ValueError: if there is no system, or it is not stable.
         """
+        system = self.system()
         try:
-            return LTIStatistics(self.system())
+            return LTIStatistics(system)
         except ValueError as error:
             raise ValueError(f"{self.name} can't be measured: {error}.") from error
 
@@ -255,12 +287,21 @@ class LTILayer(MixerLayer):
         return gain
 
     def shapes(self, size: int) -> dict[str, torch.Size]:
-        """The shapes at a state size of the parameters that make the system."""
+        """The shapes at a state size of the parameters that depend on it."""
+        one, two, wanted = (self._named_shapes(n) for n in (1, 2, size))
+        return {name: shape for name, shape in wanted.items() if one[name] != two[name]}
+
+    def _named_shapes(self, size: int) -> dict[str, torch.Size]:
+        """The same, with the parameters of one shape at every size that `lti_parameters` names beside these."""
         with torch.no_grad(), shapes_only(self.mixer), weights_at_hand(self.mixer):
             with self._asked():
                 parts = zip(self.mixer.lti_system(), (-1, -2, -1), strict=True)
                 a, B, C = (torch.cat([matrix.narrow(dim, 0, 1)] * size, dim) for matrix, dim in parts)
             return {name: value.shape for name, value in self.parameters_of(a, B, C).items()}
+
+    def changed_by_a_cut(self) -> list[str]:
+        """The parameters that a cut gives new values, by name."""
+        return list(self._named_shapes(1))
 
     def resize(self, size: int) -> None:
         """Tell the mixer its new state size, where it wants to know."""

@@ -283,10 +283,15 @@ class Mamba2Layer(MixerLayer):
         return gate
 
     def magnitude(self) -> Tensor:
-        """Product of the norms of each state's rows of B and C in `in_proj`, [groups, N]."""
-        start = 2 * self.mixer.intermediate_size
-        rows: Tensor = self.mixer.in_proj.weight.float()[start : start + 2 * self.groups * self.state_size].norm(dim=1)
-        return rows.view(2, self.groups, self.state_size).prod(0)
+        """Product of the norms of each state's rows of B and C in `in_proj`, [groups, N].
+
+        Of a projected state it is those of its columns of the maps, in which each unprojected state counts by its row's norm.
+        """
+        start, N = 2 * self.mixer.intermediate_size, self.unprojected_state_size or self.state_size
+        rows: Tensor = self.mixer.in_proj.weight.float()[start : start + 2 * self.groups * N].norm(dim=1).view(-1, N)
+        if self.unprojected_state_size is not None:
+            rows = (rows[..., None] * self.mixer.BC_projection.float()).norm(dim=1)
+        return rows.view(2, self.groups, -1).prod(0)
 
     def select(self, kept: Tensor, readout: Tensor | None = None) -> dict[str, ParameterCut]:
         """Rows of `in_proj` and channels of `conv1d`; or columns of the maps of a projected layer."""

@@ -34,6 +34,7 @@ class MixerLayer:
     reads_data: ClassVar[bool] = True
     in_plain_models: ClassVar[bool] = False
     keeps_samples_apart: ClassVar[bool] = False
+    sizes_may_differ: bool = True
     unprojected_state_size: int | None = None
     head_state_sizes: tuple[int, ...] | None = None
     gradient_at: str | None = None
@@ -130,12 +131,15 @@ def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor
 
 
 def wrong_shapes(mixer: Any, expected: Mapping[str, list[int | None]]) -> list[str]:
-    """For each tensor of another shape than expected (None: any), a remark."""
+    """For each tensor of another shape than expected (None: any), or that is none, a remark."""
     remarks = []
     for name, shape in expected.items():
         tensor = mixer
         for part in name.split("."):
-            tensor = getattr(tensor, part)
+            tensor = getattr(tensor, part, None)
+        if not isinstance(tensor, Tensor):
+            remarks.append(f"has no tensor {name}: it is quantised or computed")
+            continue
         found = shape_of(tensor)
         if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found, strict=True)):
             remarks.append(f"has {name} {list(found)} for {['any' if n is None else n for n in shape]}")

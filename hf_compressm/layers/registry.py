@@ -15,6 +15,7 @@ A mixer is known by what it has, not by its name. Two families and these differe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..compat.offloading import is_in_memory
 from ..compat.sharding import is_sharded
 from ..compat.wrapping import uncompiled
 from ..config import REALIZATIONS, CompreSSMConfig
+from ..modeling.state_sizes import sizes_may_differ
 from .by_head import ProjectHeads
 from .contracts import Layer, Realization
 from .engines import check_engine
@@ -105,7 +107,7 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
 
     Raises:
         ValueError: if there is none, or one with weights that can't be cut (meta device, quantised, computed from others,
-            with an adapter), or two of one index.
+            with an adapter, another layer's, too), or two of one index.
     """
     layers: list[Layer] = []
     hints = {}
@@ -114,6 +116,7 @@ def find_layers(model: nn.Module, *, shapes_alone: bool = False) -> list[Layer]:
         family = next((family for family, remarks in misfits.items() if not remarks), None)
         if family is not None:
             layer = family(name, module)
+            layer.sizes_may_differ = not isinstance(model, PreTrainedModel) or sizes_may_differ(model.config)
             layer.index = len(layers) if layer.index is None else layer.index
             layers.append(layer)
         elif _looks_like_a_mixer(module):
@@ -144,7 +147,14 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
             f"uniform=True asks for a stock checkpoint, and layer {projected[0]} scans a projected state, which no stock "
             "class loads: cut the model that it was projected from with uniform=True, or drop uniform=True."
         )
-    have = set.intersection(*({n for n, made in layer.realizations.items() if made.fits(layer)} for layer in layers))
+    name = _realization_of(config, layers, in_training)
+    if _asks_for_a_cut(config):
+        for layer in layers:
+            layer.realizations[name].check_layer(layer)
+    return name
+
+
+def _realization_of(config: CompreSSMConfig, layers: Sequence[Layer], in_training: bool) -> str:
     by_head = [layer.index for layer in layers if layer.head_state_sizes is not None]
     if by_head:
         if config.realization not in ("auto", "project_heads") or config.selection != "auto":
@@ -153,19 +163,52 @@ def realization_of(config: CompreSSMConfig, layers: Sequence[Layer], *, in_train
                 "realization='project_heads'. Nothing was changed."
             )
         return "project_heads"
+    of_each = [{name for name, made in layer.realizations.items() if made.fits(layer)} for layer in layers]
+    have = set.intersection(*of_each)
+    if config.realization in have:
+        return config.realization
+    if not _asks_for_a_cut(config) and "select" not in have:
+        return "select"  # which is not made
+    if not have:
+        raise ValueError(_nothing_fits(layers, of_each))
+    name = _best(config, layers, have, in_training)
+    if config.realization == "auto" and name in have:
+        return name
+    best = _best(replace(config, selection="auto"), layers, have, in_training)
+    best = best if best in have else min(have)
+    can = f"which can {' or '.join(sorted(have))}"
     if config.realization == "auto":
-        kinds = {name: {layer.realizations[name] for layer in layers} for name in sorted(have)}
-        suited = (n for n, made in kinds.items() if all(one.suits(config, in_training=in_training) for one in made))
-        return next(suited, "select")
-    if config.realization not in have:
-        reason = (
-            "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
-            "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
-            if config.realization in ("project", "project_heads")
-            else f"is not for these layers, which can {' or '.join(sorted(have))}"
+        raise ValueError(
+            f"selection={config.selection!r} is for realization='select', which is not for these layers, {can}. Take "
+            f"realization={best!r} without a selection. Nothing was changed."
         )
-        raise ValueError(f"realization={config.realization!r} {reason}. Take realization='select'.")
-    return config.realization
+    reason = (
+        "needs the Mamba-2 layers of a model of transformers: in Mamba-1 each state of a channel decays at its own rate, "
+        "and a projection would not commute with that; a Mamba-2 mixer of one's own has no projected form here"
+        if config.realization in ("project", "project_heads")
+        else f"is not for these layers, {can}"
+    )
+    raise ValueError(f"realization={config.realization!r} {reason}. Take realization={best!r}.")
+
+
+def _best(config: CompreSSMConfig, layers: Sequence[Layer], have: set[str], in_training: bool) -> str:
+    """What "auto" means, of what the layers have: "select" if nothing suits better."""
+    kinds = {name: {layer.realizations[name] for layer in layers} for name in sorted(have)}
+    suited = (n for n, made in kinds.items() if all(one.suits(config, in_training=in_training) for one in made))
+    return next(suited, "select")
+
+
+def _nothing_fits(layers: Sequence[Layer], of_each: Sequence[set[str]]) -> str:
+    layer = next((layer for layer, names in zip(layers, of_each, strict=True) if not names), None)
+    if layer is None:
+        each = (f"layer {layer.index} {' or '.join(sorted(n))}" for layer, n in zip(layers, of_each, strict=True))
+        return f"The layers have no realization in common: {', '.join(each)}. Nothing was changed."
+    wanted = (f"{name!r} wants {made.wants}" for name, made in sorted(layer.realizations.items()) if made.wants)
+    return f"{layer.name} can't be cut by any realization: {', '.join(wanted)}. Nothing was changed."
+
+
+def _asks_for_a_cut(config: CompreSSMConfig) -> bool:
+    return config.tolerance != 0 and config.ratio != 1
 
 
 def realize(
@@ -216,6 +259,32 @@ def _check_weights(model: Any, layers: Sequence[Layer]) -> None:
                 raise ValueError(
                     f"{layer.name}.{name} is a {type(parameter.data).__name__}, which can't be given new data: if it is "
                     f"quantised, {quantised}"
+                )
+    _refuse_shared(model, layers)
+
+
+def _refuse_shared(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Refuse a mixer of which a config would tell two sizes, and parameters that are changed in one mixer and another's, too."""
+    if isinstance(model, PreTrainedModel):
+        mixers: dict[int, str] = {}
+        found = {id(layer.mixer) for layer in layers}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if id(module) in found and mixers.setdefault(id(module), name) != name:
+                raise ValueError(
+                    f"{mixers[id(module)]} and {name} are one mixer, of which the config would tell two sizes, and which can't be "
+                    "saved: give each layer its own (copy.deepcopy). Nothing was changed."
+                )
+    owners: dict[int, tuple[Layer, str]] = {}
+    for layer in layers:
+        for name, parameter in layer.mixer.named_parameters():
+            owner, own_name = owners.setdefault(id(parameter), (layer, name))
+            if owner is not layer and any(
+                shared in {*one.system_parameters(), *one.changed_by_a_cut()}
+                for one, shared in ((owner, own_name), (layer, name))
+            ):
+                raise ValueError(
+                    f"{owner.name}.{own_name} and {layer.name}.{name} are one parameter, which a cut would change for both: "
+                    "give each mixer its own. Nothing was changed."
                 )
 
 

@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 
 from ..backends import Backend, absent, processes
 from ..layers import Layer, find_layers, is_plain
+from ..modeling.state_sizes import check_state_sizes
 
 
 def find_trainable_layers(model: Any) -> list[Layer]:
     """The SSM layers, of which none is frozen or carries an adapter.
 
     Raises:
-        ValueError: if there is none, or one of them is, or the model is not one of transformers.
+        ValueError: if there is none, or one of them is, or the model is not one of transformers, or has no place for the sizes
+            in its config.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -30,6 +32,7 @@ def find_trainable_layers(model: Any) -> list[Layer]:
             "the model inside. Make it a PreTrainedModel (subclass that of the model inside and add to it), or call "
             "compress_ on the model inside before the training."
         )
+    check_state_sizes(model, {layer.index: 1 for layer in layers})
     for layer in layers:
         parameters = cut_parameters([layer])
         if not any(parameter.requires_grad for parameter in parameters.values()):

@@ -23,7 +23,7 @@ def run_report(
     """What a run did to a model, for `model.compression_report`; None if it has not cut it.
 
     Spectra are those of the first attempt, before any cut. Energy kept is the product over the cuts of what each kept,
-    output error what they lost together, before training went on.
+    output error what they lost together, before training went on. A layer that was cut names the run's realization.
 
     Args:
         model: as it is now.
@@ -51,6 +51,7 @@ def run_report(
                 energy_kept=energy,
                 output_error=1 - output,
                 channels=layer.channels,
+                realization=name if layer.state_size < initial_sizes[layer.index] else "",
                 head_sizes=None if layer.head_state_sizes is None else list(layer.head_state_sizes),
             )
         )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed import HashStore
 
-from hf_compressm import CompreSSMConfig, measure
+from hf_compressm import CompreSSMConfig, compress_, measure
 from hf_compressm.backends import Backend, OneProcess, agreement, find_backend, register
 from hf_compressm.backends import find as module
 from hf_compressm.backends.deepspeed import DeepSpeed
@@ -87,6 +88,12 @@ def test_which_is_found(tmp_path):
     assert type(find_backend(trainer)) is DataParallel
     with pytest.raises(ValueError, match="torchrun"):
         find_backend(trainer).refuse()
+
+
+def test_deepspeed_of_which_half_is_imported_stops_no_cut(monkeypatch, token_ids):
+    """As a Ctrl-C in the middle of its import leaves it."""
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    assert compress_(tiny_mamba(), CompreSSMConfig(state_size=4, refit=0), token_ids).sizes == {0: 4, 1: 4}
 
 
 def test_a_plan_is_not_applied_by_each_process_alone(monkeypatch, token_ids):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
+
+from hf_compressm.layers import lti
 
 
 def scan(a: Tensor, Bu: Tensor) -> Tensor:
@@ -20,8 +24,16 @@ def scan(a: Tensor, Bu: Tensor) -> Tensor:
     return torch.fft.ifft(spectrum, dim=1)[:, :length]
 
 
-class LRU(nn.Module):
-    """Linear recurrent unit (arXiv 2303.06349): one system from all inputs to all outputs.
+def documented() -> Any:
+    """The class that `layers.lti` shows as how to take part: an LRU without parameters."""
+    lines = (line for line in str(lti.__doc__).splitlines() if not line or line.startswith("    "))
+    names = {"torch": torch, "nn": nn, "math": math}
+    exec(textwrap.dedent("\n".join(lines)), names)
+    return names["LRU"]
+
+
+class LRU(documented()):
+    """Linear recurrent unit (arXiv 2303.06349): one system from all inputs to all outputs. Its methods are the documented ones.
 
     Args:
         size: inputs and outputs.
@@ -40,29 +52,6 @@ class LRU(nn.Module):
         self.B_re, self.B_im = (nn.Parameter(torch.randn(states, size) / math.sqrt(2 * size)) for _ in range(2))
         self.C_re, self.C_im = (nn.Parameter(torch.randn(size, states) / math.sqrt(states)) for _ in range(2))
         self.D = nn.Parameter(torch.randn(size))
-
-    def lti_system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """a, B and C of the discrete system."""
-        a = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
-        return (
-            a,
-            self.gamma_log.exp()[:, None] * torch.complex(self.B_re, self.B_im),
-            torch.complex(self.C_re, self.C_im),
-        )
-
-    def lti_parameters(self, a: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
-        """The parameters that make it a system."""
-        gamma = (1 - a.abs().square()).sqrt()
-        B = B / gamma[:, None]
-        return {
-            "nu_log": (-a.abs().log()).log(),
-            "theta_log": (a.angle() % (2 * math.pi)).clamp_min(1e-9).log(),
-            "gamma_log": gamma.log(),
-            "B_re": B.real,
-            "B_im": B.imag,
-            "C_re": C.real,
-            "C_im": C.imag,
-        }
 
     def forward(self, u: Tensor) -> Tensor:
         """[batch, length, size] in and out."""

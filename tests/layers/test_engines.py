@@ -20,6 +20,7 @@ from hf_compressm.layers import Engine, Sizes, find_layers, register_engine
 from hf_compressm.modeling.modeling_compressm import ARCHITECTURES
 from hf_compressm.training.schedule import attempt_config, check_target, training_config
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
+from tests.layers.lti_mixers import LRU, Net
 from tests.layers.models import build
 
 README = Path(__file__).parents[2] / "README.md"
@@ -123,6 +124,20 @@ def test_a_size_that_it_does_not_take_is_refused_before_anything_is_measured(tok
         compress_(model, CompreSSMConfig(ratio=0.5, engine="llama.cpp-cuda", multiple_of=40), object())
     with pytest.raises(ValueError, match="can't run zamba models"):
         compress_(build("zamba"), CompreSSMConfig(engine="vllm"), object())
+
+
+def test_the_sizes_of_some_layers_are_those_that_it_takes(monkeypatch, token_ids):
+    engine = Engine("mine", "1", "run", {"Mamba": Sizes((6,))}, frozenset({"mamba"}), uniform=False)
+    monkeypatch.setitem(ENGINES, "mine", engine)
+    for size in (4, {0: 4}, {0: 6, 1: 4}):
+        with pytest.raises(ValueError, match=r"takes 6 as the state size of a Mamba layer.*instead of 4"):
+            compress_(tiny_mamba(), CompreSSMConfig(engine="mine", state_size=size), object())
+    assert compress_(tiny_mamba(), CompreSSMConfig(engine="mine", state_size={1: 6}), token_ids).sizes == {0: 8, 1: 6}
+
+
+def test_no_other_engine_is_named_where_there_is_none():
+    with pytest.raises(ValueError, match=r"can't run LRU models\. Drop engine\.$"):
+        compress_(Net(VOCABULARY, 6, lambda: LRU(6, 12)), CompreSSMConfig(engine="vllm", state_size=4))
 
 
 def test_transformers_takes_every_form():

@@ -20,7 +20,8 @@ from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.layers import find_layers
 from hf_compressm.modeling import modeling_compressm
 from hf_compressm.modeling.state_sizes import get_state_sizes
-from tests.conftest import tiny_mamba, tiny_mamba2
+from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
+from tests.layers.lti_mixers import LRU, Net
 from tests.layers.models import TYPES, build, make_config, tokens
 
 
@@ -105,6 +106,24 @@ def test_shapes_are_checked():
         find_layers(model)
 
 
+class Quantised(nn.Module):
+    """A linear layer of torch.ao.quantization's, which computes its weight when it is asked for it."""
+
+    def weight(self):
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(("make", "name"), [(tiny_mamba, "x_proj"), (tiny_mamba2, "in_proj")])
+def test_dynamically_quantised_mixers_are_named(make, name):
+    model = make()
+    for block in model.backbone.layers:
+        setattr(block.mixer, name, Quantised())
+    with pytest.raises(
+        ValueError, match=rf"looks like one.* has no tensor {name}\.weight: it is quantised or computed"
+    ):
+        find_layers(model)
+
+
 def test_known_layers_are_cut_beside_unknown_ones():
     model = tiny_mamba()
     model.extra = nn.Module()
@@ -175,6 +194,38 @@ def test_weights_that_can_not_be_given_new_data_and_copied_layers_are_refused(ch
     change(model.backbone.layers[1].mixer)
     with pytest.raises(ValueError, match=message):
         find_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "share", "message"),
+    [
+        (tiny_mamba, "mixer", "layers.0.mixer and backbone.layers.1.mixer are one mixer"),
+        (tiny_mamba2, "mixer", "are one mixer"),
+        (
+            tiny_mamba,
+            "mixer.x_proj",
+            "layers.0.mixer.x_proj.weight and .*layers.1.mixer.x_proj.weight are one parameter",
+        ),
+        (tiny_mamba2, "mixer.in_proj.weight", "layers.0.mixer.in_proj.weight and .* are one parameter"),
+    ],
+)
+def test_what_layers_share_is_refused(make, share, message):
+    model = make()
+    owner, _, name = share.rpartition(".")
+    first, second = (block.get_submodule(owner) for block in model.backbone.layers)
+    setattr(second, name, getattr(first, name))
+    with pytest.raises(ValueError, match=message):
+        compress_(model, CompreSSMConfig(state_size=4, realization="select"), object())
+
+
+def test_what_a_cut_leaves_alone_may_be_shared(token_ids):
+    model = tiny_mamba()
+    first, second = (block.mixer for block in model.backbone.layers)
+    second.out_proj = first.out_proj
+    assert compress_(model, CompreSSMConfig(state_size=4), token_ids).sizes == {0: 4, 1: 4}
+    plain = Net(VOCABULARY, 6, lambda: LRU(6, 12))
+    plain.mixers[1] = plain.mixers[0]  # its size is told by its shapes
+    assert compress_(plain, CompreSSMConfig(state_size=4)).sizes == {0: 4}
 
 
 def test_what_a_mask_has_pruned_for_good_is_cut(token_ids):

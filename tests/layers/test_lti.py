@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -112,6 +113,13 @@ def test_failures_change_nothing():
 
     not_finite = fail(lti_parameters)
 
+    def lti_parameters(self, a, B, C):
+        return LRU.lti_parameters(self, a, B, C) | {"nu_log": torch.where(a.imag == 0, a.abs(), torch.nan)}
+
+    at_the_cut = fail(lti_parameters)
+    nan = net()
+    nan.mixers[1].B_re.data[0] = torch.nan
+
     def lti_system(self):
         a, B, C = LRU.lti_system(self)
         return 2 * a, B, C
@@ -125,7 +133,12 @@ def test_failures_change_nothing():
     for model, message in [
         (twice, "undo each other"),
         (unknown, "no parameter"),
-        (not_finite, "not finite"),
+        (not_finite, r"mixers\.1\.lti_parameters gives a nu_log that is not finite for a real eigenvalue"),
+        (at_the_cut, r"not finite in mixers\.1\.nu_log: look at the model's weights\. Nothing was changed\.$"),
+        (
+            nan,
+            r"mixers\.1\.lti_system\(\) gives no system: B has entries that are not finite\. Nothing was changed\.$",
+        ),
         (unstable, r"mixers\.1 can't be measured.*not stable"),
         (no_system, "gives no system"),
         (net(), "state_size"),  # for the default, a max_divergence
@@ -133,7 +146,39 @@ def test_failures_change_nothing():
         before, optimizer = copy.deepcopy(model.state_dict()), torch.optim.AdamW(model.parameters())
         with pytest.raises(ValueError, match=message):
             compress_(model, None if message == "state_size" else {"state_size": 4}, optimizer=optimizer)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(value.equal(before[name]) or model is nan for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_real_eigenvalues_of_a_truncated_system_are_taken(seed):
+    """By the docstring's recipe; two cuts of three make some."""
+    torch.manual_seed(seed)
+    model = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, 16, r_min=0.6, r_max=0.95, max_phase=3.1))
+    compress_(model, CompreSSMConfig(tolerance=0.05))
+    assert all(size < 16 for size in sizes(model))
+    systems = [layer.system() for layer in find_layers(model)]
+    assert any((system.a.imag.abs() < 1e-6).any() for system in systems)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("kind", "eigenvalue"), [("positive", "0.5"), ("negative", "-0.5")])
+def test_a_mixer_that_can_not_take_real_eigenvalues_is_refused_before_the_first_step(kind, eigenvalue, tmp_path):
+    class Fragile(LRU):
+        def lti_parameters(self, a, B, C):
+            angle = a.angle() if kind == "positive" else math.pi - a.angle()
+            return super().lti_parameters(a, B, C) | {"theta_log": angle.log()}
+
+    model = net(lambda: Fragile(SIZE, 12))
+    message = rf"mixers\.0\.lti_parameters gives a theta_log that is not finite for a real eigenvalue \({eigenvalue}\)"
+    with pytest.raises(ValueError, match=message):
+        compress_(model, CompreSSMConfig(state_size=6))
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(state_size=6, start=0, end=4, num_reductions=1))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert len(hankel_singular_values(model).layers) == 2
+    assert sizes(model) == [12, 12]
+    compress_(model, CompreSSMConfig(state_size=6, realization="select"))
 
 
 def test_real_eigenvalues_are_selected(token_ids):
@@ -151,6 +196,81 @@ def test_real_eigenvalues_are_selected(token_ids):
     assert compress_(net(), CompreSSMConfig(state_size=4)).state_bytes_after == 64
     with pytest.raises(ValueError, match="realization='select'"):
         compress_(model, CompreSSMConfig(state_size=2, realization="balance"))
+
+
+class Packed(LRU):
+    """Two numbers for each state in one parameter, and where `real` no complex state."""
+
+    def __init__(self, size: int, states: int, real: bool) -> None:
+        super().__init__(size, states)
+        self.packed, self.real = torch.nn.Parameter(torch.cat([self.nu_log.data, self.theta_log.data])), real
+        del self.nu_log, self.theta_log
+
+    def lti_system(self):
+        nu_log, theta_log = self.packed.chunk(2)
+        a = torch.exp(torch.complex(-nu_log.exp(), theta_log.exp()))
+        system = a, torch.complex(self.B_re, self.B_im), torch.complex(self.C_re, self.C_im)
+        return tuple(matrix.abs() for matrix in system) if self.real else system
+
+    def lti_parameters(self, a, B, C):
+        made = LRU.lti_parameters(self, a, B, C)
+        packed = torch.cat([made.pop("nu_log"), made.pop("theta_log")])
+        return made | {"packed": packed, "B_re": B.real, "B_im": B.imag}
+
+
+@pytest.mark.parametrize(
+    ("real", "values", "message"),
+    [
+        (
+            True,
+            {},
+            r"mixers\.0 can't be cut by any realization: 'balance' wants complex states, 'select' wants one slice",
+        ),
+        (True, {"realization": "select"}, "'select' wants one slice for each state"),
+        (
+            False,
+            {"selection": "magnitude"},
+            "not for these layers, which can balance. Take realization='balance' without",
+        ),
+        (False, {"realization": "select"}, "not for these layers, which can balance. Take realization='balance'"),
+        (False, {"realization": "project"}, "Take realization='balance'"),
+    ],
+    ids=str,
+)
+def test_what_the_layers_can_not_have_is_refused_before_anything_changes(real, values, message):
+    model = net(lambda: Packed(SIZE, 12, real))
+    with pytest.raises(ValueError, match=message):
+        compress_(model, CompreSSMConfig(state_size=4, **values))
+    assert sizes(model) == [12, 12]
+    assert len(hankel_singular_values(model).layers) == 2
+    if not real:
+        assert compress_(model, CompreSSMConfig(state_size=4)).realization == "balance"
+        assert model.mixers[0].packed.shape == (8,)
+
+
+@pytest.mark.parametrize("realization", ["auto", "select"])
+def test_a_parameter_of_one_shape_at_every_size_is_named_beside_the_others(realization, token_ids):
+    class Stepped(S5):
+        """One step for all states."""
+
+        def __init__(self, size: int, states: int) -> None:
+            super().__init__(size, states)
+            self.log_step = torch.nn.Parameter(torch.tensor([math.log(0.05)]))
+
+        def lti_parameters(self, a, B, C):
+            made = super().lti_parameters(a, B, C)
+            return {"log_step": made.pop("log_step")[:1]} | made
+
+    def stepped() -> Net:
+        return net(lambda: Stepped(SIZE, 12))
+
+    model, fresh = stepped(), stepped()
+    compress_(model, CompreSSMConfig(state_size=4, realization=realization))
+    step = 0.03 if realization == "auto" else 0.05
+    assert float(model.mixers[0].log_step.detach().exp()) == pytest.approx(step)
+    assert resize_like_(fresh, model.state_dict()) == {0: 4, 1: 4}
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(token_ids).logits, model(token_ids).logits)
 
 
 def test_moments_of_new_states_begin_anew_and_others_stay(token_ids):
@@ -216,13 +336,21 @@ class NetConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+class SizelessConfig(NetConfig):
+    model_type = "sizeless_net"
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        del self.state_size
+
+
 class PreTrainedNet(PreTrainedModel):
     config_class = NetConfig
     base_model_prefix = "net"
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__(config)
-        self.net = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, config.state_size))
+        self.net = Net(VOCABULARY, SIZE, lambda: LRU(SIZE, getattr(config, "state_size", 12)))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -243,3 +371,23 @@ def test_a_model_of_transformers_keeps_a_budget_and_is_saved(tmp_path, token_ids
     again = PreTrainedNet.from_pretrained(tmp_path)
     assert torch.equal(again(token_ids).logits, model(token_ids).logits)
     assert get_report(tmp_path) == report
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (NetConfig(), {"ratio": 0.5}, "one state size for all layers.*uniform=True"),
+        (NetConfig(), {"state_size": {0: 4}}, "uniform=True"),
+        (NetConfig(), {"tolerance": 0.1}, "uniform=True"),
+        (SizelessConfig(), {"state_size": 6}, "The config of a sizeless_net model has no state size"),
+    ],
+)
+def test_a_config_without_a_place_for_the_sizes_is_refused_before_the_first_step(config, values, message, tmp_path):
+    model = PreTrainedNet(config)
+    with pytest.raises(ValueError, match=message):
+        compress_(model, values, object())
+    trainer = make_trainer(tmp_path, model, CompreSSMConfig(**values, start=0, end=4, num_reductions=1))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert len(hankel_singular_values(model).layers) == 2

@@ -172,6 +172,12 @@ def test_spectra(token_ids):
         assert spectrum == sorted(spectrum, reverse=True)
 
 
+def test_sizes_of_their_own_are_refused_before_anything_is_measured():
+    for values in ({}, {"tolerance": 0.2}, {"state_size": {1: 4}}):
+        with pytest.raises(ValueError, match="one state size for all layers"):
+            compress_(toy(), values, object())
+
+
 def test_it_shrinks_while_it_trains_and_resumes(tmp_path):
     config = CompreSSMConfig(state_size=4, start=0, end=4, num_reductions=2)
     saved = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}

@@ -8,7 +8,7 @@ import torch
 from hf_compressm import CompreSSMConfig, compress_
 from hf_compressm.layers import find_layers
 from hf_compressm.modeling.modeling_compressm import project_, project_heads_
-from tests.conftest import cache_of
+from tests.conftest import cache_of, tiny_mamba2
 from tests.layers.models import MAMBA_1, TYPES, N, build, tokens
 
 MAMBA_2 = [name for name in TYPES if name not in MAMBA_1]
@@ -53,3 +53,28 @@ def test_the_state_by_head_takes_the_bytes_that_the_report_says(full, model_type
     states = [cache.get_recurrent_state(layer.index) for layer in find_layers(model)]
     assert sum(state.numel() * 4 for state in states) / 2 == report.state_bytes_after
     assert report.states_after == round(0.4 * report.states_before)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_the_magnitude_of_a_projected_state_is_that_of_its_columns(groups):
+    """Maps that permute the states permute it, and what maps multiply multiplies it."""
+    stock, projected = (find_layers(tiny_mamba2(groups=groups))[0] for _ in range(2))
+    found, order = stock.magnitude(), torch.randperm(N, generator=torch.Generator().manual_seed(0))[:6]
+    maps = torch.eye(N)[:, order].repeat(2 * groups, 1, 1)
+    maps[-1, :, 2] *= 3
+    project_(projected.mixer, maps)
+    expected = found[:, order]
+    expected[-1, 2] *= 3
+    torch.testing.assert_close(projected.magnitude(), expected)
+
+
+def test_the_largest_states_of_a_projected_layer_stay(token_ids):
+    model = tiny_mamba2(32)
+    compress_(model, CompreSSMConfig(state_size=16, realization="project"), token_ids)
+    for layer in find_layers(model):
+        layer.mixer.BC_projection.data[:, :, ::2] *= 0.01
+    maps = [layer.mixer.BC_projection.detach().clone() for layer in find_layers(model)]
+    compress_(model, CompreSSMConfig(state_size=8, realization="select", selection="magnitude"), token_ids)
+    for layer, before in zip(find_layers(model), maps, strict=True):
+        assert torch.equal(layer.mixer.BC_projection, before[:, :, 1::2])

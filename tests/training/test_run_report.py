@@ -30,6 +30,13 @@ def test_it_spans_all_cuts(tmp_path):
     assert len(figure.axes) == 3  # two panels and a colour bar
 
 
+def test_a_layer_that_was_cut_names_how(tmp_path):
+    model = tiny_mamba()
+    config = CompreSSMConfig(state_size={1: 6}, start=0, end=2, num_reductions=1)
+    make_trainer(tmp_path, model, config, max_steps=3).train()
+    assert [row.realization for row in model.compression_report.layers] == ["", "select"]
+
+
 def test_a_resumed_run_has_it_too(tmp_path):
     make_trainer(tmp_path, tiny_mamba(), CUTS, save_strategy="steps", save_steps=5).train()
     model = tiny_mamba()
