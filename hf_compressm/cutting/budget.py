@@ -116,7 +116,7 @@ def keep_budget(
             f"hf_compressm: {sum(ladder[rung].sizes)} states: divergence {measured:.4g}, predicted {predicted:.4g}, "
             f"allowed {budget:.4g}."
         )
-        if predicted > 0 and measured > 0:
+        if predicted > 0 and 0 < measured < np.inf:
             factor = measured / predicted
         if measured > budget:
             bad = rung

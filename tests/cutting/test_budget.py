@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -67,6 +68,13 @@ def test_a_cut_is_found_where_the_curves_promise_too_much():
     made, row, _ = keep_budget(ladder, 0.9, tuple, lambda sizes: measured[sizes], 7)
     assert 30 <= made[0] < 64
     assert row.measured == 0.01
+
+
+def test_a_trial_that_breaks_the_model_tells_no_factor():
+    ladder = Ladder(COSTS, CHOICES, uniform=False)
+    made, row, factor = keep_budget(ladder, 100.0, tuple, lambda sizes: float("inf"), 7)
+    assert (made, row.measured, factor) == ({}, 0.0, 1.0)
+    assert all(math.isfinite(point.divergence) for point in ladder.tradeoff(factor))
 
 
 @pytest.mark.parametrize("weights", ["fisher", "gate"])

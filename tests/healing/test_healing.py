@@ -147,13 +147,18 @@ def test_the_best_weights_are_put_back_and_a_rise_ends_it(mamba2, monkeypatch):
     assert len(seen) == 10  # five rises from 3.5 on
 
 
-def test_healing_that_gains_nothing_leaves_the_cut(mamba2, monkeypatch, caplog):
-    cut = copy.deepcopy(mamba2)
-    cut_alone(cut, QUICK)
-    script(monkeypatch, [1.0, float("nan"), *[2.0] * 30], [])
+@pytest.mark.parametrize("rate", [1.0, float("inf")], ids=["worse", "not finite"])
+def test_healing_that_gains_nothing_leaves_the_cut(mamba2, monkeypatch, caplog, rate):
+    cut, full = copy.deepcopy(mamba2), copy.deepcopy(mamba2)
+    _, held_out = cut_alone(cut, QUICK)
+    stock, seen = Divergence.__call__, []
+    monkeypatch.setattr(Divergence, "__call__", lambda self: seen.append(stock(self)) or seen[-1])
+    monkeypatch.setattr(heal, "learning_rate", lambda *args: rate)
     with caplog.at_level("WARNING"):
         report = compress_(mamba2, QUICK, IDS)
-    assert report.healing.before == report.healing.after == 1.0
+    assert [value == float("inf") for value in seen] == [False] + [rate == float("inf")] * (len(seen) - 1)
+    assert report.healing.before == report.healing.after == min(seen)
+    assert report.healing.before == pytest.approx(mean_divergence(full, cut, held_out), rel=1e-3)
     assert same(weights(mamba2), weights(cut))
     assert "gained nothing" in caplog.text
 
