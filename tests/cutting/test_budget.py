@@ -134,6 +134,16 @@ def test_nothing_is_cut_where_one_state_less_breaks_it(ids):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_rows_without_a_token_judge_nothing(ids):
+    mask = torch.ones_like(ids)
+    mask[3::4] = 0  # which would be held out
+    report = compress_(
+        tiny_mamba2(16), CompreSSMConfig(max_divergence=1e-9), {"input_ids": ids, "attention_mask": mask}
+    )
+    assert report.divergence.tokens == 3 * ids.shape[1]
+    assert report.states_after == report.states_before
+
+
 def test_planning_leaves_the_model_as_it_was(ids):
     model = tiny_mamba()
     mixers = [layer.mixer for layer in find_layers(model)]

@@ -15,7 +15,8 @@ from transformers import BatchEncoding
 
 from hf_compressm import hankel_singular_values
 from hf_compressm.data.batches import BATCH, batches_of
-from hf_compressm.data.calibration import sample
+from hf_compressm.data.calibration import calibration_batches, sample
+from hf_compressm.data.healing import HealingText
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 
 N, L = 10, 12
@@ -126,6 +127,37 @@ def test_other_lengths_are_padded_on_the_left():
         (batch,) = batches_of(data)
         assert torch.equal(batch["input_ids"], expected["input_ids"])
         assert batch["attention_mask"].tolist() == [mask, [0, 0, 1], [0, 0, 0]]
+
+
+EMPTY = torch.ones_like(IDS)
+EMPTY[1::3] = 0
+
+
+@pytest.mark.parametrize(
+    ("data", "ids"),
+    [
+        ({"input_ids": IDS, "attention_mask": EMPTY}, IDS[EMPTY[:, 0] == 1]),
+        ([{"input_ids": IDS[:1], "attention_mask": EMPTY[1:2]}, IDS[:1]], IDS[:1]),
+        ([""] * BATCH + TEXTS, OF_TEXTS),
+        (DataLoader([""] * BATCH + TEXTS, batch_size=BATCH), OF_TEXTS),
+        ([[], *LISTS, []], IDS),
+    ],
+    ids=["masks", "one row", "blank texts", "a stream of them", "empty lists"],
+)
+def test_rows_without_a_token_are_left_out(mamba, data, ids):
+    batches = calibration_batches(data, mamba, Letters())
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids)
+    if len(ids) > 1:
+        rows = HealingText(data, mamba, Letters(), 10**4)._rows
+        assert torch.equal(torch.cat([row["input_ids"] for row in rows]), ids)
+
+
+def test_a_padding_sample_of_a_packed_row_is_left_out(monkeypatch):
+    monkeypatch.setattr("hf_compressm.data.packing.heeds_seq_idx", lambda *args: True)
+    numbers = torch.tensor([[0] * 9 + [-1] * 3]).expand(N, -1)
+    data = {"input_ids": IDS, "attention_mask": (numbers == 0).long(), "seq_idx": numbers}
+    batches = calibration_batches(data, tiny_mamba())
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), IDS[:, :9])
 
 
 @pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2])

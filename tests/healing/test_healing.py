@@ -209,6 +209,18 @@ def test_the_report_goes_with_the_model(mamba, tmp_path):
     assert f"healed in {report.healing.seconds:,.0f} s on {report.healing.tokens:,} tokens" in str(report)
 
 
+def test_rows_without_a_token_teach_nothing(mamba, monkeypatch):
+    stock, seen = Divergence.__call__, []
+    monkeypatch.setattr(Divergence, "__call__", lambda self: seen.append(stock(self)) or seen[-1])
+    monkeypatch.setattr(heal, "CLASSES", 1)  # one by one
+    mask = torch.ones_like(IDS)
+    mask[::4] = 0  # none of those that are held out
+    config = CompreSSMConfig(state_size=2, refit=0, heal=1000)
+    report = compress_(mamba, config, {"input_ids": IDS, "attention_mask": mask})
+    assert report.healing.after < report.healing.before
+    assert max(seen) < float("inf")
+
+
 def test_steps_of_several_parts_are_the_same_steps(monkeypatch):
     """The gradients of the parts are added up before a step is taken."""
     stock, parts = HealingTrainer.compute_loss, [[], []]
