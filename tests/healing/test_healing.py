@@ -209,6 +209,13 @@ def test_the_report_goes_with_the_model(mamba, tmp_path):
     assert f"healed in {report.healing.seconds:,.0f} s on {report.healing.tokens:,} tokens" in str(report)
 
 
+@torch.no_grad()
+def test_it_learns_where_no_gradients_are_wanted(mamba):
+    report = compress_(mamba, CompreSSMConfig(state_size=2, refit=0, heal=1000), IDS)
+    assert report.healing.after < report.healing.before
+    assert not torch.is_grad_enabled()
+
+
 def test_rows_without_a_token_teach_nothing(mamba, monkeypatch):
     stock, seen = Divergence.__call__, []
     monkeypatch.setattr(Divergence, "__call__", lambda self: seen.append(stock(self)) or seen[-1])
