@@ -74,7 +74,11 @@ def loader(**columns) -> Iterator:
         pd.DataFrame({"input_ids": LISTS})["input_ids"],
         [IDS[:BATCH], IDS[BATCH:]],
         [{"input_ids": IDS[:BATCH]}, {"input_ids": LISTS[BATCH:]}],
+        [{"input_ids": row, "labels": row} for row in LISTS],
+        tuple({"input_ids": row} for row in IDS),
+        [BatchEncoding({"input_ids": [np.int32(i) for i in row]}) for row in LISTS],
         loader(input_ids=LISTS),
+        DataLoader(IDS, batch_size=None),
     ],
 )
 def test_token_ids(data):
@@ -94,6 +98,7 @@ def test_masks(ids, mask):
         datasets.Dataset.from_dict(TABLE).with_format("torch"),
         datasets.Dataset.from_dict(TABLE).with_format("pandas"),
         pd.DataFrame(TABLE),
+        [{"input_ids": row, "attention_mask": mask} for row, mask in zip(LISTS, MASKS, strict=True)],
         loader(**TABLE),
     ],
 )
@@ -111,6 +116,7 @@ def test_tables_with_masks(data):
         datasets.Dataset.from_dict({"text": TEXTS, "label": [0] * N}),
         pd.DataFrame({"text": TEXTS}),
         pd.DataFrame({"text": TEXTS})["text"],
+        [{"text": text, "label": 0} for text in TEXTS],
         DataLoader(TEXTS, batch_size=BATCH),
     ],
 )
@@ -141,8 +147,9 @@ EMPTY[1::3] = 0
         ([""] * BATCH + TEXTS, OF_TEXTS),
         (DataLoader([""] * BATCH + TEXTS, batch_size=BATCH), OF_TEXTS),
         ([[], *LISTS, []], IDS),
+        ([{"input_ids": row} for row in [[], *LISTS, []]], IDS),
     ],
-    ids=["masks", "one row", "blank texts", "a stream of them", "empty lists"],
+    ids=["masks", "one row", "blank texts", "a stream of them", "empty lists", "of dictionaries"],
 )
 def test_rows_without_a_token_are_left_out(mamba, data, ids):
     batches = calibration_batches(data, mamba, Letters())
@@ -198,6 +205,11 @@ def test_sampling_leaves_all_random_numbers_where_they_were(mamba, monkeypatch):
         (lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), OF_TEXTS, None),
         (lambda: ({"input_ids": row, "labels": row} for row in LISTS), IDS, None),
         (lambda: iter(TEXTS), OF_TEXTS, None),
+        (lambda: iter(LISTS), IDS, None),
+        (lambda: iter(IDS), IDS, None),
+        (lambda: iter(IDS.numpy()), IDS, None),
+        (lambda: ([np.int32(i) for i in row] for row in LISTS), IDS, None),
+        (lambda: iter([np.array(TEXTS[:BATCH]), TEXTS[BATCH:]]), OF_TEXTS, None),  # batches
     ],
 )
 def test_streams_of_rows(stream, ids, mask):
