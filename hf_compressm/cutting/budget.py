@@ -40,6 +40,8 @@ class Rung:
 class Ladder:
     """The best sizes of every total of states, from the fewest up: each rung costs less than all below it.
 
+    The last is in any case the present sizes, also where others cost no more.
+
     Args:
         costs: for each layer [N_l] what keeping r states costs, at r - 1.
         choices: for each layer the sizes that it may have, ascending; the last is its present one.
@@ -57,7 +59,7 @@ class Ladder:
             self._allocation = Allocation(costs, choices)
             every = self._allocation.cost.tolist()
         lowest = np.minimum.accumulate(np.array([np.inf, *every]))[:-1]
-        self._at = [at for at, cost in enumerate(every) if cost < lowest[at]]
+        self._at = [at for at, cost in enumerate(every[:-1]) if cost < lowest[at]] + [len(every) - 1]
         self.predicted = [every[at] for at in self._at]
 
     def __len__(self) -> int:
@@ -109,6 +111,8 @@ def keep_budget(
         rung = min(max(ladder.lowest_within(budget / factor), bad + 1), good - 1)
         if trial >= TRIALS // 2 and not best:  # where the curves say little, the factor climbs too slowly
             rung = max(rung, (good + bad) // 2)
+        if trial == TRIALS - 1 and not best:  # if this one breaks it, too, nothing is to be cut
+            rung = top - 1
         made = realize(ladder[rung].sizes)
         measured = measure(made)
         predicted = ladder.predicted[rung]
@@ -116,7 +120,7 @@ def keep_budget(
             f"hf_compressm: {sum(ladder[rung].sizes)} states: divergence {measured:.4g}, predicted {predicted:.4g}, "
             f"allowed {budget:.4g}."
         )
-        if predicted > 0 and measured > 0:
+        if predicted > 0 and 0 < measured < np.inf:
             factor = measured / predicted
         if measured > budget:
             bad = rung

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -105,7 +106,10 @@ class Divergence:
 
     @torch.no_grad()
     def __call__(self, first: Layer | None = None) -> float:
-        """Of the model as it is now; with `first`, the first layer that is not as it was, it is run from there on."""
+        """Of the model as it is now, infinite where what it predicts is not finite.
+
+        With `first`, the first layer that is not as it was, it is run from there on.
+        """
         moved = of = 0.0
         for number, part in enumerate(self.parts):
             around = nullcontext() if first is None else self._outputs.resumed(number, first)
@@ -122,7 +126,8 @@ class Divergence:
                     each = (then.exp() * (then - now)).sum(-1) if self.has_head else (then - now).square().sum(-1)
                     moved += float((each * mask[at]).sum())
                     of += float(mask[at].sum() if self.has_head else (then.square().sum(-1) * mask[at]).sum())
-        return max(0.0, moved / of) if of else 0.0
+        share = moved / of if of else 0.0
+        return max(0.0, share) if math.isfinite(share) else math.inf
 
 
 def _rows(batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:

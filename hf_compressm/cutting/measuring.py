@@ -188,7 +188,7 @@ def _data(
     if config.max_divergence is not None or config.heal:
         return hold_out(batches, model, share=share)
     if config.tolerance != 0 and sum(len(batch["input_ids"]) for batch in batches) >= HELD_OUT_FROM:
-        return hold_out(batches, model, every=HELD_OUT_FROM, share=share)
+        return hold_out(batches, model, every=HELD_OUT_FROM, share=share, least=1)
     return batches, []
 
 

@@ -226,7 +226,7 @@ def _loss(output: Any, batch: Mapping[str, Any], seed: int) -> tuple[Tensor, Ten
         p = row.float().softmax(-1)
         # Where a uniform number falls among them tells the label; multinomial takes ten times as long.
         below = p.cumsum(1)
-        drawn = torch.rand(len(p), 1, generator=generator, device=p.device) * below[:, -1:]
+        drawn = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=p.dtype) * below[:, -1:]
         labels = torch.searchsorted(below, drawn, right=True).clamp_(max=p.shape[1] - 1)
         result.copy_(p.scatter_add_(1, labels, -torch.ones_like(drawn)))
     if mask is not None and mask.shape == logits.shape[:-1]:

@@ -46,11 +46,13 @@ class Plan:
         config: that it was made by.
         report: of the model after the cut.
         realizations: what each layer that is cut becomes, by layer index; empty if nothing is to be cut.
+        families: of all layers, by layer index.
     """
 
     config: CompreSSMConfig
     report: CompressionReport
     realizations: Mapping[int, Realization]
+    families: Mapping[int, str]
 
     @property
     def kept(self) -> dict[int, list[list[int]]]:
@@ -73,7 +75,7 @@ class Plan:
         All of it is made, or, after an error or an interrupt, nothing. Ctrl-C waits until all of it is made.
 
         Args:
-            model: that was measured, or another with the same layers of the same sizes.
+            model: that was measured, or another with layers of the same families and sizes.
             optimizer: of a training loop, or a list of all that train the model: their states are cut along with the
                 parameters that they belong to.
             backend: of a training loop on several processes.
@@ -91,12 +93,11 @@ class Plan:
             backend.refuse()
         model, optimizers = plain_model(model), as_list(optimizer)
         layers = find_layers(model)
-        planned = {row.index: row.old_size for row in self.report.layers}
-        found = {layer.index: layer.state_size for layer in layers}
+        planned = {row.index: f"{self.families[row.index]}, {row.old_size} states" for row in self.report.layers}
+        found = {layer.index: f"{layer.family}, {layer.state_size} states" for layer in layers}
         if found != planned:
             raise ValueError(
-                f"The plan is for layers of sizes {planned}, and the model's have {found}: measure this model, and plan "
-                "again."
+                f"The plan is for layers {planned}, and the model's are {found}: measure this model, and plan again."
             )
         earlier = history_of(model)
         replaced = replaced_parameters(layers, self.realizations)
@@ -196,7 +197,8 @@ def make_plan(
         rows = [replace(row, output_error=found.get(row.index, 0.0)) for row in report.layers]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in held_out)
         report = replace(report, layers=rows, held_out_tokens=tokens)
-    return Plan(config, replace(report, divergence=divergence, tradeoff=tradeoff), realizations)
+    report = replace(report, divergence=divergence, tradeoff=tradeoff)
+    return Plan(config, report, realizations, {layer.index: layer.family for layer in layers})
 
 
 def make_report(

@@ -22,6 +22,8 @@ from .trials import cut_for_a_while
 # Shares of the states at which the factor is measured, a forward pass for each in each layer. On well-trained models two
 # points find better sizes than one, and four hardly better ones than two.
 POINTS = (0.25, 0.75)
+# What a size counts for at which the predictions are not finite: more than any other, and still a number to add and compare.
+BROKEN = 1e6
 
 Path = Mapping[int, Realization]
 """A layer's realization at every size."""
@@ -82,7 +84,7 @@ def cost_curves(
                 tried = fit(layer, path[size]) if path[size].fits_differ else path[size]
                 with cut_for_a_while(model, [layer], {layer.index: tried}):
                     at.append(size)
-                    factors.append(divergence(layer) / float(curve[size - 1]))
+                    factors.append(min(divergence(layer), BROKEN) / float(curve[size - 1]))
         scale = np.interp(np.arange(1, len(curve) + 1), at, factors) if at else np.ones(len(curve))
         curves.append(curve * torch.from_numpy(scale))
     return curves

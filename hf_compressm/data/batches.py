@@ -8,8 +8,8 @@ Where rows are packed with several samples, what tells these goes along: `seq_id
 | list of lists, arrays or tensors [L] | token ids, padded on the left |
 | list of texts | what the tokenizer makes of them |
 | dictionary, `datasets.Dataset` or DataFrame | its `input_ids`, with its `attention_mask` if it has one, or its `text` |
-| DataLoader, or list of tensors [n, L] or dictionaries | batches of its own |
-| streamed `datasets.IterableDataset`, or any iterable of rows | its rows, 8 at a time |
+| DataLoader, or list of tensors [n, L] or dictionaries of them | batches of its own |
+| list of dictionaries of one row each, streamed `datasets.IterableDataset`, or any iterable of rows | its rows, 8 at a time |
 
 Of what has no end in sight (all but tables and lists) only the first 2^18 tokens are read.
 """
@@ -17,6 +17,7 @@ Of what has no end in sight (all but tables and lists) only the first 2^18 token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any, cast
 
 import numpy as np
@@ -74,7 +75,7 @@ def read_batches(data: Any, tokenizer: Any = None) -> Iterator[Batch]:
             f"Calibration data of type {type(data).__name__} is not known: give a LongTensor or integer array [n, L], a "
             "list of texts, a datasets.Dataset, DataFrame or dictionary with `input_ids` or `text`, or a DataLoader."
         )
-    for batch in data if isinstance(data, Sequence) else _in_batches(data):
+    for batch in _in_batches(data):
         if not _holds_rows(batch):
             raise TypeError(
                 f"The batches of calibration data hold token ids [n, L], got {type(batch).__name__}: let the DataLoader "
@@ -110,16 +111,20 @@ def _row(item: Any) -> dict[str, Any] | None:
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, Mapping):
-        return None
+        return {"input_ids": item} if _is_row(item) else None
     if "input_ids" in item:
-        ids = item["input_ids"]
-        one = ids.ndim == 1 if isinstance(ids, Tensor | np.ndarray) else bool(ids) and isinstance(ids[0], int)
-        return (
-            {name: item[name] for name in ("input_ids", "attention_mask", "seq_idx", "position_ids") if name in item}
-            if one
-            else None
-        )
+        names = ("input_ids", "attention_mask", "seq_idx", "position_ids")
+        return {name: item[name] for name in names if name in item} if _is_row(item["input_ids"]) else None
     return {"text": item["text"]} if isinstance(item.get("text"), str) else None
+
+
+def _is_row(ids: Any) -> bool:
+    """Whether these are the token ids of one sequence, if they are any."""
+    if isinstance(ids, Tensor):
+        return ids.ndim == 1
+    if isinstance(ids, np.ndarray):
+        return ids.ndim == 1 and ids.dtype.kind in "biuf"  # others are texts
+    return isinstance(ids, Sequence) and (not ids or isinstance(ids[0], Integral))
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -24,7 +24,7 @@ HELD_OUT_CLASSES = 2**28
 
 
 def calibration_batches(data: Any, model: PreTrainedModel, tokenizer: Any = None) -> list[Batch]:
-    """Turn calibration data into a list of batches of `input_ids` and `attention_mask`, with packed samples as `apart` has them.
+    """Turn calibration data into a list of batches of `input_ids` and `attention_mask`, as `apart` has them.
 
     Args:
         data: in any form of `batches_of`; or None: the shipped text if the model's tokenizer is given, else samples of
@@ -58,7 +58,7 @@ def sequences_for(model: PreTrainedModel) -> int:
 
 
 def hold_out(
-    batches: list[Batch], model: PreTrainedModel, every: int = 4, share: int = 1
+    batches: list[Batch], model: PreTrainedModel, every: int = 4, share: int = 1, least: int = MIN_LENGTH
 ) -> tuple[list[Batch], list[Batch]]:
     """Part the sequences in those to measure and fit on, and one of `every`, spread over all of them, to judge a cut by.
 
@@ -66,14 +66,14 @@ def hold_out(
     share in them. A single sequence is parted in time.
 
     Raises:
-        ValueError: if there is too little to part.
+        ValueError: if less than `least` tokens would be held out.
     """
     rows = [{name: tensor[i : i + 1] for name, tensor in batch.items()} for batch in batches for i in _rows(batch)]
     if len(rows) == 1:
         (row,) = rows
         cut = row["input_ids"].shape[1] * 3 // 4
         rows = [{name: tensor[:, part] for name, tensor in row.items()} for part in (slice(cut), slice(cut, None))]
-        if rows[1]["attention_mask"].sum() < MIN_LENGTH:
+        if rows[1]["attention_mask"].sum() < least:
             raise ValueError(
                 f"A max_divergence is measured on tokens that nothing was fitted to, and one sequence of {cut * 4 // 3} "
                 f"tokens is too little to hold any back: give at least two sequences, better {GPU_SEQUENCES} of {LENGTH} tokens."
@@ -82,6 +82,13 @@ def hold_out(
     vocabulary = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     most = max(1, HELD_OUT_CLASSES // (share * vocabulary * max(row["input_ids"].shape[1] for row in rows)))
     apart = set(range(len(rows) - 1, 0, -every)[:most])
+    tokens = sum(int(rows[i]["attention_mask"].sum()) for i in apart)
+    if tokens < least:
+        raise ValueError(
+            f"max_divergence and heal go by tokens that nothing was fitted to, and the {len(apart)} of {len(rows)} sequences "
+            f"that are held back for them have {tokens} together, less than {least}: give longer or more sequences, better "
+            f"{GPU_SEQUENCES} of {LENGTH} tokens."
+        )
     return (_joined([row for i, row in enumerate(rows) if i not in apart]), _joined([rows[i] for i in sorted(apart)]))
 
 

@@ -90,7 +90,7 @@ class HealingText:
     def measured(self) -> list[Batch]:
         """What to measure on: all of it, or, where it is much, some sequences that are spread over it or the first of a stream."""
         count = min(self._most, len(self._rows))
-        spread = torch.linspace(0, len(self._rows) - 1, count).round().long().tolist()
+        spread = torch.linspace(0, len(self._rows) - 1, count, dtype=torch.float32).round().long().tolist()
         rows = [self._rows[i] for i in spread]
         plain = [row for row in rows if "position_ids" not in row]
         packed = [row for row in rows if "position_ids" in row]  # statistics would take their padding for tokens

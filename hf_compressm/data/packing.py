@@ -53,11 +53,12 @@ def samples_in(batch: Mapping[str, Any]) -> Tensor | None:
 def apart(batches: Iterable[dict[str, Tensor]], model: Any) -> Iterator[dict[str, Tensor]]:
     """Batches as a model reads them: packed rows as their samples, padded on the left, if it keeps these apart.
 
+    Rows without a token, such as blank lines, are left out: there is nothing to measure on them, to judge by or to learn from.
     Where the state runs on from one to the next they stay as they are, and a warning says so once. Their `position_ids` stay
     with them, by which attention layers may keep them apart.
     """
     layers, heeds = find_layers(model), None
-    for batch in batches:
+    for batch in _with_tokens(batches):
         packed = samples_in(batch)
         plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if packed is None:
@@ -66,10 +67,19 @@ def apart(batches: Iterable[dict[str, Tensor]], model: Any) -> Iterator[dict[str
         heeds = heeds_seq_idx(model, layers) if heeds is None else heeds
         if heeds and "seq_idx" in batch:
             ids, mask, _ = unpacked(plain["input_ids"], plain["attention_mask"], None, packed)
-            yield {"input_ids": ids, "attention_mask": mask}
+            yield from _with_tokens([{"input_ids": ids, "attention_mask": mask}])
         else:
             warn_of_borders(model, heeds)
             yield plain | {name: batch[name] for name in ("position_ids",) if name in batch}
+
+
+def _with_tokens(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    for batch in batches:
+        found = batch["attention_mask"].any(1)
+        if found.all():
+            yield batch
+        elif found.any():
+            yield {name: tensor[found] for name, tensor in batch.items()}
 
 
 class _ReachedError(Exception):

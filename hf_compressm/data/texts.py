@@ -30,4 +30,4 @@ def windows(text: str, tokenizer: Any, sequences: int, length: int = LENGTH) -> 
     if len(ids) < length:
         return ids[None]
     every = ids[: len(ids) // length * length].view(-1, length)
-    return every[torch.linspace(0, len(every) - 1, min(sequences, len(every))).round().long()]
+    return every[torch.linspace(0, len(every) - 1, min(sequences, len(every)), dtype=torch.float32).round().long()]

@@ -49,13 +49,15 @@ class MambaStatistics(Statistics):
         self.mean_lti = mean_lti
         self.some: Tensor | None = None
         if size > FEW_STATES and channels > GRAMIAN_CHANNELS:
-            self.some = torch.linspace(0, channels - 1, GRAMIAN_CHANNELS, device=device).round().long()
+            self.some = (
+                torch.linspace(0, channels - 1, GRAMIAN_CHANNELS, dtype=torch.float32, device=device).round().long()
+            )
             channels = GRAMIAN_CHANNELS
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros(channels, dtype=torch.float64, device=device)
         self.rates = torch.zeros(channels, size, dtype=torch.float64, device=device)
-        self.P = torch.zeros(channels, size, size, device=device)
-        self.Q = torch.zeros(channels, size, size, device=device)
+        self.P = torch.zeros(channels, size, size, dtype=torch.float32, device=device)
+        self.Q = torch.zeros(channels, size, size, dtype=torch.float32, device=device)
         self.groups = [ReadoutMoments(size, device, readout=True)]
         self._alone = False
 

@@ -177,7 +177,11 @@ def gated_output(system: MambaSystem) -> Tensor:
 def fit_inputs(pairs: Pairs, A: Tensor, readout: Tensor) -> Tensor:
     """T for a given R: each kept state is split into what the N rows of B drive."""
     (r, N), channels = readout.shape, len(A)
-    some = torch.linspace(0, channels - 1, min(channels, INPUT_CHANNELS), device=A.device).round().long()
+    some = (
+        torch.linspace(0, channels - 1, min(channels, INPUT_CHANNELS), dtype=torch.float32, device=A.device)
+        .round()
+        .long()
+    )
     rates, R = A.float()[some], readout.float().mT
     normal, right = A.new_zeros(r * N, r * N), A.new_zeros(r * N)
     for system, target in pairs:

@@ -153,7 +153,7 @@ def heal_(
             if keep.curve:
                 record_healing_(model, _row(keep, time.perf_counter() - began, divergence, config), config)
 
-    with restoring(finish), without_trace(model):
+    with restoring(finish), without_trace(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters:

@@ -36,7 +36,7 @@ def learning_rate(parameters: Sequence[nn.Parameter], divergence: Callable[[], f
 
     def put(size: float) -> None:
         for parameter, old, sign in zip(parameters, before, signs, strict=True):
-            parameter.copy_(old.float() + size * sign if size else old)
+            parameter.copy_(old.float() + size * sign.float() if size else old)
 
     def cost(size: float) -> float:
         total = 0.0

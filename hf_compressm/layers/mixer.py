@@ -126,7 +126,7 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def valid_tokens(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
     """1 for tokens and 0 for padding, [batch, length], float32."""
     if attention_mask is None:
-        return torch.ones(hidden_states.shape[:2], device=hidden_states.device)
+        return torch.ones(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
     return attention_mask.float()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
 
 from hf_compressm import CompreSSMConfig, compress_, measure
-from hf_compressm.cutting.budget import Ladder, keep_budget
+from hf_compressm.cutting.budget import TRIALS, Ladder, keep_budget
 from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.layers import find_layers
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
@@ -69,6 +70,44 @@ def test_a_cut_is_found_where_the_curves_promise_too_much():
     assert row.measured == 0.01
 
 
+@pytest.mark.parametrize("first", [40, 390, 399])
+def test_the_last_trial_is_the_highest_rung_below_the_top(first):
+    ladder = Ladder([0.97 ** torch.arange(400).double()], [list(range(1, 401))], uniform=False)
+    tried = []
+    made, row, _ = keep_budget(ladder, 1.0, tuple, lambda sizes: tried.append(sizes) or 0.5 + (sizes[0] < first), 7)
+    assert first <= made[0] < 400
+    assert row.measured == 0.5
+    assert len(tried) <= TRIALS
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_last_rung_is_the_present_sizes_where_a_cut_is_free(uniform):
+    ladder = Ladder([torch.tensor([2.0, 0.0, 0.0, 0.0])] * 2, [[1, 2, 3, 4]] * 2, uniform)
+    assert [ladder[number].sizes for number in range(len(ladder))][-2:] == [[2, 2], [4, 4]]
+    made, row, _ = keep_budget(ladder, 0.5, tuple, lambda sizes: 2.0 * sizes.count(1), 7)
+    assert (made, row.measured) == ((2, 2), 0.0)
+
+
+def test_states_that_do_nothing_are_cut(ids, mamba2):
+    """Half of them, which read nothing."""
+    with torch.no_grad():
+        for layer in find_layers(mamba2):
+            mixer = layer.mixer
+            inner, N = mixer.intermediate_size, mixer.ssm_state_size
+            mixer.in_proj.weight[2 * inner + N // 2 : 2 * inner + N] = 0
+            mixer.conv1d.bias[inner + N // 2 : inner + N] = 0
+    report = compress_(mamba2, CompreSSMConfig(max_divergence=1e-6, realization="select", refit=0), ids)
+    assert report.sizes == {0: 8, 1: 8}
+    assert report.divergence.measured == 0
+
+
+def test_a_trial_that_breaks_the_model_tells_no_factor():
+    ladder = Ladder(COSTS, CHOICES, uniform=False)
+    made, row, factor = keep_budget(ladder, 100.0, tuple, lambda sizes: float("inf"), 7)
+    assert (made, row.measured, factor) == ({}, 0.0, 1.0)
+    assert all(math.isfinite(point.divergence) for point in ladder.tradeoff(factor))
+
+
 @pytest.mark.parametrize("weights", ["fisher", "gate"])
 @pytest.mark.parametrize(
     ("make", "options"),
@@ -124,6 +163,16 @@ def test_nothing_is_cut_where_one_state_less_breaks_it(ids):
     report = compress_(model, CompreSSMConfig(max_divergence=1e-9), ids)
     assert report.states_after == report.states_before
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rows_without_a_token_judge_nothing(ids):
+    mask = torch.ones_like(ids)
+    mask[3::4] = 0  # which would be held out
+    report = compress_(
+        tiny_mamba2(16), CompreSSMConfig(max_divergence=1e-9), {"input_ids": ids, "attention_mask": mask}
+    )
+    assert report.divergence.tokens == 3 * ids.shape[1]
+    assert report.states_after == report.states_before
 
 
 def test_planning_leaves_the_model_as_it_was(ids):

@@ -108,7 +108,7 @@ def test_what_was_not_measured_can_not_be_planned(mamba, token_ids, measured, pl
 def test_a_plan_is_for_layers_of_the_sizes_that_were_measured(mamba, token_ids):
     measurement = measure(mamba, token_ids, CompreSSMConfig(state_size=4))
     plan = measurement.plan(CompreSSMConfig(state_size=4))
-    for other in (tiny_mamba(state_size=6), tiny_mamba(layers=3)):
+    for other in (tiny_mamba(state_size=6), tiny_mamba(layers=3), tiny_mamba2(state_size=8)):
         with pytest.raises(ValueError, match="measure this model"):
             plan.apply_(other)
     plan.apply_(mamba)

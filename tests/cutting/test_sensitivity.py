@@ -14,6 +14,7 @@ from hf_compressm.cutting.divergence import Divergence
 from hf_compressm.cutting.sensitivity import POINTS, cost_curves, errors
 from hf_compressm.cutting.trials import cut_for_a_while
 from hf_compressm.data.texts import windows
+from hf_compressm.hankel.ranks import allocate_ranks
 from hf_compressm.hub import load_tokenizer
 from hf_compressm.layers import find_layers, realize
 
@@ -96,6 +97,29 @@ def test_cost_curves_are_what_was_measured_where_it_was(token_ids, make):
             with cut_for_a_while(model, [layer], {layer.index: path[size]}):
                 assert float(curve[size - 1]) == pytest.approx(divergence(), rel=1e-4)
         assert float(curve[-1]) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_mamba, lambda: tiny_mamba().backbone], ids=["with a head", "without"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_are_infinitely_far(token_ids, make, broken):
+    model = make()
+    divergence = Divergence(model, [batch(token_ids)])
+    with torch.no_grad():
+        find_layers(model)[1].mixer.D.fill_(broken)
+    assert divergence() == float("inf")
+
+
+def test_a_size_that_breaks_the_predictions_costs_more_than_any_other(token_ids):
+    model, config = tiny_mamba(), CompreSSMConfig(ratio=0.75, refit=0)
+    measurement = measure(model, token_ids, config)
+    paths = realize(measurement.layers, measurement.statistics, config, "select")
+    for group in paths[0][2].groups:
+        group.readout.fill_(float("nan"))
+    choices, divergence = [[2, 6, 8]] * 2, Divergence(model, [batch(token_ids)])
+    lost = errors(measurement.layers, measurement.statistics, paths, "gate")
+    curves = cost_curves(model, measurement.layers, paths, choices, lost, divergence)
+    assert all(torch.isfinite(curve).all() for curve in curves)
+    assert allocate_ranks(curves, 10, choices)[0] == 8
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(token_ids):

@@ -15,7 +15,8 @@ from transformers import BatchEncoding
 
 from hf_compressm import hankel_singular_values
 from hf_compressm.data.batches import BATCH, batches_of
-from hf_compressm.data.calibration import sample
+from hf_compressm.data.calibration import calibration_batches, sample
+from hf_compressm.data.healing import HealingText
 from tests.conftest import VOCABULARY, tiny_mamba, tiny_mamba2
 
 N, L = 10, 12
@@ -73,7 +74,11 @@ def loader(**columns) -> Iterator:
         pd.DataFrame({"input_ids": LISTS})["input_ids"],
         [IDS[:BATCH], IDS[BATCH:]],
         [{"input_ids": IDS[:BATCH]}, {"input_ids": LISTS[BATCH:]}],
+        [{"input_ids": row, "labels": row} for row in LISTS],
+        tuple({"input_ids": row} for row in IDS),
+        [BatchEncoding({"input_ids": [np.int32(i) for i in row]}) for row in LISTS],
         loader(input_ids=LISTS),
+        DataLoader(IDS, batch_size=None),
     ],
 )
 def test_token_ids(data):
@@ -93,6 +98,7 @@ def test_masks(ids, mask):
         datasets.Dataset.from_dict(TABLE).with_format("torch"),
         datasets.Dataset.from_dict(TABLE).with_format("pandas"),
         pd.DataFrame(TABLE),
+        [{"input_ids": row, "attention_mask": mask} for row, mask in zip(LISTS, MASKS, strict=True)],
         loader(**TABLE),
     ],
 )
@@ -110,6 +116,7 @@ def test_tables_with_masks(data):
         datasets.Dataset.from_dict({"text": TEXTS, "label": [0] * N}),
         pd.DataFrame({"text": TEXTS}),
         pd.DataFrame({"text": TEXTS})["text"],
+        [{"text": text, "label": 0} for text in TEXTS],
         DataLoader(TEXTS, batch_size=BATCH),
     ],
 )
@@ -126,6 +133,38 @@ def test_other_lengths_are_padded_on_the_left():
         (batch,) = batches_of(data)
         assert torch.equal(batch["input_ids"], expected["input_ids"])
         assert batch["attention_mask"].tolist() == [mask, [0, 0, 1], [0, 0, 0]]
+
+
+EMPTY = torch.ones_like(IDS)
+EMPTY[1::3] = 0
+
+
+@pytest.mark.parametrize(
+    ("data", "ids"),
+    [
+        ({"input_ids": IDS, "attention_mask": EMPTY}, IDS[EMPTY[:, 0] == 1]),
+        ([{"input_ids": IDS[:1], "attention_mask": EMPTY[1:2]}, IDS[:1]], IDS[:1]),
+        ([""] * BATCH + TEXTS, OF_TEXTS),
+        (DataLoader([""] * BATCH + TEXTS, batch_size=BATCH), OF_TEXTS),
+        ([[], *LISTS, []], IDS),
+        ([{"input_ids": row} for row in [[], *LISTS, []]], IDS),
+    ],
+    ids=["masks", "one row", "blank texts", "a stream of them", "empty lists", "of dictionaries"],
+)
+def test_rows_without_a_token_are_left_out(mamba, data, ids):
+    batches = calibration_batches(data, mamba, Letters())
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids)
+    if len(ids) > 1:
+        rows = HealingText(data, mamba, Letters(), 10**4)._rows
+        assert torch.equal(torch.cat([row["input_ids"] for row in rows]), ids)
+
+
+def test_a_padding_sample_of_a_packed_row_is_left_out(monkeypatch):
+    monkeypatch.setattr("hf_compressm.data.packing.heeds_seq_idx", lambda *args: True)
+    numbers = torch.tensor([[0] * 9 + [-1] * 3]).expand(N, -1)
+    data = {"input_ids": IDS, "attention_mask": (numbers == 0).long(), "seq_idx": numbers}
+    batches = calibration_batches(data, tiny_mamba())
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), IDS[:, :9])
 
 
 @pytest.mark.parametrize("make", [tiny_mamba, tiny_mamba2])
@@ -166,6 +205,11 @@ def test_sampling_leaves_all_random_numbers_where_they_were(mamba, monkeypatch):
         (lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), OF_TEXTS, None),
         (lambda: ({"input_ids": row, "labels": row} for row in LISTS), IDS, None),
         (lambda: iter(TEXTS), OF_TEXTS, None),
+        (lambda: iter(LISTS), IDS, None),
+        (lambda: iter(IDS), IDS, None),
+        (lambda: iter(IDS.numpy()), IDS, None),
+        (lambda: ([np.int32(i) for i in row] for row in LISTS), IDS, None),
+        (lambda: iter([np.array(TEXTS[:BATCH]), TEXTS[BATCH:]]), OF_TEXTS, None),  # batches
     ],
 )
 def test_streams_of_rows(stream, ids, mask):

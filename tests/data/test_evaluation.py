@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from hf_compressm.data.calibration import hold_out
@@ -53,3 +54,15 @@ def test_a_quarter_is_held_out_and_nothing_lost():
     kept, apart = hold_out(batches, model)
     firsts = [sorted(int(row[0]) for batch in part for row in batch["input_ids"]) for part in (kept, apart)]
     assert firsts == [[0, 2, 3, 4, 6, 7, 8], [1, 5, 9]]
+
+
+def test_a_few_tokens_are_too_few_to_hold_out():
+    mask = torch.ones(8, 9, dtype=torch.long)
+    mask[3::4, :6] = 0
+    batches = [{"input_ids": torch.zeros_like(mask), "attention_mask": mask}]
+    with pytest.raises(
+        ValueError, match="the 2 of 8 sequences that are held back for them have 6 together, less than 8"
+    ):
+        hold_out(batches, tiny_mamba())
+    mask[3::4, :5] = 1
+    hold_out(batches, tiny_mamba())

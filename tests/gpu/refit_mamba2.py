@@ -13,6 +13,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def adam(measurement: Measurement, plan: Plan, steps: int) -> Plan:
             schedule.step()
         rows = rows.filled(x.detach())
         made[layer.index] = Refit(tuple(RowsRefit(g.kept, rows.of_group(i), 0.0) for i, g in enumerate(groups)))
-    return Plan(plan.config, plan.report, made)
+    return replace(plan, realizations=made)
 
 
 def cut(

@@ -147,13 +147,18 @@ def test_the_best_weights_are_put_back_and_a_rise_ends_it(mamba2, monkeypatch):
     assert len(seen) == 10  # five rises from 3.5 on
 
 
-def test_healing_that_gains_nothing_leaves_the_cut(mamba2, monkeypatch, caplog):
-    cut = copy.deepcopy(mamba2)
-    cut_alone(cut, QUICK)
-    script(monkeypatch, [1.0, float("nan"), *[2.0] * 30], [])
+@pytest.mark.parametrize("rate", [1.0, float("inf")], ids=["worse", "not finite"])
+def test_healing_that_gains_nothing_leaves_the_cut(mamba2, monkeypatch, caplog, rate):
+    cut, full = copy.deepcopy(mamba2), copy.deepcopy(mamba2)
+    _, held_out = cut_alone(cut, QUICK)
+    stock, seen = Divergence.__call__, []
+    monkeypatch.setattr(Divergence, "__call__", lambda self: seen.append(stock(self)) or seen[-1])
+    monkeypatch.setattr(heal, "learning_rate", lambda *args: rate)
     with caplog.at_level("WARNING"):
         report = compress_(mamba2, QUICK, IDS)
-    assert report.healing.before == report.healing.after == 1.0
+    assert [value == float("inf") for value in seen] == [False] + [rate == float("inf")] * (len(seen) - 1)
+    assert report.healing.before == report.healing.after == min(seen)
+    assert report.healing.before == pytest.approx(mean_divergence(full, cut, held_out), rel=1e-3)
     assert same(weights(mamba2), weights(cut))
     assert "gained nothing" in caplog.text
 
@@ -202,6 +207,25 @@ def test_the_report_goes_with_the_model(mamba, tmp_path):
     assert f"on {report.healing.tokens:,} tokens" in card
     assert f"{report.healing.before:.4f} to {report.healing.after:.4f}" in card
     assert f"healed in {report.healing.seconds:,.0f} s on {report.healing.tokens:,} tokens" in str(report)
+
+
+@torch.no_grad()
+def test_it_learns_where_no_gradients_are_wanted(mamba):
+    report = compress_(mamba, CompreSSMConfig(state_size=2, refit=0, heal=1000), IDS)
+    assert report.healing.after < report.healing.before
+    assert not torch.is_grad_enabled()
+
+
+def test_rows_without_a_token_teach_nothing(mamba, monkeypatch):
+    stock, seen = Divergence.__call__, []
+    monkeypatch.setattr(Divergence, "__call__", lambda self: seen.append(stock(self)) or seen[-1])
+    monkeypatch.setattr(heal, "CLASSES", 1)  # one by one
+    mask = torch.ones_like(IDS)
+    mask[::4] = 0  # none of those that are held out
+    config = CompreSSMConfig(state_size=2, refit=0, heal=1000)
+    report = compress_(mamba, config, {"input_ids": IDS, "attention_mask": mask})
+    assert report.healing.after < report.healing.before
+    assert max(seen) < float("inf")
 
 
 def test_steps_of_several_parts_are_the_same_steps(monkeypatch):
