@@ -15,15 +15,15 @@ from ..hankel import budgets
 from ..interrupts import restoring, uninterrupted
 from ..layers import Layer
 
-Batch = Mapping[str, Tensor]
-
 
 def sequences_together(layers: Sequence[Layer], length: int) -> int:
     """How many sequences fit in a forward pass."""
     return max(1, budgets.ACTIVATIONS // (max(layer.activation_bytes for layer in layers) * length))
 
 
-def in_passes(batch: Batch, layers: Sequence[Layer], most: int | None = None) -> Iterator[dict[str, Tensor]]:
+def in_passes(
+    batch: Mapping[str, Tensor], layers: Sequence[Layer], most: int | None = None
+) -> Iterator[dict[str, Tensor]]:
     """A batch as parts, of at most so many sequences, that pass through the model one after the other."""
     step = sequences_together(layers, batch["input_ids"].shape[1])
     step = step if most is None else min(step, most)
@@ -31,7 +31,7 @@ def in_passes(batch: Batch, layers: Sequence[Layer], most: int | None = None) ->
         yield {name: tensor[start : start + step] for name, tensor in batch.items()}
 
 
-def called_with(batch: Batch) -> dict[str, Tensor]:
+def called_with(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model is called with: by `position_ids` attention keeps packed samples apart only where there is no mask."""
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask" or "position_ids" not in batch}
 

@@ -9,8 +9,10 @@ run.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,20 +29,34 @@ from ..layers import Layer
 
 @contextmanager
 def quick_scans(layers: Sequence[Layer]) -> Iterator[None]:
-    """Scan the layers' mixers so in here."""
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = []
+    """Scan the layers' mixers so in here. The last to leave of those that overlap, in whatever order, puts the stock scan back."""
+    used: list[tuple[Any, str]] = []
 
     def restore() -> None:
-        for home, name, stock in replaced:
-            setattr(home, name, stock)
+        with uninterrupted(), _LOCK:
+            while used:  # it may be called twice
+                home, name = used.pop()
+                _users[home, name] -= 1
+                if not _users[home, name]:
+                    setattr(home, name, _stock.pop((home, name)))
 
     with restoring(restore):
-        with uninterrupted():
+        with uninterrupted(), _LOCK:
             for name, quick in QUICK.items():
-                for home, stock in stock_scans([layer.mixer for layer in layers], name):
-                    replaced.append((home, name, stock))
-                    setattr(home, name, quick(stock))
+                for home, scan in stock_scans([layer.mixer for layer in layers], name):
+                    if not _users[home, name]:
+                        _stock[home, name] = scan
+                        setattr(home, name, quick(scan))
+                    _users[home, name] += 1
+                    used.append((home, name))
         yield
+
+
+_LOCK = Lock()
+_users: Counter[tuple[Any, str]] = Counter()
+"""How many scan so just now, by the Python module and the scan's name."""
+_stock: dict[tuple[Any, str], Callable[..., Any]] = {}
+"""What they put back."""
 
 
 def _mamba(stock: Callable[..., Any]) -> Callable[..., Any]:

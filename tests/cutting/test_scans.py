@@ -42,6 +42,21 @@ def test_the_scan_is_the_stock_one(model_type, monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_those_that_overlap_may_leave_in_any_order(first):
+    models = build("mamba"), build("mamba")
+    home, name, stock = stock_scan(models[0])
+    both = [quick_scans(find_layers(model)) for model in models]
+    for one in both:
+        one.__enter__()
+        quick = getattr(home, name)
+        assert quick is not stock
+    both[first].__exit__(None, None, None)
+    assert getattr(home, name) is quick
+    both[1 - first].__exit__(None, None, None)
+    assert getattr(home, name) is stock
+
+
 @pytest.mark.parametrize("realization", ["select", "project", "project_heads"])
 def test_mamba2_scans_with_a_gradient_like_the_stock_one(realization):
     model, ids = build("mamba2"), tokens(2, 70)
