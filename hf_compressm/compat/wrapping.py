@@ -18,7 +18,8 @@ def inside(wrapped: Any) -> Any:
     """The model inside of `torch.compile`'s wrapper, DeepSpeed's engine or FSDP1's, or itself."""
     module = uncompiled(wrapped)
     kinds = [("deepspeed", "DeepSpeedEngine"), ("torch.distributed.fsdp", "FullyShardedDataParallel")]
-    known = tuple(getattr(sys.modules[home], name) for home, name in kinds if home in sys.modules)
+    # Of a library that is half imported, it may be missing.
+    known = tuple(kind for home, name in kinds if (kind := getattr(sys.modules.get(home), name, None)) is not None)
     return uncompiled(module.module) if isinstance(module, known) else module
 
 

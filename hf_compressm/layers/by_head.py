@@ -65,7 +65,7 @@ class ProjectHeads(Realization):
         """The maps that keep the first states of every head, of as many as there are."""
         number = layer.mixer.num_heads
         sizes = list(layer.head_state_sizes or [layer.state_size] * number)
-        identity = torch.eye(max(sizes), device=layer.device)
+        identity = torch.eye(max(sizes), dtype=torch.float32, device=layer.device)
         while sum(sizes) > number * size:
             sizes[sizes.index(max(sizes))] -= 1
         heads = tuple(Projection(identity[:, :n], identity[:, :n], 0.0) for n in sizes)

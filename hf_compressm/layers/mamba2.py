@@ -111,7 +111,7 @@ class Project(Realization):
     @classmethod
     def of_first_states(cls, layer: Any, size: int) -> Realization:
         """The maps that keep the first states."""
-        identity = torch.eye(layer.state_size, size, device=layer.device)
+        identity = torch.eye(layer.state_size, size, dtype=torch.float32, device=layer.device)
         return cls((Projection(identity, identity, 0.0),) * layer.groups)
 
     def parameter_cuts(self, layer: Any) -> dict[str, ParameterCut]:

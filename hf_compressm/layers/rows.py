@@ -98,7 +98,7 @@ def _factors(layer: Any, kept: Tensor) -> Tensor:
     """What multiplies the kept states' rows after `in_proj`, [2, groups, r]."""
     mup = getattr(layer.mixer, "mup_vector", None)
     if mup is None:
-        return torch.ones(2, *kept.shape, device=kept.device)
+        return torch.ones(2, *kept.shape, dtype=torch.float32, device=kept.device)
     return _of_states(layer, mup.flatten()[2 * layer.mixer.intermediate_size :].float(), kept)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -24,6 +24,7 @@ class Attempt:
             nothing to compare.
         undone: whether `rollback` took the cut back.
         skipped: whether `min_reduction` left it out.
+        error_bound: of the layers that the cut has one for, as `LayerReport.error_bound`.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Attempt:
     rank_correlation: float | None = None
     undone: bool = False
     skipped: bool = False
+    error_bound: Mapping[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -487,6 +487,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             rank_correlation=correlation,
             undone=undone,
             skipped=not plan.realizations and plan.report.states_after < plan.report.states_before,
+            error_bound={row.index: row.error_bound for row in plan.report.layers if row.error_bound is not None},
         )
         self.history.append(attempt)
         self.attempts += 1

@@ -23,7 +23,8 @@ def run_report(
     """What a run did to a model, for `model.compression_report`; None if it has not cut it.
 
     Spectra are those of the first attempt, before any cut. Energy kept is the product over the cuts of what each kept,
-    output error what they lost together, before training went on. A layer that was cut names the run's realization.
+    output error what they lost together, before training went on. A layer that was cut names the run's realization. Where
+    each of its cuts has an error bound they add up, by the triangle inequality; of what training changed in between they know nothing.
 
     Args:
         model: as it is now.
@@ -37,11 +38,14 @@ def run_report(
     rows = []
     for layer in layers:
         energy, output, before = 1.0, 1.0, initial_sizes[layer.index]
+        bounds: list[float | None] = []
         for attempt in history:
             if attempt.sizes[layer.index] < before:
                 energy *= attempt.energy_kept[layer.index]
                 output *= 1 - attempt.output_error[layer.index]
+                bounds.append(attempt.error_bound.get(layer.index))
             before = attempt.sizes[layer.index]
+        known = [bound for bound in bounds if bound is not None]
         rows.append(
             LayerReport(
                 index=layer.index,
@@ -52,6 +56,7 @@ def run_report(
                 output_error=1 - output,
                 channels=layer.channels,
                 realization=name if layer.state_size < initial_sizes[layer.index] else "",
+                error_bound=sum(known) if known and len(known) == len(bounds) else None,
                 head_sizes=None if layer.head_state_sizes is None else list(layer.head_state_sizes),
             )
         )

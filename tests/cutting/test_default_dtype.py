@@ -19,6 +19,7 @@ CUTS = {
     "mamba": (tiny_mamba, {"max_divergence": 0.02}),
     "mamba, by loss": (tiny_mamba, {"state_size": 4, "weights": "fisher"}),
     "mamba2": (tiny_mamba2, {"max_divergence": 0.02}),
+    "mamba2, selected": (tiny_mamba2, {"state_size": 8, "realization": "select", "refit": 1}),
     "mamba2, by head": (tiny_mamba2, {"ratio": 0.5, "realization": "project_heads"}),
     "healed": (tiny_mamba2, {"state_size": 8, "heal": 300}),
 }

@@ -320,11 +320,16 @@ def test_it_shrinks_while_it_trains_and_resumes(tmp_path):
     assert callback.history[0].states[0] == [list(range(12))]
     assert callback.history[1].rank_correlation is None  # of states that are others now
     assert model.compression_report.realization == "balance"
+    for row in model.compression_report.layers:
+        assert row.realization == "balance"
+        assert row.error_bound == sum(attempt.error_bound[row.index] for attempt in callback.history) > 0
     report = get_report(tmp_path / "checkpoint-6")
     assert list(report.sizes.values()) == sizes(model)
     resumed = make_trainer(tmp_path, net(), callbacks=[CompreSSMCallback(config)], **saved)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert sizes(resumed.model) == sizes(model)
+    bounds, expected = ([row.error_bound for row in m.compression_report.layers] for m in (resumed.model, model))
+    assert bounds == pytest.approx(expected, rel=1e-3)
     torch.testing.assert_close(losses(resumed)[6], losses(whole)[6], rtol=1e-4, atol=1e-4)
 
 
