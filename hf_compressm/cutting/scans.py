@@ -9,10 +9,8 @@ run.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
 import torch
@@ -29,34 +27,26 @@ from ..layers import Layer
 
 @contextmanager
 def quick_scans(layers: Sequence[Layer]) -> Iterator[None]:
-    """Scan the layers' mixers so in here. The last to leave of those that overlap, in whatever order, puts the stock scan back."""
-    used: list[tuple[Any, str]] = []
+    """Scan the layers' mixers so in here. Of those that overlap, the first to leave puts the stock scan back for all."""
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def restore() -> None:
-        with uninterrupted(), _LOCK:
-            while used:  # it may be called twice
-                home, name = used.pop()
-                _users[home, name] -= 1
-                if not _users[home, name]:
-                    setattr(home, name, _stock.pop((home, name)))
+        for home, name, stock in replaced:
+            setattr(home, name, stock)
 
     with restoring(restore):
-        with uninterrupted(), _LOCK:
+        with uninterrupted():
             for name, quick in QUICK.items():
                 for home, scan in stock_scans([layer.mixer for layer in layers], name):
-                    if not _users[home, name]:
-                        _stock[home, name] = scan
-                        setattr(home, name, quick(scan))
-                    _users[home, name] += 1
-                    used.append((home, name))
+                    stock = getattr(scan, _STOCK, scan)  # a quick one is there, where another block has not been left
+                    replaced.append((home, name, stock))
+                    now = quick(stock)
+                    setattr(now, _STOCK, stock)
+                    setattr(home, name, now)
         yield
 
 
-_LOCK = Lock()
-_users: Counter[tuple[Any, str]] = Counter()
-"""How many scan so just now, by the Python module and the scan's name."""
-_stock: dict[tuple[Any, str], Callable[..., Any]] = {}
-"""What they put back."""
+_STOCK = "compressm_stock"
 
 
 def _mamba(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,12 +49,10 @@ def test_those_that_overlap_may_leave_in_any_order(first):
     both = [quick_scans(find_layers(model)) for model in models]
     for one in both:
         one.__enter__()
-        quick = getattr(home, name)
-        assert quick is not stock
-    both[first].__exit__(None, None, None)
-    assert getattr(home, name) is quick
-    both[1 - first].__exit__(None, None, None)
-    assert getattr(home, name) is stock
+        assert getattr(home, name) is not stock
+    for one in (both[first], both[1 - first]):
+        one.__exit__(None, None, None)
+        assert getattr(home, name) is stock
 
 
 @pytest.mark.parametrize("realization", ["select", "project", "project_heads"])
