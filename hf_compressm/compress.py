@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .backends import Backend, Loop, find_backend, join, launched, processes
 from .compat.offloading import device_of
+from .compat.pretrained import has_head
 from .config import CompreSSMConfig, ConfigLike
 from .cutting import Plan, measure
 from .cutting.apply import replaced_parameters
@@ -127,12 +128,11 @@ def compress_and_evaluate_(
     Raises:
         ValueError, TypeError: as `compress_`, before the first evaluation if the target is wrong; and if there can be none.
     """
-    headless = getattr(model, "base_model", model) is model
-    if evaluate and (headless or tokenizer is None):
-        why = "the model has no head" if headless else "the model has no tokenizer"
+    if evaluate and not (has_head(model) and tokenizer is not None):
+        why = "the model has no tokenizer" if has_head(model) else "the model has no head"
         raise ValueError(f"The perplexity is taken of predictions of a text, and {why}: don't ask to evaluate.")
     if evaluate is None:
-        evaluate = by_default and not headless and tokenizer is not None
+        evaluate = by_default and has_head(model) and tokenizer is not None
     if not evaluate:
         return compress_(model, config, calibration_data, tokenizer=tokenizer)
     _check_target(CompreSSMConfig.of(config).after_training(), model)

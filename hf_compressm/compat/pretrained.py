@@ -18,6 +18,11 @@ def commit_hash(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
+def has_head(model: Any) -> bool:
+    """Whether a model makes predictions of its last hidden states; a plain module, whose output nobody knows, is none that does."""
+    return getattr(model, "base_model", model) is not model
+
+
 def recompute_activations_(model: Any) -> None:
     """Have a model compute its activations again in the backward pass; it was called by another name before 5.24."""
     name = "activation_checkpointing_enable"

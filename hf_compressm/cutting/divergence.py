@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat.offloading import device_of, weights_at_hand
+from ..compat.pretrained import has_head
 from ..data.evaluation import evaluating
 from ..hankel import budgets
 from ..layers import Layer, Realization, find_layers
@@ -76,7 +77,7 @@ class Divergence:
     def _predictions(self, part: Mapping[str, Tensor], hidden: Any) -> Iterator[tuple[slice, Tensor]]:
         """What the head makes of that, of some sequences after the other; the last hidden states of a model without one."""
         sequences, length = part["input_ids"].shape
-        if self.model.base_model is self.model:
+        if not has_head(self.model):
             yield slice(0, sequences), hidden[0]
             return
         vocabulary = self.model.get_input_embeddings().weight.shape[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat.offloading import weights_at_hand
+from ..compat.pretrained import has_head
 from ..config import CompreSSMConfig
 from ..data.packing import unpacked
 from ..hankel.statistics import Statistics
@@ -56,7 +57,7 @@ def can_weigh_by_loss(model: nn.Module, layers: Sequence[Layer], config: CompreS
     if not config.weighs_by_loss:
         return False
     missing = [layer.name for layer in layers if layer.gradient_at is None]
-    headless = getattr(model, "base_model", model) is model
+    headless = not has_head(model)
     if config.weights == "fisher" and (missing or headless):
         reason = "the model has no head" if headless else f"{missing[0]} does not say where its gradient is"
         raise ValueError(f"weights='fisher' needs the gradient of a loss, and {reason}: take weights='gate'.")

@@ -53,9 +53,9 @@ def samples_in(batch: Mapping[str, Any]) -> Tensor | None:
 def apart(batches: Iterable[dict[str, Tensor]], model: Any) -> Iterator[dict[str, Tensor]]:
     """Batches as a model reads them: packed rows as their samples, padded on the left, if it keeps these apart.
 
-    Rows without a token, such as blank lines, are left out: there is nothing to measure on them, to judge by or to learn from.
     Where the state runs on from one to the next they stay as they are, and a warning says so once. Their `position_ids` stay
-    with them, by which attention layers may keep them apart.
+    with them, by which attention layers may keep them apart. Rows without a token, such as blank lines, are left out: there is
+    nothing to measure on them, to judge by or to learn from.
     """
     layers, heeds = find_layers(model), None
     for batch in _with_tokens(batches):

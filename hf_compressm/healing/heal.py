@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..backends import Backend, launched, processes
 from ..compat.offloading import device_of
-from ..compat.pretrained import recompute_activations_
+from ..compat.pretrained import has_head, recompute_activations_
 from ..compat.sharding import is_sharded
 from ..config import CompreSSMConfig
 from ..cutting import Plan
@@ -54,7 +54,7 @@ def check_can_heal(model: Any, config: CompreSSMConfig) -> None:
     Raises:
         ValueError: with what to do instead.
     """
-    if getattr(model, "base_model", model) is model:
+    if not has_head(model):
         why = f"{type(model).__name__} has no head, and healing distils next-token predictions: give one with a head"
     elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         why = "gradients vanish in float16: load the model with dtype=torch.bfloat16 or torch.float32"

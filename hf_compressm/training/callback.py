@@ -129,40 +129,29 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self._config = training_config(self.config)
         self.calibration_data = calibration_data
         self.tokenizer = tokenizer
-        vars(self).update(self._of_no_run())
+        self._leave_run()
         self._reset()
 
-    # Tied to a run, and no part of a copy.
-    _trainer: Any
-    _announced: str
-    _given: list[dict[str, torch.Tensor]]  # the calibration data, read
-    # Whose state this callback's is, and whether its training loop has not ended.
-    _model: Any
-    _training: bool
-    _checked: bool
-    _backend: Backend
-    _steps: list[int]
-    _recorder: BatchRecorder
-    _earlier: tuple[Cut, ...]
-
-    def _of_no_run(self) -> dict[str, Any]:
-        """The attributes that are tied to a run, as they are without one."""
-        return {
-            "_trainer": None,
-            "_announced": "",
-            "_given": [],
-            "_model": None,
-            "_training": False,
-            "_checked": False,
-            "_backend": OneProcess(),
-            "_steps": [],
-            "_recorder": BatchRecorder(self.config.calibration_batches),
-            "_earlier": (),
-        }
+    def _leave_run(self) -> None:
+        """What is tied to a run, as it is without one."""
+        self._trainer: Any = None
+        self._announced = ""
+        self._given: list[dict[str, torch.Tensor]] = []  # the calibration data, read
+        # Whose state this callback's is, and whether its training loop has not ended.
+        self._model: Any = None
+        self._training = False
+        self._checked = False
+        self._backend: Backend = OneProcess()
+        self._steps: list[int] = []
+        self._recorder = BatchRecorder(self.config.calibration_batches)
+        self._earlier: tuple[Cut, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied or pickled it keeps its arguments and what it has found, and has no trainer."""
-        return vars(self) | self._of_no_run()
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        copied._leave_run()
+        return vars(copied)
 
     def _reset(self) -> None:
         self.history: list[Attempt] = []
